@@ -402,9 +402,9 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 
 def program_name(module: str) -> str:
     """Returns the program's name in help texts: `espalier NAME`, or of a module that is no command `python -m MODULE`."""
-    name = module.removeprefix("espalier.launch.").removesuffix(".__main__")
-    is_command = name != module and "." not in name
-    return f"{CONSOLE} {name}" if is_command else f"python -m {module.removesuffix('.__main__')}"
+    module = module.removesuffix(".__main__")
+    name = module.removeprefix("espalier.launch.")
+    return f"{CONSOLE} {name}" if name != module and "." not in name else f"python -m {module}"
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

@@ -33,10 +33,10 @@ class Pieces:
         """
         if token not in self._beginning:
             text = self._spellings.get(token)
-            found: tuple[int, ...] = ()
+            ids: tuple[int, ...] = ()
             if text is not None and _BROKEN not in self._vocabulary.decode([token]):
-                found = tuple(id for id, other in self._spellings.items() if other.startswith(text))
-            self._beginning[token] = found
+                ids = tuple(id for id, other in self._spellings.items() if other.startswith(text))
+            self._beginning[token] = ids
         return self._beginning[token]
 
 

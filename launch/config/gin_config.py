@@ -219,7 +219,6 @@ def _unread_macros(
 
 def _endless_macros(checked: Checked) -> Iterator[Problem]:
     """Yields macros whose values lead back to themselves."""
-
     for name, bound in checked.macros.items():
         reached = set(bound.macros)
         while name not in reached:

@@ -86,14 +86,14 @@ class Bound:
     @functools.cached_property
     def references(self) -> tuple[Reference, ...]:
         """The references in the value that have a target."""
-        found = (leaf for leaf in leaves(self.value) if isinstance(leaf, Reference))
-        return tuple(reference for reference in found if reference.target is not None)
+        references = (leaf for leaf in leaves(self.value) if isinstance(leaf, Reference))
+        return tuple(reference for reference in references if reference.target is not None)
 
     @functools.cached_property
     def macros(self) -> tuple[str, ...]:
         """The names of the macros in the value."""
-        found = (leaf for leaf in leaves(self.value) if isinstance(leaf, Macro))
-        return tuple(macro.name for macro in found if not macro.required)
+        macros = (leaf for leaf in leaves(self.value) if isinstance(leaf, Macro))
+        return tuple(macro.name for macro in macros if not macro.required)
 
     def meaning(self) -> str:
         """Returns the value as text with full names, which does not depend on the imports."""

@@ -1,4 +1,4 @@
-"""What a function or class says of its parameters: names, types and ranges, and the arguments that its calls pass.
+"""The parameters of a function or class: their names, types and ranges, and which of them its callers pass.
 
 Values in a configuration are checked against the annotations of the parameters that they are bound to. Only certain errors are
 reported. Numbers lie in the range that the parameter declares (espalier/common/ranges.py); NaN, infinity and numbers that 32 bits

@@ -71,12 +71,12 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
     Runs without a configuration that can be read have no column.
     """
     known = [run for run in runs if run.config is not None and config_text.is_readable(run.config)]
-    found = config_text.differences([run.config or "" for run in known], _PLACES)
+    settings = config_text.differences([run.config or "" for run in known], _PLACES)
     rows = [
         [key, *(_NONE if value is None else shortened(value, _LONGEST) for value in values)]
-        for key, values in list(found.items())[:_MOST_SETTINGS]
+        for key, values in list(settings.items())[:_MOST_SETTINGS]
     ]
-    if more := len(found) - len(rows):
+    if more := len(settings) - len(rows):
         rows.append([f"and {more:,} more", *[""] * len(known)])
     return [["setting", *(run.name for run in known)], *rows] if rows else []
 

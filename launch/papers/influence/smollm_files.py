@@ -166,5 +166,5 @@ def draw(by_source: Mapping[str, Sequence[str]], count: int) -> list[dict[str, s
 def _with_answers(texts: Sequence[str]) -> list[str]:
     """Returns texts of a source with the answer of a query, at most ANSWERS for each query."""
     patterns = {i: labels.pattern(one["answer"]) for i, one in enumerate(ASKED)}
-    found = labels.matches(texts, patterns)
-    return [*dict.fromkeys(texts[i] for own in found.values() for i in own[:ANSWERS])]
+    by_query = labels.matches(texts, patterns)
+    return [*dict.fromkeys(texts[i] for own in by_query.values() for i in own[:ANSWERS])]
