@@ -200,7 +200,7 @@ LEVELS = {
         ("distillation", "influence", "low_rank", "online", "preference", "snapkv"),
     ),
     "data": (
-        ("cache", "cpu_tensorflow", "limited_process", "sandbox", "tokenizers"),
+        ("cache", "pieces", "cpu_tensorflow", "limited_process", "sandbox", "tokenizers"),
         ("data_source", "languages", "stream", "text", "tokenizers.vocabularies"),
         ("rows", "tasks", "text.user_data", "vision"),
         (
