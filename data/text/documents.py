@@ -1,4 +1,4 @@
-"""Reads documents from files, one at a time: JSON lines (plain, .gz, .zst), text and Parquet.
+"""Reads documents from files, one at a time: JSON lines (plain, .gz, .zst), text, Parquet and Arrow.
 
 Every problem with a file raises one `DataError` with the file, the position in it and the remedy.
 """
@@ -17,18 +17,16 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from espalier.common.ranges import check_choice
+from espalier.data.text import tables
+from espalier.data.text.data_error import DataError as DataError
 
 # Part of the hash of a set of files: raise it when the same files are read as different documents.
 VERSION = 1
-SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".txt", ".md", *tables.SUFFIXES)
 COMPRESSED = (".gz", ".zst")
 # Longest line, and longest document of a text file: a small compressed file may hold terabytes.
 MAX_BYTES = 64 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class DataError(ValueError):
-    """A file that cannot be used as data."""
 
 
 class Document(NamedTuple):
@@ -47,7 +45,7 @@ class Format:
       ValueError: there is no text key, `document_per` is unknown, or `max_document_bytes` is not positive.
     """
 
-    # key (JSON) or column (Parquet) of the text. With several keys, such as instruction, context
+    # key (JSON) or column (Parquet, Arrow) of the text. With several keys, such as instruction, context
     # and answer, the texts that are not empty are joined by blank lines
     text_key: str | tuple[str, ...] = "text"
     # key or column of the document's name; by default the name is the file and the line
@@ -89,13 +87,13 @@ def read(
     """
     name = path.name if name is None else name
     kind = _kind(path)
-    if kind in (".jsonl", ".json", ".parquet"):
-        records = (_parquet if kind == ".parquet" else _json_lines)(path, format, metadata)
+    if kind in (".jsonl", ".json", *tables.SUFFIXES):
+        records = (_table if kind in tables.SUFFIXES else _json_lines)(path, format, metadata)
         return (_document(name, *record, format, metadata) for record in records)
     if metadata:
         raise DataError(
             f"{path}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
-            "remove these filters, or use JSON lines or Parquet"
+            "remove these filters, or use JSON lines, Parquet or Arrow"
         )
     return _text(path, format, name)
 
@@ -117,12 +115,16 @@ def check_suffix(path: pathlib.Path) -> None:
 
 def _kind(path: pathlib.Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    if not suffixes or suffixes[-1] not in SUFFIXES:
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED and bool(suffixes.pop())
+    if (
+        not suffixes
+        or suffixes[-1] not in SUFFIXES
+        or compressed
+        and suffixes[-1] in tables.SUFFIXES
+    ):
         raise DataError(
             f"{path}: unknown kind of data file; supported are {', '.join(SUFFIXES)}, and all but "
-            f".parquet also with {' or '.join(COMPRESSED)}"
+            f"{' and '.join(tables.SUFFIXES)} also with {' or '.join(COMPRESSED)}"
         )
     return suffixes[-1]
 
@@ -228,24 +230,32 @@ def read_json_lines(
         yield number, record
 
 
-def read_rows(path: pathlib.Path, *, example: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yields (number, place for errors, row) of a file of JSON lines or Parquet.
+def read_rows(
+    path: pathlib.Path, *, example: str, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields (number, place for errors, row) of a file of JSON lines, Parquet or Arrow.
 
-    Parquet has a value for each key of each row: keys with null are removed from its rows, at any depth.
+    Parquet and Arrow have a value for each key of each row: keys with null are removed from their rows, at any depth.
+
+    Args:
+      path: the file.
+      example: an example of a line, for error messages.
+      columns: those that are read of Parquet and Arrow; None for all.
 
     Raises:
-      DataError: the file is of another kind or malformed; the message shows `example`, an example of a line.
+      DataError: the file is of another kind or malformed, or lacks a column.
     """
     kind = _kind(path)
-    if kind == ".parquet":
-        for number, where, row in _parquet_rows(path, None):
+    if kind in tables.SUFFIXES:
+        read = None if columns is None else dict.fromkeys(columns, "columns")
+        for number, where, row in tables.rows(path, read):
             yield number, where, _without_nulls(row)
     elif kind in (".jsonl", ".json"):
         for number, row in read_json_lines(path, example=example):
             yield number, f"{path}, line {number}", row
     else:
         raise DataError(
-            f"{path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst) or Parquet; "
+            f"{path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst), Parquet or Arrow; "
             f"write one object such as {example} per line"
         )
 
@@ -264,12 +274,12 @@ def _json_problem(error: ValueError | RecursionError) -> str:
     return f"a number has too many digits ({str(error).partition(';')[0]})"
 
 
-_BATCH_BYTES = 64 << 20  # of a Parquet file's values in memory
 _RAISE = ", or raise max_document_bytes"
-_Record = tuple[int, str, dict[str, Any]]  # number, place for errors, content
 
 
-def _json_lines(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
+def _json_lines(
+    path: pathlib.Path, format: Format, metadata: Sequence[str]
+) -> Iterator[tables.Record]:
     example = f'{{"{format.text_keys[0]}": "..."}}'
     limit = format.max_document_bytes
     records = read_json_lines(path, example=example, max_bytes=limit, remedy=_RAISE)
@@ -287,10 +297,11 @@ def _document(
 ) -> Document:
     id = f"{name}:{number}"
     if format.id_key is not None:
-        id = str(_value(record, format.id_key, "id_key", where))
+        id = str(tables.value_of(record, format.id_key, "id_key", where))
         check_unicode(id, format.id_key, where)
     texts = [
-        _checked(_value(record, key, "text_key", where), key, where) for key in format.text_keys
+        _checked(tables.value_of(record, key, "text_key", where), key, where)
+        for key in format.text_keys
     ]
     text = texts[0] if len(texts) == 1 else "\n\n".join(filter(None, texts))
     values = {key: _inner(record, key, where) for key in metadata}
@@ -301,20 +312,10 @@ def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
     """Returns the value of a dotted key."""
     value: Any = record
     for part in key.split("."):
-        value = _value(value if isinstance(value, Mapping) else {}, part, "the filter's key", where)
-    return value
-
-
-_CHATS = "; conversations and completions are learnt by runs/finetune.gin over data/chat.gin"
-
-
-def _value(record: Mapping[str, Any], key: str, argument: str, where: str) -> Any:
-    if key not in record:
-        raise DataError(
-            f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Correct "
-            f"{argument}{_CHATS if {'messages', 'completion'} & record.keys() else ''}"
+        value = tables.value_of(
+            value if isinstance(value, Mapping) else {}, part, "the filter's key", where
         )
-    return record[key]
+    return value
 
 
 def _checked(text: object, key: str, where: str) -> str:
@@ -370,83 +371,8 @@ def _joined(
     return first, text.getvalue()
 
 
-def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
+def _table(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[tables.Record]:
     arguments = {key.partition(".")[0]: "the filter's key" for key in metadata}
     arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
     arguments |= dict.fromkeys(format.text_keys, "text_key")
-    return _parquet_rows(path, arguments)
-
-
-def _parquet_rows(path: pathlib.Path, arguments: Mapping[str, str] | None) -> Iterator[_Record]:
-    """Yields the rows of a Parquet file: of the columns that arguments name, or of all columns for None."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        texts = [
-            field.name for field in parquet.read_schema(path) if pyarrow.types.is_string(field.type)
-        ]
-        # A value that is written once and used in many rows is also in memory once.
-        with parquet.ParquetFile(path, read_dictionary=texts) as file:
-            names = file.schema_arrow.names
-            for key, argument in (arguments or {}).items():
-                _value(dict.fromkeys(names), key, argument, f"{path}, columns")
-            for key in names if arguments is None else arguments:
-                if names.count(key) > 1:
-                    raise DataError(
-                        f"{path} has {names.count(key)} columns {key!r}: rename or drop all but one"
-                    )
-            number = 0
-            rows = _rows_at_once(file.metadata)
-            columns = None if arguments is None else list(arguments)
-            for batch in file.iter_batches(batch_size=rows, columns=columns):
-                for record in _rows(batch, path, number):
-                    yield number, f"{path}, row {number}", record
-                    number += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file ({error}). It is truncated or damaged; copy or write "
-            "it again"
-        ) from None
-
-
-def _rows_at_once(metadata: Any) -> int:
-    """Returns the number of rows of a Parquet file whose decompressed values take about `_BATCH_BYTES`."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-    return min(1024, max(1, _BATCH_BYTES // max(largest, 1)))
-
-
-def _rows(batch: Any, path: pathlib.Path, first: int) -> Iterator[dict[str, Any]]:
-    columns = []
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        where = f"{path}, rows {first} to {first + len(batch) - 1}"
-        try:
-            columns.append(_column(column))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{where}: not UTF-8 at byte offset {error.start} of a value: {error.reason}. Write the "
-                "column again as UTF-8 strings"
-            ) from None
-        except (OverflowError, ValueError, LookupError) as error:  # a date, a time or a zone
-            raise DataError(
-                f"{where}: {name!r} has a value of {column.type} that Python does not have ({error}). Write "
-                "the column again as strings"
-            ) from None
-    for values in zip(*columns, strict=True):
-        yield dict(zip(batch.schema.names, values, strict=True))
-
-
-def _column(column: Any) -> list[Any]:
-    """Returns the values of a column; equal ones of a dictionary are one object."""
-    import pyarrow
-    from pyarrow import compute
-
-    if not isinstance(column, pyarrow.DictionaryArray):
-        return column.to_pylist()
-    longest = compute.max(compute.binary_length(column.dictionary)).as_py() or 0
-    if longest * len(column) <= _BATCH_BYTES:
-        return column.dictionary_decode().to_pylist()
-    used = column.indices.drop_null().unique()
-    values = dict(zip(used.to_pylist(), column.dictionary.take(used).to_pylist(), strict=True))
-    return [values.get(index) for index in column.indices.to_pylist()]
+    return tables.rows(path, arguments)
