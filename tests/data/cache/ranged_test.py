@@ -22,7 +22,9 @@ def values(tmp_path):
     parts = [np.random.default_rng(i).integers(0, 2**16, n, np.uint16) for i, n in enumerate(SIZES)]
     for name, part in zip(NAMES, parts, strict=True):
         (tmp_path / "files" / name).write_bytes(part.tobytes())
-    groups = {"a.blocks": NAMES[:3], "b.blocks": NAMES[3:]}
+    sizes = {name: 2 * size for name, size in zip(NAMES, SIZES, strict=True)}
+    first = dict(list(sizes.items())[:3])
+    groups = {"a.blocks": first, "b.blocks": {n: s for n, s in sizes.items() if n not in first}}
     blocks.write_index(tmp_path / "files", groups, of="these")
     return np.concatenate(parts)
 
@@ -166,7 +168,7 @@ def test_files_that_change_while_they_are_read_are_one_error(place, values, tmp_
     other.mkdir()
     for name in NAMES:
         (other / name).write_bytes(b"\1" * 200_000)
-    blocks.write_index(other, {"a.blocks": NAMES}, of="these")
+    blocks.write_index(other, {"a.blocks": dict.fromkeys(NAMES, 200_000)}, of="these")
     for path in other.iterdir():
         paths.write(paths.join(place, path.name), path.read_bytes())
     with pytest.raises(block_folder.CacheChangedError, match="was replaced while it was read"):
