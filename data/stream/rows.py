@@ -143,7 +143,7 @@ def plan_source(
             )
         raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
     if long_documents != "split" and planned.counts["long_records"]:
-        sizes = {f: opened.columns[f].lengths.astype(np.int64) for f in feature_lengths}
+        sizes = {f: np.asarray(opened.columns[f].lengths, np.int64) for f in feature_lengths}
         if inputs_prefix:
             sizes["inputs"] = sizes["inputs"] + len(inputs_prefix)
         too_long = np.any([sizes[f] > length for f, length in feature_lengths.items()], axis=0)
@@ -178,15 +178,16 @@ def _check_loss_weights(name: str, opened: Cache) -> None:
     where = f"Source {name!r}: feature {LOSS_WEIGHTS!r}"
     if opened.manifest["features"][LOSS_WEIGHTS] != "float32":
         raise ValueError(f"{where} must be declared with a floating dtype, such as tf.float32.")
-    differ = np.flatnonzero(weights.lengths != opened.columns["targets"].lengths)
+    lengths_N, targets_N = (np.asarray(c.lengths) for c in (weights, opened.columns["targets"]))
+    differ = np.flatnonzero(lengths_N != targets_N)
     if len(differ):
         record = int(differ[0])
         raise ValueError(
-            f"{where} has {weights.lengths[record]} values for the "
-            f"{opened.columns['targets'].lengths[record]} targets of record {record}: every target "
+            f"{where} has {lengths_N[record]} values for the {targets_N[record]} targets of record {record}: every target "
             "needs one, BOS and EOS too (make the weights after they are added)."
         )
-    if not all(np.all((shard >= 0) & (shard < np.inf)) for shard in weights.shards):
+    shards = map(np.asarray, weights.shards)
+    if not all(np.all((shard >= 0) & (shard < np.inf)) for shard in shards):
         raise ValueError(f"{where} has values that are negative or not finite.")
 
 
