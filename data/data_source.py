@@ -26,7 +26,8 @@ from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
 from espalier.data.text import documents, splits
-from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
+from espalier.data.text.data_error import DataError
+from espalier.data.text.row_files import BadRow, BadRows, OnBadRow, Row, refuse
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-import espalier
+from espalier import __version__
 from espalier.common import files
 from espalier.common.storage import mirror, paths
 from espalier.data.cache.cache_files import (
@@ -212,7 +212,7 @@ class Build:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what determines the bytes of a cache, by name; '' of a package that is not installed."""
-    found = {"espalier": espalier.__version__}
+    found = {"espalier": __version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -1,4 +1,4 @@
-"""Reads documents from files, one at a time: JSON lines (plain, .gz, .zst), text and Parquet.
+"""Reads documents from files, one at a time: JSON lines (plain, .gz, .zst), text, Parquet and Arrow.
 
 Every problem with a file raises one `DataError` with the file, the position in it and the remedy.
 """
@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 from espalier.common.ranges import check_choice
 from espalier.data import pieces
 from espalier.data.pieces import Mark, Piece
-from espalier.data.text import parquet_files, row_files
-from espalier.data.text.parquet_files import value_of
+from espalier.data.text import row_files, tables
+from espalier.data.text.data_error import DataError as DataError
 from espalier.data.text.row_files import COMPRESSED, MAX_BYTES, BadRows, Line, Row, piece_of
-from espalier.data.text.row_files import DataError as DataError
 from espalier.data.text.row_files import compressed as compressed
 from espalier.data.text.row_files import read_json_lines as read_json_lines
 from espalier.data.text.row_files import read_lines as read_lines
 
 # Part of the hash of a set of files: raise it when the same files are read as different documents.
 VERSION = 1
-SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".txt", ".md", *tables.SUFFIXES)
 
 
 class Document(NamedTuple):
@@ -44,7 +43,7 @@ class Format:
       ValueError: there is no text key, `document_per` is unknown, or `max_document_bytes` is not positive.
     """
 
-    # key (JSON) or column (Parquet) of the text. With several keys, such as instruction, context
+    # key (JSON) or column (Parquet, Arrow) of the text. With several keys, such as instruction, context
     # and answer, the texts that are not empty are joined by blank lines
     text_key: str | tuple[str, ...] = "text"
     # key or column of the document's name; by default the name is the file and the line
@@ -84,7 +83,7 @@ def read(
       format: how documents are stored in it.
       name: prefix of the document ids; default the name of the file.
       metadata: further keys or columns to read, dotted for nested keys.
-      bad: collects rows that cannot be used: of JSON lines, of Parquet, and lines that are documents; None: they are errors.
+      bad: collects rows that cannot be used: of JSON lines, Parquet and Arrow, and lines that are documents; None: they are errors.
 
     Raises:
       DataError: the file is malformed, not UTF-8, cannot be decompressed, or is of an unknown kind; or a
@@ -94,13 +93,13 @@ def read(
     file = pathlib.Path(piece.path)
     name = file.name if name is None else name
     kind = _kind(file)
-    if kind in (".jsonl", ".json", ".parquet"):
-        rows = (_parquet if kind == ".parquet" else _json_lines)(piece, format, metadata, bad)
+    if kind in (".jsonl", ".json", *tables.SUFFIXES):
+        rows = (_table if kind in tables.SUFFIXES else _json_lines)(piece, format, metadata, bad)
         return _documents(name, piece, rows, format, metadata, bad)
     if metadata:
         raise DataError(
             f"{file}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
-            "remove these filters, or use JSON lines or Parquet"
+            "remove these filters, or use JSON lines, Parquet or Arrow"
         )
     return _text(piece, format, name, bad)
 
@@ -120,8 +119,8 @@ def divided(
     """
     file, size = pathlib.Path(path), os.path.getsize(path)
     kind = _kind(file)
-    if kind == ".parquet":
-        return parquet_files.divided(path, size)
+    if kind in tables.SUFFIXES:
+        return tables.divided(path, size)
     if is_by_line(file, document_per=document_per) and size > pieces.BLOCK_BYTES:
         return pieces.of_lines(path, size, marks(path))
     return (Piece(path, size=size),)
@@ -129,7 +128,7 @@ def divided(
 
 def is_by_line(path: pathlib.Path, *, document_per: str = "file") -> bool:
     """Returns whether a file is plain and each of its lines can be read without the others."""
-    if path.suffix.lower() in (*COMPRESSED, ".parquet"):
+    if path.suffix.lower() in (*COMPRESSED, *tables.SUFFIXES):
         return False
     return _kind(path) in (".jsonl", ".json") or document_per == "line"
 
@@ -151,34 +150,51 @@ def check_suffix(path: pathlib.Path) -> None:
 
 def _kind(path: pathlib.Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    if not suffixes or suffixes[-1] not in SUFFIXES:
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED and bool(suffixes.pop())
+    if (
+        not suffixes
+        or suffixes[-1] not in SUFFIXES
+        or compressed
+        and suffixes[-1] in tables.SUFFIXES
+    ):
         raise DataError(
             f"{path}: unknown kind of data file; supported are {', '.join(SUFFIXES)}, and all but "
-            f".parquet also with {' or '.join(COMPRESSED)}"
+            f"{' and '.join(tables.SUFFIXES)} also with {' or '.join(COMPRESSED)}"
         )
     return suffixes[-1]
 
 
-def read_rows(path: pathlib.Path | Piece, *, example: str, bad: BadRows = None) -> Iterator[Row]:
-    """Yields the rows of a file of JSON lines or Parquet, or of a piece of one.
+def read_rows(
+    path: pathlib.Path | Piece,
+    *,
+    example: str,
+    columns: Sequence[str] | None = None,
+    bad: BadRows = None,
+) -> Iterator[Row]:
+    """Yields the rows of a file of JSON lines, Parquet or Arrow, or of a piece of one.
 
-    Parquet has a value for each key of each row: keys with null are removed from its rows, at any depth.
+    Parquet and Arrow have a value for each key of each row: keys with null are removed from their rows, at any depth.
+
+    Args:
+      path: the file, or a piece of it.
+      example: an example of a line, for error messages.
+      columns: those that are read of Parquet and Arrow; None for all.
+      bad: collects rows of JSON lines that cannot be used; None: they are errors.
 
     Raises:
-      DataError: the file is of another kind or malformed; the message shows `example`, an example of a line.
+      DataError: the file is of another kind or malformed, or lacks a column.
     """
     piece = piece_of(path)
     kind = _kind(pathlib.Path(piece.path))
-    if kind == ".parquet":
-        for row in parquet_files.rows(piece, None):
+    if kind in tables.SUFFIXES:
+        read = None if columns is None else dict.fromkeys(columns, "columns")
+        for row in tables.rows(piece, read):
             yield row._replace(content=_without_nulls(row.content))
     elif kind in (".jsonl", ".json"):
         yield from row_files.json_rows(piece, example=example, bad=bad)
     else:
         raise DataError(
-            f"{piece.path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst) or Parquet; "
+            f"{piece.path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst), Parquet or Arrow; "
             f"write one object such as {example} per line"
         )
 
@@ -221,10 +237,11 @@ def _document(name: str, row: Row, format: Format, metadata: Sequence[str]) -> D
     record, where = row.content, row.where
     id = f"{name}:{row.number}"
     if format.id_key is not None:
-        id = str(value_of(record, format.id_key, "id_key", where))
+        id = str(tables.value_of(record, format.id_key, "id_key", where))
         check_unicode(id, format.id_key, where)
     texts = [
-        _checked(value_of(record, key, "text_key", where), key, where) for key in format.text_keys
+        _checked(tables.value_of(record, key, "text_key", where), key, where)
+        for key in format.text_keys
     ]
     text = texts[0] if len(texts) == 1 else "\n\n".join(filter(None, texts))
     values = {key: _inner(record, key, where) for key in metadata}
@@ -235,7 +252,7 @@ def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
     """Returns the value of a dotted key."""
     value: Any = record
     for part in key.split("."):
-        value = value_of(
+        value = tables.value_of(
             value if isinstance(value, Mapping) else {}, part, "the filter's key", where
         )
     return value
@@ -294,9 +311,9 @@ def _joined(lines: Iterable[Line], path: str, limit: int) -> tuple[int | None, s
     return first, text.getvalue()
 
 
-def _parquet(piece: Piece, format: Format, metadata: Sequence[str], bad: BadRows) -> Iterator[Row]:
+def _table(piece: Piece, format: Format, metadata: Sequence[str], bad: BadRows) -> Iterator[Row]:
     del bad  # a value that Python does not have makes the column unreadable
     arguments = {key.partition(".")[0]: "the filter's key" for key in metadata}
     arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
     arguments |= dict.fromkeys(format.text_keys, "text_key")
-    return parquet_files.rows(piece, arguments)
+    return tables.rows(piece, arguments)
