@@ -155,34 +155,33 @@ class FileSource(Counted, DataSource):
         return tuple(self.files)
 
     @functools.cached_property
-    def _digests(self) -> fingerprint.FileDigests:
-        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
-        every = sorted({path for paths in self.files.values() for path in paths})
-        digests.read(every, [path for path in every if self._is_by_line(path)])
-        digests.save()
-        return digests
-
-    @functools.cached_property
     def checksums(self) -> dict[str, str]:
         """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
-        every = (path for paths in self.files.values() for path in paths)
-        return {path: self._digests.digest(path) for path in every}
+        return {path: digest for path, (digest, _) in self._scanned.items()}
 
     def pieces(self, split: str) -> tuple[Piece, ...]:
         """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
-        return self._divided(self.files[split])
+        return self._pieces_of(self.files[split])
 
-    def _divided(self, paths: Iterable[str]) -> tuple[Piece, ...]:
-        return tuple(
-            piece
-            for path in paths
-            for piece in documents.divided(
-                path, self._digests.marks, document_per=self._document_per
+    def _pieces_of(self, paths: Iterable[str]) -> tuple[Piece, ...]:
+        return tuple(piece for path in paths for piece in self._scanned[path][1])
+
+    @functools.cached_property
+    def _scanned(self) -> dict[str, tuple[str, tuple[Piece, ...]]]:
+        """File -> its checksum and its pieces, which other processes are given with the source."""
+        every = list(dict.fromkeys(path for paths in self.files.values() for path in paths))
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        unit = self._document_per
+        by_line = [p for p in every if documents.is_by_line(pathlib.Path(p), document_per=unit)]
+        digests.read(every, by_line)
+        digests.save()
+        return {
+            path: (
+                digests.digest(path),
+                documents.divided(path, digests.marks, document_per=unit),
             )
-        )
-
-    def _is_by_line(self, path: str) -> bool:
-        return documents.is_by_line(pathlib.Path(path), document_per=self._document_per)
+            for path in every
+        }
 
     @property
     def _document_per(self) -> str:
@@ -255,7 +254,7 @@ class FileSource(Counted, DataSource):
         """Returns what `_count` returns, of all pieces in the order of the files; raises DataError."""
 
     def _count(self) -> dict[str, Any]:
-        every = self._divided(self.checksums)
+        every = self._pieces_of(self.checksums)
         size = sum(piece.size for piece in every)
         desc = f"checking {self.name}"
         with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
