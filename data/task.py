@@ -6,8 +6,9 @@
 """
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,15 @@ class Feature:
     """One output feature of a task: a vector of each record.
 
     Attributes:
-      vocabulary: of its ids; of a float32 feature a pass-through vocabulary.
+      vocabulary: of its ids; of numbers a pass-through vocabulary, or None for some features of users' SeqIO tasks.
       add_eos: whether a task of texts ends its ids with EOS.
-      dtype: of its values.
+      dtype: name of the type of its values: 'int32' or 'float32', or others of users' SeqIO tasks.
       required: whether each record has it.
     """
 
     vocabulary: Any
     add_eos: bool = False
-    dtype: Literal["int32", "float32"] = "int32"
+    dtype: str = "int32"
     required: bool = True
 
 
@@ -62,13 +63,26 @@ class Task:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.source.splits)
 
+    def pieces(self, split: str) -> tuple[Any, ...]:
+        """Returns the pieces of a split that can be read alone, in the order of its records."""
+        return tuple(self.source.pieces(split))
+
+    def made_by(self) -> dict[str, Any]:
+        """Describes the steps from the source's examples to records, and the libraries that take them, as JSON."""
+        every = {feature.vocabulary.library for feature in self.output_features.values()} - {None}
+        return {
+            "version": None,
+            "steps": ["tokenise"] * self.tokenises + ["bos"] * self.add_bos,
+            "libraries": {name: importlib.metadata.version(name) for name in sorted(every)},
+        }
+
     def records(self, split: str, pieces: Sequence[Any] | None = None) -> Iterator[Record]:
         """Yields the records of some pieces of a split, or of all of them, in their order.
 
         Raises:
           DataError: a piece is malformed.
         """
-        pieces = self.source.pieces(split) if pieces is None else pieces
+        pieces = self.pieces(split) if pieces is None else pieces
         examples = (
             example for piece in pieces for example in self.source.read_examples(piece, split)
         )

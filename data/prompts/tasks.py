@@ -18,6 +18,7 @@ from espalier.data.rows.records import Record, text_of
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1
@@ -103,12 +104,10 @@ def register_prompts(
 
     `data.preference.tasks.register_pairs` and `data.rows.files.PromptedSettings` describe the arguments and errors.
     """
-    import seqio
-
     source = PromptFiles.open(settings, name=name, files=files, validation_files=validation_files)
     tasks.register_rows(
         source,
         origin="register_prompts",
-        features={"prompt": settings.vocabulary, INFO: seqio.PassThroughVocabulary(256)},
+        features={"prompt": settings.vocabulary, INFO: PassThroughVocabulary(256)},
         facts=source.facts,
     )
