@@ -99,8 +99,10 @@ def _add(seqio: Any, task: Task) -> Any:
         ]
     features = {
         name: seqio.Feature(
-            **{**dataclasses.asdict(feature), "vocabulary": feature.vocabulary},
-            **{"dtype": tf.as_dtype(feature.dtype)},
+            feature.vocabulary,
+            add_eos=feature.add_eos,
+            dtype=tf.as_dtype(feature.dtype),
+            required=feature.required,
         )
         for name, feature in task.output_features.items()
     }

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from espalier.data import cpu_tensorflow
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import DataSource
 from espalier.data.text.documents import DataError, Document, take
@@ -27,6 +28,7 @@ class TfdsSource(DataSource):
 
     @functools.cached_property
     def builder(self) -> Any:
+        cpu_tensorflow.load()  # before TFDS imports it
         import tensorflow_datasets as tfds
 
         try:
