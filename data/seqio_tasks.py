@@ -220,6 +220,7 @@ class SeqioTask:
             yield from self._part(split, part)
 
     def _part(self, split: str, part: Part) -> Iterator[Record]:
+        cpu_tensorflow.load()
         import seqio
 
         info = None if part.of == 1 else seqio.ShardInfo(index=part.index, num_shards=part.of)
