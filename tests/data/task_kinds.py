@@ -67,10 +67,8 @@ def train(folder: pathlib.Path) -> pathlib.Path:
 def register_text(folder: pathlib.Path, vocabulary: Any, **settings: Any) -> None:
     """Registers the task of texts, whose files `register` has written; `settings` of `register_files`."""
     settings = {"name": "text", "validation_fraction": 0.2, **settings}
-    user_data.register_files(
-        **{"files": str(folder / settings["name"] / "*.jsonl"), "vocabulary": vocabulary},
-        **{"cache_dir": folder / "cache", **settings},
-    )
+    files = {"files": str(folder / settings["name"] / "*.jsonl"), "cache_dir": folder / "cache"}
+    user_data.register_files(vocabulary=vocabulary, **{**files, **settings})
 
 
 def register(folder: pathlib.Path, vocabulary: Any, kinds: list[str] | None = None) -> list[str]:
