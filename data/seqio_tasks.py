@@ -4,7 +4,6 @@ SeqIO, and with it TensorFlow, is imported by `hand_over` alone: when SeqIO is t
 of users that registers tasks with SeqIO.
 """
 
-import dataclasses
 import functools
 import importlib
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 from espalier.data import cpu_tensorflow
 from espalier.data.cache import description, fingerprint
+from espalier.data.pieces import Piece, parts
 from espalier.data.task import DOCUMENT_ID, TARGETS, TEXT, Feature, Record, Task
 from espalier.data.tokenizers import vocabulary as vocabularies
 
@@ -127,14 +127,6 @@ def prepend_bos(dataset, output_features):
     return dataset.map(prepend)
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One of `of` parts of a split, as SeqIO's sources are read."""
-
-    index: int
-    of: int
-
-
 class SeqioTask:
     """A task that somebody has registered with SeqIO, with what caches ask of `data.task.Task`.
 
@@ -195,7 +187,7 @@ class SeqioTask:
             "tensorflow": tf.__version__,
         }
 
-    def pieces(self, split: str) -> tuple[Part, ...]:
+    def pieces(self, split: str) -> tuple[Piece, ...]:
         """Returns the parts that can be read alone.
 
         They are groups of source files. A source with arbitrary sharding gets more parts if it has many examples; any other
@@ -203,27 +195,26 @@ class SeqioTask:
         small files do not get a part each.
         """
         sizes = [os.path.getsize(path) for path in description.files_of(self.source, split)]
-        parts = max(min(len(sizes), -(-sum(sizes) // _BYTES_PER_PART)), 1)
+        count = max(min(len(sizes), -(-sum(sizes) // _BYTES_PER_PART)), 1)
         if self.source.supports_arbitrary_sharding:
             examples = self.source.num_input_examples(split) or 0
-            parts = max(parts, -(-examples // _RECORDS_PER_PART))
-        parts = min(parts, _MAX_PARTS)
-        return tuple(Part(index, parts) for index in range(parts))
+            count = max(count, -(-examples // _RECORDS_PER_PART))
+        return parts(split, min(count, _MAX_PARTS))
 
-    def records(self, split: str, pieces: Sequence[Part] | None = None) -> Iterator[Record]:
+    def records(self, split: str, pieces: Sequence[Piece] | None = None) -> Iterator[Record]:
         """Yields the preprocessed examples of parts, or of all, untrimmed, in source order.
 
         Raises:
           ValueError: the preprocessors do not yield a required output feature.
         """
-        for part in [Part(0, 1)] if pieces is None else pieces:
+        for part in parts("", 1) if pieces is None else pieces:
             yield from self._part(split, part)
 
-    def _part(self, split: str, part: Part) -> Iterator[Record]:
+    def _part(self, split: str, part: Piece) -> Iterator[Record]:
         cpu_tensorflow.load()
         import seqio
 
-        info = None if part.of == 1 else seqio.ShardInfo(index=part.index, num_shards=part.of)
+        info = None if part.end == 1 else seqio.ShardInfo(index=part.begin, num_shards=part.end)
         dataset = self.source.get_dataset(split=split, shuffle=False, shard_info=info)
         dataset = self.task.preprocess_precache(dataset, seed=0)
         dataset = self.task.preprocess_postcache(dataset, sequence_length=None, seed=0)

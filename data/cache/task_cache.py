@@ -18,15 +18,12 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 from espalier.common.ranges import check_choice
-from espalier.data import seqio_tasks
+from espalier.data import pieces, seqio_tasks
+from espalier.data.cache import build, description, fingerprint, pool
 from espalier.data.cache import cache_dir as directories
-from espalier.data.cache import description, fingerprint
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.task import Task
-
-_BYTES_PER_SHARD = 32_000_000  # of source files, as stored (possibly compressed)
-_MAX_SHARDS = 64
 
 
 def caches_path(name: str, split: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -72,7 +69,7 @@ def open_task_cache(
     described = description.describe(task, split, files, cache_dir)
     num_shards = len(_shards(task, split))
     files.save()
-    name = token_cache.fingerprint(described, features, num_shards)
+    name = build.fingerprint(described, features, num_shards)
     parent = caches_path(task.name, split, cache_dir)
     directory = parent / name[:16]
     now = {**described, "features": features}
@@ -200,27 +197,20 @@ def _build(task, split, directory, features, description, num_shards) -> None:
     title, shards = f"tokenising {task.name}/{split}", _shards(task, split)
     if not sys.stderr.isatty():  # a line in place of the bar
         print(title, file=sys.stderr, flush=True)
+    made = build.Build(str(directory), task, split, features, description, shards)
+    made.start()
     with Bar(desc=title, unit="tok", unit_scale=True, file=sys.stderr) as bar:
-
-        def on_record(shard: int, values: int) -> None:
-            if bar.update(values) and num_shards > 1:
-                bar.set_postfix_str(f"shard {shard + 1}/{num_shards}", refresh=False)
-
-        token_cache.build(
-            directory,
-            lambda shard: task.records(split, shards[shard]),
-            features=features,
-            description=description,
-            num_shards=num_shards,
-            on_record=on_record,
+        pool.run(
+            made.write_shard,
+            range(num_shards),
+            what=made.name_of,
+            bar=bar,
+            remedy="Finished shards are kept: the same command goes on after them.",
         )
+    made.finish()
 
 
-def _shards(task: Task | seqio_tasks.SeqioTask, split: str) -> list[tuple]:
-    """Returns the pieces of each shard of a build."""
-    pieces = task.pieces(split)
-    if isinstance(task, Task):
-        sizes = [os.path.getsize(path) for path in description.files_of(task.source, split)]
-        count = min(max(min(len(sizes), -(-sum(sizes) // _BYTES_PER_SHARD)), 1), _MAX_SHARDS)
-        return [pieces[shard::count] for shard in range(count)]
-    return [(piece,) for piece in pieces]
+def _shards(task: Task | seqio_tasks.SeqioTask, split: str) -> tuple[tuple[pieces.Piece, ...], ...]:
+    """Returns the pieces of each shard of a build; a part of what SeqIO reads is a shard."""
+    found = task.pieces(split)
+    return pieces.grouped(found) if isinstance(task, Task) else tuple((piece,) for piece in found)

@@ -10,6 +10,7 @@ from typing import Any
 from espalier.data import cpu_tensorflow
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import DataSource
+from espalier.data.pieces import Piece
 from espalier.data.text.documents import DataError, Document, take
 from espalier.data.text.splits import SPLITS
 
@@ -110,7 +111,7 @@ class TfdsSource(DataSource):
         for example in self.read_examples(split, split):
             yield Document(example["document_id"], example["text"])
 
-    def read_examples(self, piece: str, split: str) -> Iterator[dict[str, str]]:
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, str]]:
         """Yields the texts of a split, which is one piece.
 
         Raises:

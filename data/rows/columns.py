@@ -1,0 +1,74 @@
+"""Rows whose keys are read from columns of other names, as data sets of other sources have them.
+
+    {"prompt": "question", "completion": "answer"}
+    {"prompt": ["instruction", "input"], "completion": "output"}
+
+With columns, a row has these keys and no others. Texts of several columns are joined by blank lines, without the empty ones.
+"""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from espalier.data.text import documents
+from espalier.data.text.documents import DataError
+
+Columns = Mapping[str, str | Sequence[str]]  # key of a row -> its column, or several
+
+
+def check(name: str, columns: Columns | None) -> None:
+    """Raises ValueError, which names a task, if columns are of another form, or two keys have one column."""
+    if columns is None:
+        return
+    every = _names(columns) if all(map(_is_form, columns.values())) else []
+    if not every:
+        raise ValueError(
+            f"{name}: columns is {columns!r}; write {{'key of a row': 'column of the files', ...}}, with a list of columns "
+            "for texts that are joined"
+        )
+    if twice := sorted({column for column in every if every.count(column) > 1}):
+        raise ValueError(
+            f"{name}: columns maps {', '.join(map(repr, twice))} more than once ({dict(columns)}); a column becomes one key"
+        )
+
+
+def read(
+    path: pathlib.Path, *, example: str, columns: Columns | None
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields (number, place for errors, row) of a file, see `documents.read_rows`; with columns None, rows as they are.
+
+    Raises:
+      DataError: the file is malformed, has no such column, or a column to be joined holds other values than texts.
+    """
+    if columns is None:
+        yield from documents.read_rows(path, example=example)
+        return
+    names = _names(columns)
+    # Nulls of Parquet and Arrow are removed, and all rows have all columns.
+    absent = {} if path.suffix.lower() not in documents.TABLES else dict.fromkeys(names)
+    for number, where, row in documents.read_rows(path, example=example, columns=names):
+        chosen = {key: _value({**absent, **row}, key, columns[key], where) for key in columns}
+        yield number, where, {key: value for key, value in chosen.items() if value is not None}
+
+
+def _value(row: Mapping[str, Any], key: str, columns: str | Sequence[str], where: str) -> Any:
+    if isinstance(columns, str):
+        return documents.value_of(row, columns, "columns", where)
+    texts = [documents.value_of(row, column, "columns", where) for column in columns]
+    for column, text in zip(columns, texts, strict=True):
+        if not isinstance(text, str | None):
+            raise DataError(
+                f"{where}: {column!r} is a {type(text).__name__}; only texts are joined to {key!r}"
+            )
+    return "\n\n".join(filter(None, texts)) if any(text is not None for text in texts) else None
+
+
+def _is_form(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, Sequence) and bool(value) and all(isinstance(x, str) for x in value)
+    )
+
+
+def _names(columns: Columns) -> list[str]:
+    each = ([value] if isinstance(value, str) else value for value in columns.values())
+    return [column for names in each for column in names]
