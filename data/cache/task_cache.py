@@ -138,8 +138,10 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
                 pass
         token_cache.remove(other)
         directories.remove_in_store(other, token_cache.MANIFEST)
+        token_cache.remove_plans(other)
     for address, _ in list(directories.others_in_store(parent, token_cache.MANIFEST)):
         directories.remove_in_store(parent / address.rpartition("/")[2], token_cache.MANIFEST)
+        token_cache.remove_plans(address)
 
 
 def _described(parent: pathlib.Path) -> Iterator[tuple[str, dict, int]]:
