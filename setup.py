@@ -79,6 +79,9 @@ SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 # BM25, a baseline of influence.
 LEXICAL = ["bm25s>=0.2.8"]
 
+# Downloads sets of Hugging Face's hub; what it has saved is read without it. Version 4 is the first that runs no code of a set.
+DATASETS = ["datasets>=4"]
+
 # Clients of object stores, which epath and Orbax use too.
 GCS = ["gcsfs>=2025.9"]
 S3 = ["s3fs>=2025.9"]
@@ -94,6 +97,7 @@ EXTRAS = {
     "sentences": SENTENCES,
     "serve": SERVE,
     "influence": LEXICAL,
+    "datasets": DATASETS,
     "gcs": GCS,
     "s3": S3,
     "wandb": ["wandb>=0.17"],

@@ -15,7 +15,6 @@ all that closes the turn. A template that renders earlier messages otherwise onc
 import dataclasses
 import itertools
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -177,9 +176,10 @@ class _Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFiles(ExactSplit, PromptedFiles):
-    """Rows of one form in JSON lines or Parquet, by split; the held-out share is exact."""
+    """Rows of one form, by split; the held-out share is exact."""
 
     MACRO: ClassVar[str] = "CHATS"
+    EXAMPLE: ClassVar[str] = EXAMPLE
 
     turns: Turns  # the turns of the assistant that are learnt
 
@@ -206,7 +206,7 @@ class ChatFiles(ExactSplit, PromptedFiles):
         self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
     ) -> Iterator[_Example]:
         """Yields the tokenised rows of a file in one split, or in all; counts rows from which nothing can be learnt."""
-        for number, where, row in documents.read_rows(pathlib.Path(path), example=EXAMPLE):
+        for number, where, row in self._rows(path):
             id = self._id(path, number)
             try:
                 kind, record = parse(row, where, id)
@@ -260,7 +260,7 @@ def _form(example: _Example) -> str:
 @with_settings(
     PromptedSettings,
     *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_eos"),
-    *("data_root", "cache_dir"),
+    *("columns", "data_root", "cache_dir"),
 )
 def register_chats(
     *,
@@ -273,7 +273,7 @@ def register_chats(
 ) -> None:
     """Registers a task over files of conversations, prompts with completions, or texts; see the module.
 
-    The files are JSON lines (also .gz and .zst) or Parquet, with rows of one form. The features are the ids `targets`
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face, with rows of one form. The features are the ids `targets`
     and `loss_weights`: 1 for the tokens of the assistant's turns, of completions or of texts, else 0.
 
     Several sets, given by name, become a task each, and `name` their mixture; `data.chats.stream` weighs them.

@@ -16,6 +16,8 @@ from espalier.data.cache import fingerprint
 from espalier.data.data_source import Counted, DataSource, FileSource
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row, Template
+from espalier.data.rows import columns
+from espalier.data.rows.columns import Columns
 from espalier.data.tasks import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
@@ -168,6 +170,7 @@ class InstructionFiles(_Counted, FileSource):
     """Rows in files; the rows that are held out are the same for all templates."""
 
     encoding: Encoding
+    columns: Columns | None = None  # of the keys of a row, see `data.rows.columns`
 
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         yield from self.encoding.examples(self._rows_of(path, split))
@@ -177,7 +180,8 @@ class InstructionFiles(_Counted, FileSource):
             yield from self._rows_of(path, split)
 
     def _rows_of(self, path: str, split: str) -> Iterator[Row]:
-        for number, where, row in documents.read_rows(pathlib.Path(path), example=ROW):
+        read = columns.read(pathlib.Path(path), example=ROW, columns=self.columns)
+        for number, where, row in read:
             text = json.dumps(row, sort_keys=True, default=str)
             if self._split_of(text, path) == split:
                 id = f"{pathlib.Path(path).relative_to(self.root)}:{number}"
@@ -187,7 +191,11 @@ class InstructionFiles(_Counted, FileSource):
         return self.encoding.specs()
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.encoding.settings(), "splits": splits.VERSION}
+        return {
+            **self.encoding.settings(),
+            "splits": splits.VERSION,
+            **columns.settings(self.columns),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

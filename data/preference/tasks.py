@@ -2,10 +2,9 @@
 
 import dataclasses
 import itertools
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -37,7 +36,9 @@ class _Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceFiles(PromptedFiles):
-    """Preference data in files of JSON lines, by split."""
+    """Preference data in files, by split."""
+
+    EXAMPLE: ClassVar[str] = records.PAIR
 
     # 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of
     # each label
@@ -97,8 +98,8 @@ class PreferenceFiles(PromptedFiles):
 
         Rows of other splits are not tokenised, since that takes most of the time.
         """
-        for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
-            where, id = f"{path}, line {number}", self._id(path, number)
+        for number, where, row in self._rows(path):
+            id = self._id(path, number)
             try:
                 record = records.parse(row, where, id)
                 if split is not None and self._split_of(record.prompt_text, path) != split:
@@ -193,7 +194,9 @@ def register_pairs(
     validation_files: str | Sequence[str] | None = None,
     invalid: Invalid = "drop",
 ) -> None:
-    """Registers a task over files of JSON lines (also .gz and .zst) in TRL's formats; see `records`.
+    """Registers a task over files of rows in TRL's formats; see `records`.
+
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face.
 
     For 'paired' data, the features are the ids `prompt`, `chosen` and `rejected`, and `margin` (one float32; 0 if
     the row has none). For 'unpaired' data, `chosen` is the completion, and `labels` (one float32) is 1 if it is
@@ -215,7 +218,7 @@ def register_pairs(
 
     Raises:
       FileNotFoundError: a pattern matches no file.
-      DataError: a matching file is not a file of JSON lines.
+      DataError: a matching file is not of rows.
       ChatTemplateError: the chat template does not exist.
       ValueError: `kind` or `invalid` has an unknown value, or the vocabulary lacks the BOS or EOS to add.
     """
@@ -229,12 +232,6 @@ def register_pairs(
         kind=kind,
         invalid=invalid,
     )
-    for path in sorted({path for paths in source.files.values() for path in paths}):
-        if not {".jsonl", ".json"} & set(pathlib.Path(path).suffixes[-2:]):
-            raise DataError(
-                f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
-                ".zst); write one JSON object per line"
-            )
     tasks.register_rows(
         source,
         origin="register_pairs",

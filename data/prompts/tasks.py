@@ -6,9 +6,8 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +26,9 @@ INFO = "info"  # bytes of the whole row as JSON
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFiles(PromptedFiles):
-    """Prompts in files of JSON lines, by split."""
+    """Prompts in files, by split."""
+
+    EXAMPLE: ClassVar[str] = EXAMPLE
 
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         """Yields the features of the examples of one file and one split.
@@ -35,12 +36,14 @@ class PromptFiles(PromptedFiles):
         Raises:
           DataError: a row is malformed; the message names its line.
         """
-        for number, row in documents.read_json_lines(pathlib.Path(path), example=EXAMPLE):
-            record = _record(row, f"{path}, line {number}", self._id(path, number))
+        for number, where, row in self._rows(path):
+            record = _record(row, where, self._id(path, number))
             if self._split_of(record.prompt_text, path) != split:
                 continue
             prompt, _ = self.tokeniser(record)
-            row_json = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            row_json = json.dumps(row, ensure_ascii=False, default=str).encode(
+                "utf-8", "surrogatepass"
+            )
             yield {
                 "prompt": np.array(prompt, np.int32),
                 INFO: np.frombuffer(row_json, np.uint8).astype(np.int32),
@@ -85,7 +88,7 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
 @with_settings(
     PromptedSettings,
     *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_bos"),
-    *("data_root", "cache_dir"),
+    *("columns", "data_root", "cache_dir"),
     validation_fraction=0.0,
     add_eos=False,
 )
@@ -96,8 +99,9 @@ def register_prompts(
     settings: PromptedSettings,
     validation_files: str | Sequence[str] | None = None,
 ) -> None:
-    """Registers a task over files of JSON lines with a "prompt", a text or messages; see the module.
+    """Registers a task over files of rows with a "prompt", a text or messages; see the module.
 
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face.
     Files of preference pairs also work: a pair's prompt is the prompt, and rewards can read its completions. The
     features are `prompt`, its ids, and `info`, the row as bytes.
 

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.data.text import documents
+from espalier.data.text import documents, tables
 from espalier.data.text.documents import DataError
 
 Columns = Mapping[str, str | Sequence[str]]  # key of a row -> its column, or several
@@ -32,6 +32,11 @@ def check(name: str, columns: Columns | None) -> None:
         )
 
 
+def settings(columns: Columns | None) -> dict[str, Any]:
+    """Returns the columns for the digest of a source; nothing without any, so that older caches remain valid."""
+    return {} if columns is None else {"columns": sorted(map(list, columns.items()))}
+
+
 def read(
     path: pathlib.Path, *, example: str, columns: Columns | None
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -44,17 +49,15 @@ def read(
         yield from documents.read_rows(path, example=example)
         return
     names = _names(columns)
-    # Nulls of Parquet and Arrow are removed, and all rows have all columns.
-    absent = {} if path.suffix.lower() not in documents.TABLES else dict.fromkeys(names)
     for number, where, row in documents.read_rows(path, example=example, columns=names):
-        chosen = {key: _value({**absent, **row}, key, columns[key], where) for key in columns}
+        chosen = {key: _value(row, key, columns[key], where) for key in columns}
         yield number, where, {key: value for key, value in chosen.items() if value is not None}
 
 
 def _value(row: Mapping[str, Any], key: str, columns: str | Sequence[str], where: str) -> Any:
     if isinstance(columns, str):
-        return documents.value_of(row, columns, "columns", where)
-    texts = [documents.value_of(row, column, "columns", where) for column in columns]
+        return tables.value_of(row, columns, "columns", where)
+    texts = [tables.value_of(row, column, "columns", where) for column in columns]
     for column, text in zip(columns, texts, strict=True):
         if not isinstance(text, str | None):
             raise DataError(

@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import functools
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self
@@ -18,8 +19,10 @@ from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import FileSource, shorten
+from espalier.data.rows import columns
+from espalier.data.rows.columns import Columns
 from espalier.data.rows.records import Message, Record
-from espalier.data.text import splits
+from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import chat_sandbox, control_tokens
 from espalier.data.tokenizers import chat_template as templates
@@ -207,6 +210,8 @@ class PromptedSettings:
       add_bos: begin texts, and prompts that are texts, with BOS; a chat template writes its own.
       add_eos: end texts and completions that are texts with EOS.
       prompt_eos: end prompts with EOS, as an encoder reads them.
+      columns: key of a row -> the column of the files that it is read from, or several columns whose texts are joined by
+        blank lines; a row then has these keys alone. None: the keys of the files.
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
     """
@@ -218,15 +223,19 @@ class PromptedSettings:
     add_bos: bool = False
     add_eos: bool = True
     prompt_eos: bool = False
+    columns: Columns | None = None
     data_root: str | None = None
     cache_dir: str | os.PathLike | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptedFiles(FileSource, abc.ABC):
-    """Rows of JSON lines with a prompt each, by split; equal prompts are in the same split."""
+    """Rows with a prompt each, by split; equal prompts are in the same split."""
+
+    EXAMPLE: ClassVar[str]  # a row as JSON, for error messages
 
     tokeniser: Tokeniser  # converts records to ids
+    columns: Columns | None = None  # of the keys of a row, see `data.rows.columns`
 
     @classmethod
     def open(cls, settings: PromptedSettings, **fields: Any) -> Self:
@@ -234,23 +243,29 @@ class PromptedFiles(FileSource, abc.ABC):
 
         Raises:
           ChatTemplateError: the chat template does not exist.
-          ValueError: the vocabulary lacks the BOS or EOS to add.
+          DataError: a file is not of rows.
+          ValueError: the vocabulary lacks the BOS or EOS to add, or `columns` is malformed.
         """
+        columns.check(fields["name"], settings.columns)
         vocabulary, add_bos = settings.vocabulary, settings.add_bos
         add_eos = settings.add_eos or settings.prompt_eos
         tasks.check_special_ids(fields["name"], vocabulary, add_bos=add_bos, add_eos=add_eos)
         template = templates.of(
             settings.chat_template, vocabulary, special_in_contents=settings.special_in_contents
         )
-        return cls.find(
+        source = cls.find(
             tokeniser=Tokeniser(
                 vocabulary, template, add_bos, settings.add_eos, settings.prompt_eos
             ),
+            columns=settings.columns,
             validation_fraction=settings.validation_fraction,
             data_root=settings.data_root,
             cache_dir=settings.cache_dir,
             **fields,
         )
+        for path in sorted({path for files in source.files.values() for path in files}):
+            documents.check_rows(pathlib.Path(path), cls.EXAMPLE)
+        return source
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -271,7 +286,12 @@ class PromptedFiles(FileSource, abc.ABC):
         return {
             "vocabulary": fingerprint.vocabulary(self.tokeniser.vocabulary),
             "template": fingerprint.describe(described),
+            **columns.settings(self.columns),
         }
+
+    def _rows(self, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """Yields (number, place for errors, row) of a file; see `columns.read`."""
+        return columns.read(pathlib.Path(path), example=self.EXAMPLE, columns=self.columns)
 
     def _id(self, path: str, line: int) -> str:
         return f"{os.path.relpath(path, self.root)}:{line}"

@@ -240,20 +240,27 @@ def read_rows(
     Args:
       path: the file.
       example: an example of a line, for error messages.
-      columns: those that are read of Parquet and Arrow; None for all.
+      columns: those that are read of Parquet and Arrow, which each row then has, perhaps with null; None for all.
 
     Raises:
       DataError: the file is of another kind or malformed, or lacks a column.
     """
-    kind = _kind(path)
-    if kind in tables.SUFFIXES:
+    check_rows(path, example)
+    if _kind(path) in tables.SUFFIXES:
         read = None if columns is None else dict.fromkeys(columns, "columns")
         for number, where, row in tables.rows(path, read):
-            yield number, where, _without_nulls(row)
-    elif kind in (".jsonl", ".json"):
-        for number, row in read_json_lines(path, example=example):
-            yield number, f"{path}, line {number}", row
-    else:
+            if columns is not None:
+                yield number, where, {key: _without_nulls(value) for key, value in row.items()}
+            else:
+                yield number, where, _without_nulls(row)
+        return
+    for number, row in read_json_lines(path, example=example):
+        yield number, f"{path}, line {number}", row
+
+
+def check_rows(path: pathlib.Path, example: str) -> None:
+    """Raises DataError if `read_rows` does not support this kind of file."""
+    if _kind(path) not in (".jsonl", ".json", *tables.SUFFIXES):
         raise DataError(
             f"{path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst), Parquet or Arrow; "
             f"write one object such as {example} per line"
