@@ -27,7 +27,7 @@ CLOSURES = {
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
-    "espalier": (10, 1_372),
+    "espalier": (11, 1_690),
     "model": (80, 14_332),
     "trainers": (111, 18_249),
     "data": (106, 19_985),
@@ -200,7 +200,7 @@ LEVELS = {
         ("distillation", "influence", "low_rank", "online", "preference", "snapkv"),
     ),
     "data": (
-        ("cache", "cpu_tensorflow", "limited_process", "sandbox", "tokenizers"),
+        ("cache", "pieces", "cpu_tensorflow", "limited_process", "sandbox", "tokenizers"),
         ("data_source", "languages", "stream", "text", "tokenizers.vocabularies"),
         ("rows", "tasks", "text.user_data", "vision"),
         (

@@ -12,19 +12,22 @@ Random preprocessors draw their numbers when the cache is built, from seed 0.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
 from espalier.common.ranges import check_choice
+from espalier.data import pieces
+from espalier.data.cache import build, fingerprint, pool
 from espalier.data.cache import cache_dir as directories
-from espalier.data.cache import fingerprint
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError, canonical
 
@@ -76,7 +79,7 @@ def open_task_cache(
     description = describe_task(task, split, files)
     num_shards = num_shards_of(task, split)
     files.save()
-    name = token_cache.fingerprint(description, features, num_shards)
+    name = build.fingerprint(description, features, num_shards)
     parent = caches_path(task.name, split, cache_dir)
     directory = parent / name[:16]
     # An existing cache is read without the lock, so that a read-only cache of another user works.
@@ -186,20 +189,29 @@ def _build(task, split, directory, features, description, num_shards) -> None:
     title = f"tokenising {task.name}/{split}"
     if not sys.stderr.isatty():  # a line in place of the bar
         print(title, file=sys.stderr, flush=True)
+    shards = tuple((piece,) for piece in pieces.parts(split, num_shards))
+    made = build.Build(str(directory), _SeqioReader(task), split, features, description, shards)
+    made.start()
     with Bar(desc=title, unit="tok", unit_scale=True, file=sys.stderr) as bar:
-
-        def on_record(shard: int, values: int) -> None:
-            if bar.update(values) and num_shards > 1:
-                bar.set_postfix_str(f"shard {shard + 1}/{num_shards}", refresh=False)
-
-        token_cache.build(
-            directory,
-            lambda shard: read_records(task, split, shard, num_shards),
-            features=features,
-            description=description,
-            num_shards=num_shards,
-            on_record=on_record,
+        pool.run(
+            made.write_shard,
+            range(num_shards),
+            what=made.name_of,
+            bar=bar,
+            remedy="Finished shards are kept: the same command goes on after them.",
         )
+    made.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeqioReader:
+    """A SeqIO task as what a build reads."""
+
+    task: Any
+
+    def records(self, split: str, parts: Sequence[pieces.Piece]) -> Iterator[dict]:
+        for part in parts:
+            yield from read_records(self.task, split, part.begin, part.end or 1)
 
 
 def task_features(task) -> dict[str, int | str]:
