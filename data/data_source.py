@@ -11,18 +11,29 @@ import glob
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
+from espalier.common import files as files_lib
+from espalier.common.bars import Bar
+from espalier.common.ranges import check_choice
 from espalier.common.storage import mirror, paths
+from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
-from espalier.data.cache import fingerprint
+from espalier.data.cache import fingerprint, pool
+from espalier.data.pieces import Piece
 from espalier.data.text import documents, hf_datasets, splits
+from espalier.data.text.data_error import DataError
+from espalier.data.text.row_files import BadRow, BadRows, OnBadRow, Row, refuse
+
+T = TypeVar("T")
 
 Patterns = str | Sequence[str]
 Files = Patterns | Mapping[str, Patterns]  # one set of files, or several by name
+_SHOWN_BAD_ROWS = 5
 _SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
 
 
@@ -72,7 +83,7 @@ class Counted(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileSource(Counted, DataSource):
-    """Examples in files, one shard per file."""
+    """Examples in files, which are read by pieces (data/pieces.py)."""
 
     name: str  # name of the task that reads the files
     # split -> its files, in order. If a fraction is held out, both splits have the same files
@@ -80,6 +91,11 @@ class FileSource(Counted, DataSource):
     validation_fraction: float  # share of examples held out, by the hash of a text
     root: str  # directory to which the ids of examples are relative
     cache: str  # directory that stores checksums and counts
+    # whether a row that cannot be used is an error, or is left out, counted and listed
+    on_bad_row: OnBadRow = "error"
+
+    def __post_init__(self):
+        check_choice(f"{self.name}: on_bad_row", self.on_bad_row, OnBadRow)
 
     @classmethod
     def of(
@@ -143,12 +159,39 @@ class FileSource(Counted, DataSource):
         return tuple(self.files)
 
     @functools.cached_property
+    def _digests(self) -> fingerprint.FileDigests:
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        every = sorted({path for paths in self.files.values() for path in paths})
+        digests.read(every, [path for path in every if self._is_by_line(path)])
+        digests.save()
+        return digests
+
+    @functools.cached_property
     def checksums(self) -> dict[str, str]:
         """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
-        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
-        result = {path: digests.digest(path) for paths in self.files.values() for path in paths}
-        digests.save()
-        return result
+        every = (path for paths in self.files.values() for path in paths)
+        return {path: self._digests.digest(path) for path in every}
+
+    def pieces(self, split: str) -> tuple[Piece, ...]:
+        """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
+        return self._divided(self.files[split])
+
+    def _divided(self, paths: Iterable[str]) -> tuple[Piece, ...]:
+        return tuple(
+            piece
+            for path in paths
+            for piece in documents.divided(
+                path, self._digests.marks, document_per=self._document_per
+            )
+        )
+
+    def _is_by_line(self, path: str) -> bool:
+        return documents.is_by_line(pathlib.Path(path), document_per=self._document_per)
+
+    @property
+    def _document_per(self) -> str:
+        """The unit of an example in a text file."""
+        return "file"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -161,11 +204,14 @@ class FileSource(Counted, DataSource):
             "validation_fraction": self.validation_fraction,
             "files": files,
             **self._settings(),
+            # absent by default, so that older digests remain valid
+            **({"on_bad_row": self.on_bad_row} if self.on_bad_row != "error" else {}),
         }
         return fingerprint.of_json(content)
 
     def list_shards(self, split: str) -> list[str]:
-        return list(self.files[split])
+        """Returns a name for each shard of a build."""
+        return [f"{split} {i}" for i in range(len(pieces_lib.grouped(self.pieces(split))))]
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
         """Returns the examples of a split as a `tf.data.Dataset`.
@@ -178,13 +224,14 @@ class FileSource(Counted, DataSource):
         # Reads every file once, unless the counts are stored. An error raised later, inside
         # TensorFlow, would appear as a C++ stack trace.
         self.num_input_examples(split)
-        paths = self.list_shards(split)
+        shards = pieces_lib.grouped(self.pieces(split))
         if shard_info is not None:
-            paths = paths[shard_info.index :: shard_info.num_shards]
+            shards = shards[shard_info.index :: shard_info.num_shards]
 
         def examples():
-            for path in paths:
-                yield from self.read_examples(path, split)
+            for shard in shards:
+                for piece in shard:
+                    yield from self.read_examples(piece, split)
 
         signature = {name: tf.TensorSpec(*spec) for name, spec in self._features().items()}
         signature["document_id"] = tf.TensorSpec((), tf.string)
@@ -192,8 +239,8 @@ class FileSource(Counted, DataSource):
         return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
 
     @abc.abstractmethod
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        """Yields the features of the examples of one file that are in a split."""
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the features of the examples of one piece that are in a split."""
 
     @abc.abstractmethod
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
@@ -202,6 +249,72 @@ class FileSource(Counted, DataSource):
     @abc.abstractmethod
     def _settings(self) -> dict[str, Any]:
         """Returns everything else that determines the examples, as JSON, for the digest."""
+
+    @abc.abstractmethod
+    def _count_piece(self, piece: Piece, bad: BadRows) -> Any:
+        """Reads all examples of a piece; returns what `_total` needs of it; raises DataError."""
+
+    @abc.abstractmethod
+    def _total(self, counts: Mapping[Piece, Any]) -> dict[str, Any]:
+        """Returns what `_count` returns, of all pieces in the order of the files; raises DataError."""
+
+    def _count(self) -> dict[str, Any]:
+        every = self._divided(self.checksums)
+        size = sum(piece.size for piece in every)
+        desc = f"checking {self.name}"
+        with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
+            read = pool.run(
+                self._read_piece, every, what=lambda piece: f"{desc}, {piece.path}", bar=bar
+            )
+        bad = [row for _, rows in read for row in rows or ()]
+        try:
+            counts = self._total(
+                {piece: count for piece, (count, _) in zip(every, read, strict=True)}
+            )
+        except DataError as error:
+            if not bad:
+                raise
+            raise DataError(
+                f"{error}. {len(bad):,} rows cannot be used, the first is {bad[0]}: {bad[0].reason}"
+            ) from None
+        if self.on_bad_row == "skip":
+            counts["bad_rows"] = self._list(bad)
+        return counts
+
+    def _read_piece(self, piece: Piece, report: pool.Report) -> tuple[Any, BadRows]:
+        bad = self._bad_rows()
+        counts = self._count_piece(piece, bad)
+        report(piece.size)
+        return counts, bad
+
+    def _bad_rows(self) -> BadRows:
+        return [] if self.on_bad_row == "skip" else None
+
+    def _list(self, bad: Sequence[BadRow]) -> dict[str, Any]:
+        """Writes all bad rows into a file beside the counts; returns their number, the first ones and the file."""
+        path = self._counts_file.with_suffix(".bad_rows.jsonl")
+        lines = [files_lib.json_bytes(row._asdict(), indent=None, end="\n") for row in bad]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files_lib.write(path, b"".join(lines), synced=False, shared=True)
+        first = [f"{row}: {row.reason}" for row in bad[:_SHOWN_BAD_ROWS]]
+        return {"rows": len(bad), "first": first, "all": str(path)}
+
+    @property
+    def bad_rows(self) -> Mapping[str, Any]:
+        """Number of rows that cannot be used and are left out, the first ones, and the file that lists all; {} if they are errors."""
+        return self._counted["bad_rows"] if self.on_bad_row == "skip" else {}
+
+    def _usable(
+        self, piece: Piece, rows: Iterable[Row], use: Callable[[Row], Iterable[T]], bad: BadRows
+    ) -> Iterator[T]:
+        """Yields what `use` makes of rows; a DataError of one is raised, or is a bad row."""
+        for row in rows:
+            try:
+                made = tuple(use(row))
+            except DataError as error:
+                refuse(error, bad, piece.path, row.number, row.offset)
+                continue
+            yield from made
 
     def _split_of(self, text: str, path: str) -> str:
         if self.validation_fraction:

@@ -25,6 +25,11 @@ class Tally(dict[str, dict[str, Any]]):
     def add(self, reason: str, where: str) -> None:
         self.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
 
+    def merge(self, later: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds the counts of what is read after this."""
+        for reason, counts in later.items():
+            self.setdefault(reason, {**counts, "rows": 0})["rows"] += counts["rows"]
+
     def __str__(self) -> str:
         return ", ".join(
             f"{x['rows']:,} {reason} (first: {x['first']})" for reason, x in self.items()

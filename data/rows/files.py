@@ -9,21 +9,20 @@ import abc
 import dataclasses
 import functools
 import os
-import pathlib
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import FileSource, shorten
+from espalier.data.pieces import Piece
 from espalier.data.rows import columns
 from espalier.data.rows.columns import Columns
 from espalier.data.rows.records import Message, Record
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import BadRows, OnBadRow, Row
 from espalier.data.tokenizers import chat_sandbox, control_tokens
 from espalier.data.tokenizers import chat_template as templates
 
@@ -136,6 +135,14 @@ class Example(Protocol):
     def key(self) -> str: ...
 
 
+class _Rows(NamedTuple):
+    """What is counted of the rows of a piece."""
+
+    first: Any  # its first example, or None
+    hashes: list[int]  # of the keys of all examples
+    dropped: tasks.Tally
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactSplit(FileSource, abc.ABC):
     """Rows in files, by split: an exact share is held out, also of few. Numbers and hashes are counted once, and stored on disk."""
@@ -144,9 +151,13 @@ class ExactSplit(FileSource, abc.ABC):
 
     @abc.abstractmethod
     def _examples(
-        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
+        self,
+        piece: Piece,
+        split: str | None,
+        bad: BadRows,
+        dropped: tasks.Tally | None = None,
     ) -> Iterator[Any]:
-        """Yields each `Example` of a file in one split, or in all; counts rows from which nothing can be learnt."""
+        """Yields each `Example` of a piece in one split, or in all; counts rows from which nothing can be learnt."""
 
     def _check_form(self, example: Any, first: Any) -> None:
         """Raises DataError if a row has another form than the first row of its set."""
@@ -160,15 +171,26 @@ class ExactSplit(FileSource, abc.ABC):
     def _held_out(self) -> frozenset[int]:
         return frozenset(self._counted["held_out"])
 
-    def _count(self) -> dict[str, Any]:
-        """Returns the numbers of examples, dropped rows, and the hashes of held-out keys."""
-        dropped, hashes = tasks.Tally(), {path: [] for path in self.checksums}
+    def _count_piece(self, piece: Piece, bad: BadRows) -> _Rows:
+        dropped, hashes = tasks.Tally(), []
         first = None
-        for path in Bar(hashes, desc=f"checking {self.name}", file=sys.stderr):
-            for example in self._examples(path, None, dropped):
-                first = first or example
-                self._check_form(example, first)
-                hashes[path].append(_hash(example.key))
+        for example in self._examples(piece, None, bad, dropped):
+            first = first or example
+            self._check_form(example, first)
+            hashes.append(_hash(example.key))
+        return _Rows(first, hashes, dropped)
+
+    def _total(self, counts: Mapping[Piece, _Rows]) -> dict[str, Any]:
+        """Returns the numbers of examples, dropped rows, and the hashes of held-out keys."""
+        dropped = tasks.Tally()
+        hashes: dict[str, list[int]] = {path: [] for path in self.checksums}
+        first = None
+        for piece, rows in counts.items():
+            first = first or rows.first
+            if rows.first:
+                self._check_form(rows.first, first)
+            hashes[piece.path] += rows.hashes
+            dropped.merge(rows.dropped)
         train = [value for path in self.files["train"] for value in hashes[path]]
         held_out = splits.held_out_hashes(train, fraction=self.validation_fraction)
         held = sum(value in held_out for value in train)
@@ -212,6 +234,7 @@ class PromptedSettings:
       prompt_eos: end prompts with EOS, as an encoder reads them.
       columns: key of a row -> the column of the files that it is read from, or several columns whose texts are joined by
         blank lines; a row then has these keys alone. None: the keys of the files.
+      on_bad_row: what a malformed row is: an 'error', or left out, counted and listed ('skip').
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
     """
@@ -224,6 +247,7 @@ class PromptedSettings:
     add_eos: bool = True
     prompt_eos: bool = False
     columns: Columns | None = None
+    on_bad_row: OnBadRow = "error"
     data_root: str | None = None
     cache_dir: str | os.PathLike | None = None
 
@@ -259,12 +283,13 @@ class PromptedFiles(FileSource, abc.ABC):
             ),
             columns=settings.columns,
             validation_fraction=settings.validation_fraction,
+            on_bad_row=settings.on_bad_row,
             data_root=settings.data_root,
             cache_dir=settings.cache_dir,
             **fields,
         )
         for path in sorted({path for files in source.files.values() for path in files}):
-            documents.check_rows(pathlib.Path(path), cls.EXAMPLE)
+            documents.check_rows(path, cls.EXAMPLE)
         return source
 
     @property
@@ -289,9 +314,9 @@ class PromptedFiles(FileSource, abc.ABC):
             **columns.settings(self.columns),
         }
 
-    def _rows(self, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yields (number, place for errors, row) of a file; see `columns.read`."""
-        return columns.read(pathlib.Path(path), example=self.EXAMPLE, columns=self.columns)
+    def _rows(self, piece: Piece, bad: BadRows) -> Iterator[Row]:
+        """Yields the rows of a piece; see `columns.read`."""
+        return columns.read(piece, example=self.EXAMPLE, columns=self.columns, bad=bad)
 
     def _id(self, path: str, line: int) -> str:
         return f"{os.path.relpath(path, self.root)}:{line}"

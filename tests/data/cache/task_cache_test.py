@@ -154,14 +154,14 @@ def test_files_are_read_once_however_many_documents_they_hold(
     tmp_path, monkeypatch, bytes_per_shard, shards
 ):
     reads = collections.Counter()
-    read_file = document_files.DocumentFiles.read_file
+    read_piece = document_files.DocumentFiles.read_piece
 
-    def counted(self, path, split):
-        for document in read_file(self, path, split):
-            reads[os.path.basename(path)] += 1
+    def counted(self, piece, split):
+        for document in read_piece(self, piece, split):
+            reads[os.path.basename(piece.path)] += 1
             yield document
 
-    monkeypatch.setattr(document_files.DocumentFiles, "read_file", counted)
+    monkeypatch.setattr(document_files.DocumentFiles, "read_piece", counted)
     monkeypatch.setattr(task_cache, "_RECORDS_PER_SHARD", 5)
     monkeypatch.setattr(task_cache, "_BYTES_PER_SHARD", bytes_per_shard)
     monkeypatch.setattr(task_cache, "PROBE_RECORDS", 0)

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow
 import pytest
 
-from espalier.data import tasks
+from espalier.data import pieces, tasks
 from espalier.data.cache import task_cache
 from espalier.data.chats import tasks as chats
 from espalier.data.instructions import tasks as instructions
+from espalier.data.pieces import Piece
 from espalier.data.preference import tasks as preference
 from espalier.data.prompts import tasks as prompts
 from espalier.data.stream import mixing
@@ -43,7 +44,7 @@ def find(files, tmp_path, **settings):
 
 
 def read(path):
-    return [row for _, _, row in tables.rows(pathlib.Path(path), None)]
+    return [row.content for row in tables.rows(Piece(str(path)), None)]
 
 
 def test_rows_of_each_type_are_those_of_the_library(tmp_path):
@@ -101,6 +102,19 @@ def test_arrow_files_of_other_libraries_in_both_forms(tmp_path):
             assert [batch.num_rows for batch in file.batches(1)] == [1]
         with arrow_files.opened(path) as file:
             assert [batch.num_rows for batch in file.batches(0, 1)] == [3]
+
+
+def test_pieces_of_a_file_are_its_record_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 4)
+    texts(18).save_to_disk(tmp_path / "set", num_shards=2)
+    whole = find(str(tmp_path / "set"), tmp_path, validation_fraction=0)
+    expected = list(whole.documents("x", "train"))
+    assert len(whole.pieces("train")) == 2
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 64)
+    divided = find(str(tmp_path / "set"), tmp_path, validation_fraction=0).pieces("train")
+    assert [(piece.begin, piece.first) for piece in divided] == [(0, 1), (1, 5), (2, 9)] * 2
+    read_alone = [list(whole.read_piece(piece, "train")) for piece in reversed(divided)]
+    assert sum(reversed(read_alone), []) == expected and len(expected) == 18
 
 
 def test_splits_are_those_of_the_set_by_name(tmp_path):
