@@ -332,8 +332,10 @@ def test_what_cannot_be_registered(register, byte, hf):
         register(pairs(1), add_bos=True)
     with pytest.raises(FileNotFoundError, match="other: files='gone.jsonl' matches no file"):
         preference_tasks.register_pairs(name="other", files="gone.jsonl", vocabulary=byte)
-    with pytest.raises(DataError, match="x.parquet: preference data are read from JSON lines"):
-        register(pairs(1), file="x.parquet")
+    with pytest.raises(
+        DataError, match="x.txt: rows are read from JSON lines .*, Parquet or Arrow"
+    ):
+        register(pairs(1), file="x.txt")
 
 
 def test_special_tokens_in_contents_are_those_of_trl_or_text(hf):
