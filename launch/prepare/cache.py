@@ -7,6 +7,7 @@ Example: the English prose and docstrings of installed packages as bytes, under 
 The gin files and bindings of a training command work unchanged; settings that do not concern its data are
 ignored. A run builds missing caches by itself, but stops with an error if a task has changed since its
 cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
+With --checksums it upgrades older caches, so that they can be read in place in a store.
 """
 
 import argparse
@@ -14,16 +15,22 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from espalier.data.cache import task_cache
+from espalier.data.cache import existing, task_cache
 from espalier.data.stream import mixing
 from espalier.launch import cli
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--replace",
         action="store_true",
         help="delete caches of these tasks that are damaged or out of date",
+    )
+    group.add_argument(
+        "--checksums",
+        action="store_true",
+        help="build nothing; add checksums of blocks to the caches of these tasks, which need them to be read in place in a store",
     )
 
 
@@ -34,6 +41,7 @@ def build_caches(
     splits: Sequence[str] = ("train", "validation"),
     cache_dir: str | os.PathLike | None = None,
     replace: bool = False,
+    checksums: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Builds the token caches of every task of a mixture, and prints their sizes.
 
@@ -43,6 +51,7 @@ def build_caches(
       splits: splits to build, for the tasks that have them.
       cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
       replace: whether to delete caches of these tasks that are damaged or out of date.
+      checksums: build nothing, but add checksums of blocks to the caches that there are, here and in the store.
 
     Returns:
       Target tokens by task and split.
@@ -62,6 +71,10 @@ def build_caches(
                 f"{', '.join(task.splits)}. Set build_caches.splits."
             )
     tokens: dict[str, dict[str, int]] = {}
+    if checksums:
+        for task, split in wanted:
+            existing.add_checksums(task_cache.caches_path(task.name, split, cache_dir))
+        return tokens
     print(f"{'task':20s} {'split':12s} {'records':>10s} {'tokens':>14s}  directory")
     for task, split in wanted:
         cache = task_cache.open_task_cache(
@@ -80,7 +93,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=lambda start: start(replace=True) if start.flags.replace else start(),
+    run=lambda start: start(replace=start.flags.replace, checksums=start.flags.checksums),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )
