@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
-from espalier.data.cache import store
+from espalier.data.cache import pool, store
 from espalier.data.stream import mixing, plan, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
@@ -29,7 +29,7 @@ _UNIMAX_EPOCHS = 4.0  # repeated that often, tokens are nearly worth new ones
 # Settings of the order of rows, which the class of the stream takes.
 _OF_ORDER = ("batch_size", "seed", "interleaving", "on_cap", "positions")
 # Settings of all held-out streams, of all training streams, and those with which a mixture's tasks are weighed.
-HELD_OUT = ("batch_size", "split", "cache_dir", "changed_cache", "verify_cache")
+HELD_OUT = ("batch_size", "split", "cache_dir", "changed_cache", "verify_cache", "workers")
 TRAINING = (*HELD_OUT, "seed", "interleaving", "max_epochs", "on_cap", "positions")
 WEIGHTS = ("weights", "temperature", "max_tokens", "phases")
 
@@ -62,6 +62,7 @@ class StreamSettings:
     cache_dir: str | os.PathLike | None = None
     changed_cache: store.Changed = "refuse"
     verify_cache: bool = True
+    workers: Size | None = None
 
     def __post_init__(self):
         check_choice("weights", self.weights, mixing.Weights)
@@ -80,13 +81,14 @@ class StreamSettings:
             task_cache,  # imports SeqIO, which a stream over caches does not need
         )
 
-        return task_cache.open_task_cache(
-            task,
-            self.split,
-            cache_dir=self.cache_dir,
-            changed=self.changed_cache,
-            verify=self.verify_cache,
-        )
+        with pool.limited(self.workers):
+            return task_cache.open_task_cache(
+                task,
+                self.split,
+                cache_dir=self.cache_dir,
+                changed=self.changed_cache,
+                verify=self.verify_cache,
+            )
 
     def shares_of(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Returns {task: its weight} by the numbers of their tokens."""
@@ -187,6 +189,7 @@ def make_stream(
         changed_cache: what to do if a task has changed since its cache was built: 'refuse',
             'build' a second cache, or 'replace' the first.
         verify_cache: check every byte of the caches against its checksum.
+        workers: processes that build missing caches; None for one on each core.
 
     Raises:
         ValueError: the data cannot be streamed with these settings.

@@ -17,6 +17,7 @@ from typing import Any
 from espalier.data.cache import task_cache
 from espalier.data.stream import mixing
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="delete caches of these tasks that are damaged or out of date",
     )
+    workers.add_flag(parser)
 
 
 def build_caches(
@@ -80,7 +82,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=lambda start: start(replace=True) if start.flags.replace else start(),
+    run=workers.limited(lambda start: start(replace=True) if start.flags.replace else start()),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )
