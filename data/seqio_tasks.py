@@ -211,6 +211,7 @@ class SeqioTask:
             yield from self._part(split, part)
 
     def _part(self, split: str, part: Piece) -> Iterator[Record]:
+        cpu_tensorflow.load()
         import seqio
 
         info = None if part.end == 1 else seqio.ShardInfo(index=part.begin, num_shards=part.end)

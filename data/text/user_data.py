@@ -91,7 +91,7 @@ def register_files(
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, or Parquet.
+    """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, Parquet or Arrow, or data sets of Hugging Face.
 
     Several sets of files, given by name, become a task each, and `name` their mixture.
 
