@@ -38,11 +38,18 @@ _SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iter
 
 
 class DataSource:
-    """The flags of SeqIO's interface."""
+    """What tasks ask of a source, and the flags of SeqIO's interface.
+
+    `read_examples` yields dicts: of strings, `text` and `document_id`, or of arrays by feature with `document_id`.
+    """
 
     caching_permitted = True
     supports_arbitrary_sharding = False
     performs_internal_shuffling = False
+
+    def pieces(self, split: str) -> tuple[Piece, ...]:
+        """Returns what can be read alone, in order: by default the whole split."""
+        return pieces_lib.parts(split, 1)
 
 
 class Counted(abc.ABC):
@@ -432,6 +439,12 @@ class GeneratedSource(DataSource, abc.ABC):
         texts = self.texts(split)
         ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
         return {"text": texts, "document_id": ids}
+
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the examples of a split, which is one piece."""
+        columns = self.examples(split)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
     def num_input_examples(self, split: str) -> int:
         return self.train_documents if split == "train" else self.validation_documents

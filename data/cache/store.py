@@ -47,7 +47,9 @@ class CacheMismatchError(ValueError):
 class Cache:
     """An opened cache."""
 
-    directory: pathlib.Path  # the directory of the cache
+    directory: (
+        pathlib.Path | str
+    )  # the directory of the cache, or its address if it is read in place
     fingerprint: str  # hash of everything the cache was built from
     content: str  # hash of the checksums of all its files, which identifies its content
     columns: dict[str, Column]  # the values of each feature
@@ -122,6 +124,8 @@ class _Listed:
 def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
     """Opens a cache; with `verify`, checks every byte against its checksum.
 
+    Of a cache in a store, see `in_place.open_cache`.
+
     Raises:
         FileNotFoundError: there is no cache.
         CacheCorruptError: a file is missing, truncated, altered or foreign.
@@ -163,7 +167,7 @@ def read_manifest(directory: pathlib.Path) -> dict:
     return parse_manifest(raw, directory)
 
 
-def parse_manifest(raw: bytes, directory: pathlib.Path) -> dict:
+def parse_manifest(raw: bytes, directory: pathlib.Path | str) -> dict:
     """Returns the manifest of a cache from its bytes; raises CacheCorruptError."""
     try:
         manifest = json.loads(raw)

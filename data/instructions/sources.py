@@ -260,13 +260,17 @@ class InstructionTfds(_Counted, DataSource):
         signature = {name: tf.TensorSpec(*spec) for name, spec in self.encoding.specs().items()}
         signature["document_id"] = tf.TensorSpec((), tf.string)
         return tf.data.Dataset.from_generator(
-            lambda: self.encoding.examples(self._rows(split)), output_signature=signature
+            lambda: self.read_examples(split, split), output_signature=signature
         )
 
     def _count(self) -> dict[str, Any]:
         return self._counted_splits(
             {split: [_Lengths.of(self.encoding, self._rows(split))] for split in self.splits}
         )
+
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the examples of a split, which is one piece."""
+        yield from self.encoding.examples(self._rows(split))
 
     def _rows(self, split: str) -> Iterator[Row]:
         for example in self.rows.as_dataset(split, shuffle=False).as_numpy_iterator():

@@ -20,6 +20,7 @@ from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 from espalier.data.text.row_files import BadRows, Row
+from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1
@@ -125,12 +126,10 @@ def register_prompts(
 
     `data.preference.tasks.register_pairs` and `data.rows.files.PromptedSettings` describe the arguments and errors.
     """
-    import seqio
-
     source = PromptFiles.open(settings, name=name, files=files, validation_files=validation_files)
     tasks.register_rows(
         source,
         origin="register_prompts",
-        features={"prompt": settings.vocabulary, INFO: seqio.PassThroughVocabulary(256)},
+        features={"prompt": settings.vocabulary, INFO: PassThroughVocabulary(256)},
         facts=source.facts,
     )
