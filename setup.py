@@ -79,6 +79,13 @@ SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 # BM25, a baseline of influence.
 LEXICAL = ["bm25s>=0.2.8"]
 
+# Downloads sets of Hugging Face's hub; what it has saved is read without it. Version 4 is the first that runs no code of a set.
+DATASETS = ["datasets>=4"]
+
+# Whole corpora on many machines. It asks for pyarrow < 26 and brings protobuf 6 (see xmanager below): an environment of its own,
+# constraints/beam.txt.
+BEAM = ["apache-beam>=2.77", "sentencepiece>=0.2,<0.2.3"]
+
 # Clients of object stores, which epath and Orbax use too.
 GCS = ["gcsfs>=2025.9"]
 S3 = ["s3fs>=2025.9"]
@@ -94,6 +101,8 @@ EXTRAS = {
     "sentences": SENTENCES,
     "serve": SERVE,
     "influence": LEXICAL,
+    "datasets": DATASETS,
+    "beam": BEAM,
     "gcs": GCS,
     "s3": S3,
     "wandb": ["wandb>=0.17"],

@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -99,79 +100,166 @@ def canonical(value) -> bytes:
 
 
 class ShardWriter:
-    """Writes the files of one shard under temporary names and publishes them when complete."""
+    """Writes the files of one shard under temporary names and publishes them when complete. A context manager.
 
-    def __init__(self, building: pathlib.Path, shard: int, features: Mapping[str, int | str]):
-        self._building = building
-        self._shard = shard
-        self._features = features
-        self._records = 0
-        self._text_bytes: dict[str, int | None] = dict.fromkeys(features, 0)
-        self._lengths: dict[str, list[int]] = {feature: [] for feature in features}
-        self._whole = contextlib.ExitStack()
-        self._files = {
-            feature: self._whole.enter_context(
-                # Synced, as all files of a shard: it is not built again once its entry is there.
-                files.replacing(self._path(f"{feature}.bin"), synced=True)
-            )
-            for feature in features
+    Values are checked, converted and written for many records at once.
+
+    Args:
+      building: the folder.
+      shard: its number.
+      features: feature -> vocabulary size, 'text' or 'float32'.
+      where: the shard and its cache, at the beginning of the message if a file cannot be written.
+      report: called with numbers of values that were written since the last call.
+    """
+
+    def __init__(
+        self,
+        building: pathlib.Path,
+        shard: int,
+        features: Mapping[str, int | str],
+        *,
+        where: str,
+        report: Callable[[int], None] = lambda values: None,
+    ):
+        self._building, self._shard, self._where, self._report = building, shard, where, report
+        self._columns = {
+            feature: _ColumnWriter(feature, kind, f"of shard {shard}")
+            for feature, kind in features.items()
         }
-        self._hashes = {feature: hashlib.sha256() for feature in features}
+        self._waiting = 0  # values that are not written yet
+        self._whole = contextlib.ExitStack()
+        with writing(self._where):
+            for column in self._columns.values():
+                column.file = self._whole.enter_context(
+                    # Synced, as all files of a shard: it is not built again once its entry is there.
+                    files.replacing(self._path(f"{column.name}.bin"), synced=True)
+                )
 
-    def append(self, record: Record) -> int:
-        """Adds one record; returns the number of values written."""
-        written = 0
-        for feature, kind in self._features.items():
-            values = self._encode(feature, kind, record.get(feature, b"" if kind == "text" else ()))
-            data = values.tobytes()
-            self._files[feature].write(data)
-            self._hashes[feature].update(data)
-            self._lengths[feature].append(len(values))
-            text = record.get(f"{feature}_pretokenized")
-            self._text_bytes[feature] = add_known(self._text_bytes[feature], _text_size(text))
-            if kind != "text":
-                written += len(values)
-        self._records += 1
-        return written
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._whole.__exit__(*error)
+
+    def append(self, record: Record) -> None:
+        """Adds one record; raises ValueError if a value does not fit its feature, and OSError."""
+        for column in self._columns.values():
+            self._waiting += column.append(record)
+        if self._waiting >= _BATCH_VALUES:
+            self._write()
 
     def finish(self) -> dict:
-        """Publishes the shard and returns its entry for the manifest."""
-        sizes = {feature: file.tell() for feature, file in self._files.items()}
-        self._whole.close()
-        entries = {}
-        for feature, size in sizes.items():
-            values, lengths = self._path(f"{feature}.bin"), self._path(f"{feature}.len")
-            entries[values.name] = [size, self._hashes[feature].hexdigest()]
-            content = np.array(self._lengths[feature], "<u4").tobytes()
-            files.write(lengths, content, synced=True)
-            entries[lengths.name] = file_entry(content)
-        entry = {
-            "records": self._records,
-            "values": {feature: sum(lengths) for feature, lengths in self._lengths.items()},
-            "text_bytes": self._text_bytes,
-            "files": entries,
-        }
-        files.write(self._path("json"), canonical(entry), synced=True)
+        """Publishes the shard and returns its entry for the manifest; raises as `append`."""
+        self._write()
+        columns = self._columns.values()
+        sizes = {column.name: column.file.tell() for column in columns}
+        with writing(self._where):
+            self._whole.close()
+            entries = {}
+            for column in columns:
+                lengths = self._path(f"{column.name}.len")
+                content = np.concatenate([*column.lengths, np.empty(0, "<u4")]).tobytes()
+                files.write(lengths, content, synced=True)
+                entries[self._path(f"{column.name}.bin").name] = [
+                    sizes[column.name],
+                    column.checksum.hexdigest(),
+                ]
+                entries[lengths.name] = file_entry(content)
+            entry = {
+                "records": next(iter(columns)).records,
+                "values": {column.name: column.values for column in columns},
+                "text_bytes": {column.name: column.text_bytes for column in columns},
+                "files": entries,
+            }
+            files.write(self._path("json"), canonical(entry), synced=True)
         return entry
+
+    def _write(self) -> None:
+        with writing(self._where):
+            self._report(sum(column.write() for column in self._columns.values()))
+        self._waiting = 0
 
     def _path(self, suffix: str) -> pathlib.Path:
         return self._building / f"{self._shard:05d}.{suffix}"
 
-    def _encode(self, feature: str, kind: int | str, value) -> np.ndarray:
-        if kind == "text":
-            return np.frombuffer(_text(feature, value), np.uint8)
-        values = np.asarray(value)
-        if values.ndim != 1:
-            raise ValueError(f"Feature {feature!r} has shape {values.shape}; a vector is needed.")
-        if isinstance(kind, int) and len(values):
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high >= kind:
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Context manager: an OSError of its body names what cannot be written, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{what} cannot be written ({error.strerror or error}). Free some space, allow writing, or set cache_dir or "
+            "$ESPALIER_CACHE to another disk; finished shards are kept, and the same command goes on after them",
+        ) from error
+
+
+_BATCH_VALUES = 1 << 17  # written at once
+
+
+class _ColumnWriter:
+    """Collects the values of one feature, and writes them."""
+
+    file: BinaryIO
+
+    def __init__(self, name: str, kind: int | str, where: str):
+        self.name = name
+        self.checksum = hashlib.sha256()
+        self.records = self.values = 0  # that are written
+        self.text_bytes: int | None = 0
+        self.lengths: list[np.ndarray] = []
+        self._kind, self._where, self._dtype = kind, where, feature_dtype(kind)
+        self._text = f"{name}_pretokenized"
+        self._waiting: list[Any] = []
+
+    def append(self, record: Record) -> int:
+        """Adds a record; returns the number of its values."""
+        if self._kind == "text":
+            value: Any = _text(self.name, record.get(self.name, b""))
+        else:
+            value = np.asarray(record.get(self.name, ()))
+            if value.ndim != 1:
                 raise ValueError(
-                    f"Record {self._records} of shard {self._shard}: feature {feature!r} has token "
-                    f"{low if low < 0 else high}, outside its vocabulary of {kind}. The feature's "
-                    "vocabulary is not the one that made the tokens."
+                    f"Feature {self.name!r} has shape {value.shape}; a vector is needed."
                 )
-        return values.astype(feature_dtype(kind))
+        self._waiting.append(value)
+        if self.text_bytes is not None:
+            size = _text_size(record.get(self._text))
+            self.text_bytes = None if size is None else self.text_bytes + size
+        return len(value)
+
+    def write(self) -> int:
+        """Writes what was added since the last call; returns its number of values, 0 for texts."""
+        lengths = np.fromiter(map(len, self._waiting), "<u4", len(self._waiting))
+        if self._kind == "text":
+            data = b"".join(self._waiting)
+        else:
+            data = self._converted(lengths).tobytes()
+        self.file.write(data)
+        self.checksum.update(data)
+        count = int(lengths.sum(dtype=np.int64))
+        self.lengths.append(lengths)
+        self.values += count
+        self.records += len(lengths)
+        self._waiting = []
+        return 0 if self._kind == "text" else count
+
+    def _converted(self, lengths: np.ndarray) -> np.ndarray:
+        # An empty list is an array of floats, which would make floats of all.
+        filled = [value for value in self._waiting if len(value)]
+        values = np.concatenate(filled) if filled else np.empty(0, self._dtype)
+        if isinstance(self._kind, int) and len(values):
+            low, high = values.min(), values.max()
+            if low < 0 or high >= self._kind:
+                at = int(np.argmax((values < 0) | (values >= self._kind)))
+                record = self.records + int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+                raise ValueError(
+                    f"Record {record} {self._where}: feature {self.name!r} has token {values[at]}, outside its "
+                    f"vocabulary of {self._kind}. The feature's vocabulary is not the one that made the tokens."
+                )
+        return values.astype(self._dtype, copy=False)
 
 
 def _text(feature: str, value) -> bytes:
@@ -207,15 +295,16 @@ def file_entry(data: bytes) -> list:
     return [len(data), hashlib.sha256(data).hexdigest()]
 
 
-def finished_shard(building: pathlib.Path, shard: int) -> dict | None:
+def finished_shard(building: pathlib.Path, shard: int, *, checked: bool = True) -> dict | None:
     """Returns the manifest entry of a shard that an interrupted build finished.
 
-    Returns None if the shard is not finished or its files are damaged.
+    Returns None if the shard is not finished or its files are damaged. Without `checked`, only their sizes are compared.
     """
+    check = check_file if checked else check_size
     try:
         entry = json.loads((building / f"{shard:05d}.json").read_bytes())
         for name, (size, checksum) in entry["files"].items():
-            check_file(building / name, size, checksum)
+            check(building / name, size, checksum)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return entry
@@ -239,7 +328,7 @@ def check_file(path: pathlib.Path, size: int, checksum: str) -> None:
         raise corrupt(path.parent, path.name, "does not match its checksum")
 
 
-def corrupt(directory: pathlib.Path, name: str, what: str) -> CacheCorruptError:
+def corrupt(directory: pathlib.Path | str, name: str, what: str) -> CacheCorruptError:
     return CacheCorruptError(
         f"Token cache {directory}: {name} {what}. Delete the directory: it is built again at the "
         "next start, or now by `espalier prepare cache --replace`."

@@ -6,42 +6,35 @@ counts and checksums. `manifest.json` is written last. It holds the fingerprint 
 everything the cache was built from), its readable description, totals, and the checksum of every
 file including its own.
 
-A build writes to `<directory>.building`, shard by shard. An interrupted build continues after its
-finished shards and produces the same bytes as an uninterrupted build. One rename publishes the
-cache.
+data/cache/build.py writes caches, and here they are read.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from espalier.common import files
+from espalier.common.storage import paths
+from espalier.data import pieces
+from espalier.data.cache import blocks, build, cache_dir
+from espalier.data.cache.build import FORMAT, MANIFEST, manifest_bytes
+from espalier.data.cache.build import digest as digest  # of settings, as of descriptions
 from espalier.data.cache.cache_files import (
     Column,
     Record,
-    ShardWriter,
-    add_known,
-    canonical,
     check_file,
     check_size,
     corrupt,
     feature_dtype,
-    file_entry,
-    finished_shard,
 )
-
-FORMAT = 2  # 2: text bytes may be unknown (null)
-MANIFEST = "manifest.json"
 
 # What to do if a task has changed since its cache was built (data/cache/task_cache.py).
 Changed = Literal["refuse", "build", "replace"]
@@ -55,7 +48,9 @@ class CacheMismatchError(ValueError):
 class Cache:
     """An opened cache."""
 
-    directory: pathlib.Path  # the directory of the cache
+    directory: (
+        pathlib.Path | str
+    )  # the directory of the cache, or its address if it is read in place
     fingerprint: str  # hash of everything the cache was built from
     content: str  # hash of the checksums of all its files, which identifies its content
     columns: dict[str, Column]  # the values of each feature
@@ -82,16 +77,6 @@ class Cache:
         return (names.text(record) if names else "") or f"{prefix}{record}"
 
 
-def digest(value) -> str:
-    return hashlib.sha256(canonical(value)).hexdigest()
-
-
-def fingerprint(description: Mapping, features: Mapping, num_shards: int) -> str:
-    """Returns the hash of everything a cache is built from; shards determine the order of records."""
-    inputs = {"format": FORMAT, "features": features, "num_shards": num_shards}
-    return digest({**inputs, "description": description})
-
-
 def write(
     directory: str | os.PathLike,
     records: Iterable[Record],
@@ -110,70 +95,37 @@ def write(
         description: JSON that describes the records; part of the fingerprint.
         num_shards: number of shards; record i goes to shard i % num_shards.
     """
-    records = list(records)
-    return build(
-        directory,
-        lambda shard: iter(records[shard::num_shards]),
-        features=features,
-        description=description or {},
-        num_shards=num_shards,
+    made = build.Build(
+        os.fspath(directory),
+        _Listed(tuple(records)),
+        "",
+        features,
+        description or {},
+        tuple((piece,) for piece in pieces.parts("", num_shards)),
     )
-
-
-def build(
-    directory: str | os.PathLike,
-    read_shard: Callable[[int], Iterator[Record]],
-    *,
-    features: Mapping[str, int | str],
-    description: Mapping,
-    num_shards: int,
-    on_record: Callable[[int, int], None] = lambda shard, values: None,
-) -> Cache:
-    """Builds a cache atomically, continuing an interrupted build of the same fingerprint.
-
-    Args:
-        read_shard: shard -> its records, always the same records in the same order.
-        on_record: called with (shard, values written) after every record, for progress.
-        directory, features, description, num_shards: see `write`.
-
-    Raises:
-        FileExistsError: the directory exists.
-        OSError: the disk is full, or a file cannot be written.
-    """
-    directory = pathlib.Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"The token cache {directory} exists already; delete it to rebuild.")
-    name = fingerprint(description, features, num_shards)
-    building = directory.with_name(directory.name + ".building")
-    stamp = directory.with_name(directory.name + ".fingerprint")
-    try:
-        _start_building(building, stamp, name)
-        shards = []
-        for shard in range(num_shards):
-            entry = finished_shard(building, shard)
-            if entry is None:
-                writer = ShardWriter(building, shard, features)
-                for record in read_shard(shard):
-                    on_record(shard, writer.append(record))
-                entry = writer.finish()
-            shards.append(entry)
-        _write_manifest(building, name, features, description, shards)
-        building.rename(directory)
-        stamp.unlink()
-        files.sync(directory.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC,
-                f"No space left while building the token cache {directory}. Free some space, or "
-                "set cache_dir or $ESPALIER_CACHE to another disk; finished shards are reused",
-            ) from error
-        raise
+    made.start()
+    for shard in range(num_shards):
+        made.write_shard(shard)
+    made.finish()
     return open_cache(directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listed:
+    """Records in memory, in the order of `write`."""
+
+    all: tuple[Record, ...]
+
+    def records(self, split: str, parts: Sequence[pieces.Piece]) -> Iterator[Record]:
+        del split
+        for part in parts:
+            yield from self.all[part.begin :: part.end]
 
 
 def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
     """Opens a cache; with `verify`, checks every byte against its checksum.
+
+    Of a cache in a store, see `in_place.open_cache`.
 
     Raises:
         FileNotFoundError: there is no cache.
@@ -216,12 +168,12 @@ def read_manifest(directory: pathlib.Path) -> dict:
     return parse_manifest(raw, directory)
 
 
-def parse_manifest(raw: bytes, directory: pathlib.Path) -> dict:
+def parse_manifest(raw: bytes, directory: pathlib.Path | str) -> dict:
     """Returns the manifest of a cache from its bytes; raises CacheCorruptError."""
     try:
         manifest = json.loads(raw)
         body = manifest["body"]
-        intact = raw == _manifest_bytes(body) and body["format"] == FORMAT
+        intact = raw == manifest_bytes(body) and body["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
@@ -249,36 +201,12 @@ def remove(directory: pathlib.Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _start_building(building: pathlib.Path, stamp: pathlib.Path, name: str) -> None:
-    """Creates the building directory; deletes the files of a build with another fingerprint."""
-    building.parent.mkdir(parents=True, exist_ok=True)
-    if not stamp.exists() or stamp.read_bytes() != name.encode():
-        shutil.rmtree(building, ignore_errors=True)
-        files.write(stamp, name, synced=True)  # what `building` holds is trusted because of it
-    building.mkdir(exist_ok=True)
-
-
-def _write_manifest(building, name, features, description, shards) -> None:
-    for shard, entry in enumerate(shards):
-        # The checksum of the shard's own .json file, which is checked like any other file.
-        own = {f"{shard:05d}.json": file_entry(canonical(entry))}
-        entry["files"] = {**entry["files"], **own}
-    body = {
-        "format": FORMAT,
-        "fingerprint": name,
-        "description": description,
-        "features": dict(features),
-        "records": sum(shard["records"] for shard in shards),
-        **{
-            key: {f: add_known(*(shard[key][f] for shard in shards)) for f in features}
-            for key in ("values", "text_bytes")
-        },
-        "shards": shards,
-        "content": digest([shard["files"] for shard in shards]),
-    }
-    files.write(building / MANIFEST, _manifest_bytes(body), synced=True)
-
-
-def _manifest_bytes(body: Mapping) -> bytes:
-    manifest = {"body": body, "sha256": digest(body)}
-    return json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"
+def remove_plans(directory: str | os.PathLike) -> None:
+    """Deletes the row plans of a cache, here and in the store; they are made again when they are needed."""
+    plans = f"{os.fspath(directory)}.plans"  # see data/stream/stored_plan.py
+    local = pathlib.Path(cache_dir.local_root(plans))
+    shutil.rmtree(local, ignore_errors=True)
+    if address := cache_dir.address_of(local):
+        # The indices first: without one, nothing is a plan.
+        names = sorted(paths.entries(address), key=lambda name: not name.endswith(blocks.INDEX))
+        paths.delete(*(paths.join(address, name) for name in names))

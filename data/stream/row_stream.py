@@ -117,18 +117,20 @@ class RowStream(Iterable, abc.ABC):
             start_token=self._start_token,
         )
 
-    def documents(self, step: int, lo: int, hi: int) -> list[dict]:
-        """Returns source, epoch, plan row and documents of rows [lo, hi) of the batch of `step`."""
+    def places(self, step: int, lo: int, hi: int) -> list[dict]:
+        """Returns source, epoch and plan row of rows [lo, hi) of the batch of `step`."""
+        located = (array.tolist() for array in self._locate(step, lo, hi))
         return [
-            {
-                "source": self._sources[source].name,
-                "epoch": epoch,
-                "row": row,
-                "documents": self._sources[source].documents(row),
-            }
-            for source, epoch, row in zip(
-                *(array.tolist() for array in self._locate(step, lo, hi)), strict=True
-            )
+            {"source": self._sources[source].name, "epoch": epoch, "row": row}
+            for source, epoch, row in zip(*located, strict=True)
+        ]
+
+    def documents(self, step: int, lo: int, hi: int) -> list[dict]:
+        """Returns `places` of rows [lo, hi) of the batch of `step`, with their documents."""
+        by_name = {source.name: source for source in self._sources}
+        return [
+            {**place, "documents": by_name[place["source"]].documents(place["row"])}
+            for place in self.places(step, lo, hi)
         ]
 
     def summary(self) -> dict:

@@ -194,7 +194,7 @@ def make_stream(
     return open_mixture(
         mixture_or_task_name,
         settings,
-        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        _planner(settings, task_feature_lengths, packing, long_documents, inputs_prefix),
         Stream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
@@ -226,7 +226,7 @@ def make_eval_stream(
     return open_held_out(
         task,
         settings,
-        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        _planner(settings, task_feature_lengths, packing, long_documents, inputs_prefix),
         EvalStream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
@@ -320,6 +320,7 @@ def open_held_out(
 
 
 def _planner(
+    settings: StreamSettings,
     feature_lengths: Mapping[str, int],
     packing: str,
     long_documents: str,
@@ -331,4 +332,5 @@ def _planner(
         packing=packing,
         long_documents=long_documents,
         inputs_prefix=inputs_prefix,
+        verify=settings.verify_cache,
     )

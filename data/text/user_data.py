@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from espalier.common.ranges import Fraction, NonNegative, Positive
-from espalier.data import tasks
+from espalier.data import seqio_tasks, tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.data_source import Files
 from espalier.data.stream import mixing
@@ -91,7 +91,7 @@ def register_files(
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, or Parquet.
+    """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, Parquet or Arrow, or data sets of Hugging Face.
 
     Several sets of files, given by name, become a task each, and `name` their mixture.
 
@@ -270,12 +270,8 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
     Raises:
       ValueError: the module does not exist.
     """
-    import seqio
-
-    def registered() -> set[str]:
-        return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-
-    before = registered()
+    tasks.in_seqio()  # the module may mix tasks that are registered already
+    before = tasks.names()
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -285,4 +281,6 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
             f"the module {module!r} of mixtures does not exist ({error.name!r} is neither in the working "
             "directory nor installed). Check the name, or set PYTHONPATH to its directory"
         ) from None
-    return tuple(sorted(registered() - before))
+    new = tasks.names() - before
+    seqio_tasks.remember(new, module)
+    return tuple(sorted(new))

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from espalier.data import cpu_tensorflow
 from espalier.data.cache import task_cache
 from espalier.data.stream import mixing
 from espalier.launch import cli
@@ -52,7 +51,6 @@ def build_caches(
       ValueError: no such mixture, or a task without any of the splits.
       CacheCorruptError: a cache is damaged, and `replace` is not set.
     """
-    cpu_tensorflow.load()
     for register in tasks:
         register()
     members, _ = mixing.find_tasks(mixture_or_task_name)

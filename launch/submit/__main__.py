@@ -12,12 +12,14 @@ The configuration is checked here before anything is sent. After `--`, words are
 """
 
 import argparse
+import ast
+import contextlib
 import glob
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.common import stages
@@ -30,27 +32,32 @@ if TYPE_CHECKING:
 ENTRY = "espalier.launch.train:train"
 _FOLLOW_SECONDS = 0.5
 
-_NAMES = re.compile(r"(^|_)(DIR|DIRECTORY|PATH|FILES?|TOKENIZER)$")  # of macros with paths
+# Names of macros, and of flags of commands that read a model, whose values are paths.
+_NAMES = re.compile(
+    r"(^|_)(DIR|DIRECTORY|PATH|FILES?|TOKENIZER)$|^--(\w+_)?(checkpoint|adapter|factors|inputs|output|documents|queries|out)$"
+)
 
 
-def check_paths(settings: "Launch", macros: Mapping[str, Any], gin_files: Sequence[str]) -> None:
+def check_paths(
+    settings: "Launch", macros: Iterable[tuple[str, Any]], gin_files: Sequence[str]
+) -> None:
     """Warns, on standard error, of every path that the job's machines do not share.
 
     Args:
       settings: the launch configuration.
-      macros: final values of the configuration's macros by name. Absolute paths count under any name, and relative ones
-        under names such as FILES and TOKENIZER, unless this project has them.
+      macros: names and final values of the configuration's macros, or of a command's flags. Absolute paths count under any
+        name, and relative ones under names such as FILES and TOKENIZER, unless this project has them.
       gin_files: gin files of the command line.
 
     Raises:
-      SubmitError: MODEL_DIR would be lost with a container.
+      SubmitError: MODEL_DIR would be lost with a container, or all paths must be shared.
     """
     unseen: dict[str, list[str]] = {}  # by reason
-    for name, value in [*macros.items(), ("--gin_file", gin_files)]:
+    for name, value in [*macros, ("--gin_file", gin_files)]:
         for path in _paths(name, value):
             if reason := settings.unseen(os.path.join(settings.directory, path)):
                 unseen.setdefault(reason, []).append(f"{name} = {path!r}")
-                if name == "MODEL_DIR" and settings.in_container:
+                if settings.SHARED_PATHS or name == "MODEL_DIR" and settings.in_container:
                     raise SubmitError(f"{name} = {path!r}: {reason}.")
     for reason, named in unseen.items():
         print(f"warning: {', '.join(named)}: {reason}.", file=sys.stderr)
@@ -71,6 +78,19 @@ def _paths(name: str, value: Any) -> Iterator[str]:
         and not glob.glob(os.path.join(environment.ROOT, value))
     ):
         yield value
+
+
+def _flag_values(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yields (name, value) of the flags of a command, and of its bindings; gin files are read where the command starts."""
+    following = [*words[1:], ""]
+    for word, after in zip(words, following, strict=True):
+        name, sign, value = word.partition("=")
+        if not name.startswith("--") or name in ("--gin_file", "--gin_search_paths"):
+            continue
+        value = value if sign or after.startswith("-") else after
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+        yield name.removeprefix("--gin."), value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +163,7 @@ def submit(
     from espalier.launch.submit import launch_config
 
     settings = launch_config.read(flags.config, overrides)
+    settings.check(command or ["train", *gin_words])
     with stages.stage("checking the configuration"):
         job = _other_job(settings, command) if command else _train_job(settings, gin_words)
     if not (flags.status or flags.cancel):
@@ -199,7 +220,7 @@ def _train_job(settings: "Launch", words: list[str]) -> Job:
     config = gin_config.load(flags.gin_file, bindings, paths, entry=ENTRY)
     # Not by JAX_PLATFORMS, which the job would inherit: it needs the devices that this process must not take.
     jax.config.update("jax_platforms", "cpu")
-    check_paths(settings, config.macros, flags.gin_file)
+    check_paths(settings, config.macros.items(), flags.gin_file)
     arguments = config.arguments()
     if settings.devices is not None:
         try:
@@ -218,6 +239,7 @@ def _other_job(settings: "Launch", command: list[str]) -> Job:
     names = [name for name in cli.command_names() if name != "submit"]
     if command[0] not in names:
         raise SubmitError(f"no command {command[0]!r}; {spelling.nearest(command[0], names)}")
+    check_paths(settings, _flag_values(command), [])
     return _job(settings, command, command[0], None)
 
 

@@ -7,8 +7,11 @@ itself when to start the next.
 
 import dataclasses
 import enum
+import hashlib
+import json
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 Handle = str
@@ -102,6 +105,46 @@ class Queue(Submitter, Protocol):
     def handle(self, job: Job) -> Handle:
         """Returns the handle that `submit` returns, without submitting, for the status of a job or to cancel it."""
         ...
+
+
+def name_of(job: Job) -> str:
+    """Returns a name that Kubernetes takes: readable, and of this command only."""
+    digest = hashlib.sha256(json.dumps([job.name, job.log, *job.command]).encode()).hexdigest()[:6]
+    words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")[:32].strip("-")
+    readable = words if words[:1].isalpha() else f"run-{words}".strip("-")
+    return f"{readable}-{digest}"
+
+
+class Printed:
+    """A back end that only shows what a person sends, because it costs money from then on; see `Queue`.
+
+    Args:
+      text: returns the commands or the manifests of a job.
+      what: what they are, for the message.
+    """
+
+    def __init__(self, text: Callable[[Job], str], what: str):
+        self._text, self._what = text, what
+        self._jobs: list[Job] = []
+
+    def handle(self, job: Job) -> Handle:
+        return name_of(job)
+
+    def submit(self, job: Job) -> Handle:
+        self._jobs.append(job)
+        return self.handle(job)
+
+    def preview(self) -> str:
+        return "\n".join(map(self._text, self._jobs))
+
+    def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
+        raise SubmitError(f"{self._what} are for a person: see them with --dry_run, and send them.")
+
+    def cancel(self, handle: Handle) -> None:
+        self.statuses([handle])
+
+    def close(self) -> None:
+        self._jobs = []
 
 
 def answer(

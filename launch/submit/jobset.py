@@ -8,24 +8,19 @@ Every slice of a TPU, or the hosts with GPUs, are one Job of the set. Exit codes
 """
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import yaml
-
-from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError, answer
-from espalier.launch.submit.launch_config import Launch, texts
+from espalier.launch.submit import pods
+from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError, answer, name_of
+from espalier.launch.submit.launch_config import texts
 
 _API = "jobset.x-k8s.io/v1alpha2"
-_CONTAINER = "main"
 _GROUP = "hosts"  # the replicated job's name
 _PORT = 1234
-_IMAGE = "REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"
 _PRIVILEGED = """\
 # Containers with TPUs are privileged: libtpu maps the chips' memory and locks pages, for which it raises its own limits.
 """
@@ -41,12 +36,10 @@ _CHIPS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Launch):
-    """GKE: hosts, image and volumes of a JobSet.
+class Settings(pods.Pods):
+    """GKE: hosts of a JobSet.
 
     Attributes:
-      image: of the container, with this project installed.
-      namespace: of Kubernetes.
       accelerator: of TPUs, such as 'tpu-v5-lite-podslice'; of GPUs, such as 'nvidia-h100-80gb'.
       topology: of a TPU slice, such as '4x4'; empty for GPUs.
       slices: TPU slices.
@@ -56,18 +49,11 @@ class Settings(Launch):
       restarts: restarts of the JobSet after an exit code other than 2 and 75.
       grace_seconds: time to save after SIGTERM.
       max_days: days after which the JobSet is ended; 0 for no limit.
-      volumes: mounted claims, each 'NAME=PATH' with the name of a PersistentVolumeClaim.
-      service_account: of Kubernetes, for access to buckets.
       spot: whether spot hosts are asked for.
-      cpu, memory: requests of each host, such as '100' and '400Gi'; empty for none.
     """
 
     BACKEND: ClassVar[str] = "jobset"
-    ELSEWHERE: ClassVar[bool] = True
-    REQUIRED: ClassVar[Mapping[str, str]] = {"image": _IMAGE}
 
-    image: str = ""
-    namespace: str = "default"
     accelerator: str = "tpu-v5-lite-podslice"
     topology: str = "4x4"
     slices: int = 1
@@ -77,24 +63,14 @@ class Settings(Launch):
     restarts: int = 3
     grace_seconds: int = 300
     max_days: int = 0
-    volumes: tuple[str, ...] = ()
-    service_account: str = ""
     spot: bool = False
-    cpu: str = ""
-    memory: str = ""
-    folder: str = "/espalier"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "slices", "nodes", "grace_seconds")
         self.at_least(0, "gpus_per_node", "chips_per_host", "restarts", "max_days")
-        name = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
-        self.matching(name, "namespace", "service_account", "accelerator", like="default")
+        self.matching(pods.NAME, "accelerator", like="nvidia-h100-80gb")
         self.matching(r"\d+x\d+(x\d+)?", "topology", like="4x4")
-        self.matching(r"[\w./:@-]+", "image", like=_IMAGE)
-        self.matching(rf"{name}=/.+", "volumes", like="runs=/runs")
-        self.matching(r"\d+(\.\d+)?(m|[KMGT]i?)?", "cpu", "memory", like="400Gi")
-        self.matching(rf"[A-Za-z_]\w*={name}/[\w.-]+", "secrets", like="WANDB_API_KEY=SECRET/KEY")
         if bool(self.topology) == bool(self.gpus_per_node):
             raise SubmitError("give topology for TPUs, or gpus_per_node for GPUs, and not both.")
         if self.topology and self.nodes != 1:
@@ -139,26 +115,6 @@ class Settings(Launch):
             return (self.slices, "slices"), (self.chips, "chips")
         return (self.nodes, "nodes"), (self.gpus_per_node, "GPUs")
 
-    @property
-    def in_container(self) -> bool:
-        return True
-
-    def unseen(self, path: str) -> str:
-        mounts = [entry.partition("=")[2] for entry in self.volumes]
-        if any(f"{path}/".startswith(f"{mount.rstrip('/')}/") for mount in mounts):
-            return ""
-        if path.startswith(f"{self.folder}/"):
-            return "the image's project has no such file: give an absolute path in a volume"
-        volumes = (*self.volumes, f"CLAIM={os.path.dirname(path)}")
-        return (
-            f"pods do not see it, since volumes = {self.volumes}: mount the claim that holds it, "
-            f'--config.volumes="{volumes}", or give an address (docs/remote_storage.md says for what)'
-        )
-
-    @property
-    def join_flags(self) -> tuple[str, ...]:
-        return ()  # the manifest adds them, because $(NAME) in them is for Kubernetes
-
 
 def manifest(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the JobSet of a job."""
@@ -191,7 +147,7 @@ def manifest(settings: Settings, job: Job) -> dict[str, Any]:
 
 def _job(settings: Settings, job: Job, name: str) -> dict[str, Any]:
     """Returns the spec of the Job of a slice, or of the hosts with GPUs."""
-    codes = {"containerName": _CONTAINER, "operator": "In"}
+    codes = {"containerName": pods.MAIN, "operator": "In"}
     limit = {"activeDeadlineSeconds": 86400 * settings.max_days} if settings.max_days else {}
     return {
         "completionMode": "Indexed",
@@ -230,61 +186,31 @@ def _pod(settings: Settings, job: Job, name: str) -> dict[str, Any]:
     device, count = "nvidia.com/gpu", settings.gpus_per_node
     if tpu:
         device, count = "google.com/tpu", settings.chips_of_host
-    asked = {"cpu": settings.cpu, "memory": settings.memory}
-    requests = {key: value for key, value in asked.items() if value}
-    claims = [entry.partition("=")[::2] for entry in settings.volumes]
     container = {
-        "name": _CONTAINER,
+        "name": pods.MAIN,
         "image": settings.image,
-        "command": [_literal(word) for word in texts(job.command)],
+        "command": [pods.literal(word) for word in texts(job.command)],
         "args": list(_join_flags(settings, name)),
         "workingDir": settings.folder,
-        "env": _environment(settings, job),
-        "resources": {"limits": {device: count}, "requests": {device: count, **requests}},
-        "volumeMounts": [
-            {"name": "shm", "mountPath": "/dev/shm"},
-            *({"name": claim, "mountPath": path} for claim, path in claims),
-        ],
+        "env": settings.environment(job),
+        "resources": {"limits": {device: count}, "requests": {device: count, **settings.requests}},
+        "volumeMounts": settings.mounts(("shm", "/dev/shm")),
     }
     if tpu:
         container["securityContext"] = {"privileged": True}  # see _PRIVILEGED
-    account = {"serviceAccountName": settings.service_account} if settings.service_account else {}
     return {
-        **account,
+        **settings.account,
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": settings.grace_seconds,
         "nodeSelector": selector,
         "tolerations": tolerations,
         "containers": [container],
-        "volumes": [
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
-            *(
-                {"name": claim, "persistentVolumeClaim": {"claimName": claim}}
-                for claim, _ in claims
-            ),
-        ],
+        "volumes": settings.pod_volumes(shm={"medium": "Memory"}),
     }
 
 
 def _toleration(key: str) -> dict[str, str]:
     return {"key": key, "operator": "Exists", "effect": "NoSchedule"}
-
-
-def _environment(settings: Settings, job: Job) -> list[dict[str, Any]]:
-    variables = {**settings.variables, **job.environment}
-    entries: list[dict[str, Any]] = [
-        {"name": name, "value": _literal(value)} for name, value in variables.items()
-    ]
-    for name, place in settings.secret_places.items():
-        secret, _, key = place.partition("/")
-        reference = {"secretKeyRef": {"name": secret, "key": key}}
-        entries.append({"name": name, "valueFrom": reference})
-    return entries
-
-
-def _literal(text: str) -> str:
-    """Returns a text in which Kubernetes replaces no $(NAME)."""
-    return text.replace("$", "$$")
 
 
 def _join_flags(settings: Settings, name: str) -> tuple[str, ...]:
@@ -298,21 +224,6 @@ def _join_flags(settings: Settings, name: str) -> tuple[str, ...]:
         f"--process_count={settings.processes}",
         "--process_index=$(JOB_COMPLETION_INDEX)",
     )
-
-
-def name_of(job: Job) -> str:
-    """Returns a name that Kubernetes takes: readable, and of this command only."""
-    digest = hashlib.sha256(json.dumps([job.name, job.log, *job.command]).encode()).hexdigest()[:6]
-    words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")[:32].strip("-")
-    readable = words if words[:1].isalpha() else f"run-{words}".strip("-")
-    return f"{readable}-{digest}"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes equal parts twice instead of as anchors, which kubectl takes but people do not read."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def submitter(settings: Settings) -> "JobSetSubmitter":
@@ -354,7 +265,7 @@ class JobSetSubmitter:
 
     def _text(self, jobs: Iterable[Job]) -> str:
         manifests = [manifest(self._settings, job) for job in jobs]
-        text = yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=2**31)
+        text = pods.text_of(manifests)
         return f"{_PRIVILEGED}{text}" if self._settings.topology else text
 
     def cancel(self, handle: Handle) -> None:

@@ -29,6 +29,8 @@ BACKENDS = {
     "xmanager": "espalier.launch.submit.xmanager_backend",
     "jobset": "espalier.launch.submit.jobset",
     "tpu_vm": "espalier.launch.submit.tpu_vm",
+    "dataflow": "espalier.launch.submit.beam.dataflow",
+    "flink": "espalier.launch.submit.beam.flink",
 }
 _SECRET = re.compile("(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -53,6 +55,8 @@ class Launch:
     SWEEPS: ClassVar[bool] = False
     # Whether the job ends with the process that submits it.
     FOREGROUND: ClassVar[bool] = False
+    # Whether a path that the job's machines do not see is an error in all commands.
+    SHARED_PATHS: ClassVar[bool] = False
     # Settings without a default, each with an example.
     REQUIRED: ClassVar[Mapping[str, str]] = {}
 
@@ -114,6 +118,9 @@ class Launch:
         """Returns why the job's machines do not share a path, absolute or in `folder`, with the remedy; '' if they do."""
         del path
         return ""
+
+    def check(self, words: Sequence[str]) -> None:
+        """Raises SubmitError for a command, by its words, that the job's machines cannot run."""
 
     def notes(self) -> list[str]:
         """Returns lines for the user on what the job has and uses."""

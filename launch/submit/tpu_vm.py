@@ -7,11 +7,10 @@ import base64
 import dataclasses
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-from espalier.launch.submit.base import Handle, Job, Status, SubmitError
-from espalier.launch.submit.jobset import name_of
+from espalier.launch.submit.base import Job, Printed, SubmitError, name_of
 from espalier.launch.submit.launch_config import Launch, texts
 
 
@@ -90,38 +89,9 @@ class Settings(Launch):
         return self.python or ".venv/bin/python"
 
 
-def submitter(settings: Settings) -> "TpuVmCommands":
+def submitter(settings: Settings) -> Printed:
     """Returns the back end of the settings."""
-    return TpuVmCommands(settings)
-
-
-class TpuVmCommands:
-    """Prints commands; see launch.submit.base.Queue."""
-
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        self._jobs: list[Job] = []
-
-    def handle(self, job: Job) -> Handle:
-        return name_of(job)
-
-    def submit(self, job: Job) -> Handle:
-        self._jobs.append(job)
-        return self.handle(job)
-
-    def preview(self) -> str:
-        return "\n".join(commands(self._settings, job) for job in self._jobs)
-
-    def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
-        raise SubmitError(
-            "the commands for a TPU VM are for a person: see them with --dry_run, and run them one after another."
-        )
-
-    def cancel(self, handle: Handle) -> None:
-        self.statuses([handle])
-
-    def close(self) -> None:
-        self._jobs = []
+    return Printed(lambda job: commands(settings, job), "the commands for a TPU VM")
 
 
 def commands(settings: Settings, job: Job) -> str:

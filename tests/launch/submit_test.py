@@ -27,6 +27,7 @@ JOBSET, TPU_VM = (f"launch/submit/configs/{name}.py" for name in ("jobset", "tpu
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
     for path in pathlib.Path(ROOT, "launch/submit/configs").glob("[a-z]*.py")
+    if path.stem not in ("dataflow", "flink")  # which do not train
 )
 
 

@@ -52,6 +52,7 @@ NEEDED = {
     "jobset": ["--cluster_setting=image=x"],
     "xmanager": [],
     "tpu_vm": ["--cluster_setting=project=x", "--cluster_setting=repository=x"],
+    "flink": ["--cluster_setting=image=x"],
 }
 
 
