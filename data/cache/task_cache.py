@@ -25,6 +25,8 @@ from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.task import Task
 
+_FORMER_SHARDS = 64  # the most that a cache once had
+
 
 def caches_path(name: str, split: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """Returns the directory that holds the caches of a task's split."""
@@ -84,6 +86,9 @@ def open_task_cache(
     now = {**described, "features": features}
     if not directory.exists():
         directory = _of_seqio(parent, now) or directory
+    if not directory.exists() and num_shards > _FORMER_SHARDS:
+        former = parent / build.fingerprint(described, features, _FORMER_SHARDS)[:16]
+        directory = former if former.exists() else directory
     if changed != "replace" and (opened := in_place.open_if_chosen(directory, read)):
         return _not_empty(opened, task.name, split)
     # An existing cache is read without the lock, so that a read-only cache of another user works.

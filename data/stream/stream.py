@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
-from espalier.data.cache import store
+from espalier.data.cache import pool, store
 from espalier.data.cache.in_place import ReadCache
 from espalier.data.stream import mixing, plan, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
@@ -32,7 +32,7 @@ _OF_ORDER = ("batch_size", "seed", "interleaving", "on_cap", "positions")
 # Settings of all held-out streams, of all training streams, and those with which a mixture's tasks are weighed.
 HELD_OUT = (
     *("batch_size", "split", "cache_dir", "changed_cache", "verify_cache"),
-    *("read_cache", "use_cached"),
+    *("read_cache", "use_cached", "workers"),
 )
 TRAINING = (*HELD_OUT, "seed", "interleaving", "max_epochs", "on_cap", "positions")
 WEIGHTS = ("weights", "temperature", "max_tokens", "phases")
@@ -66,6 +66,7 @@ class StreamSettings:
     cache_dir: str | os.PathLike | None = None
     changed_cache: store.Changed = "refuse"
     verify_cache: bool = True
+    workers: Size | None = None
     read_cache: ReadCache = "auto"
     use_cached: bool = False
 
@@ -88,15 +89,16 @@ class StreamSettings:
 
         if self.use_cached:
             tasks.open_cached(task.name)
-        return task_cache.open_task_cache(
-            task,
-            self.split,
-            cache_dir=self.cache_dir,
-            changed=self.changed_cache,
-            verify=self.verify_cache,
-            read=self.read_cache,
-            use_cached=self.use_cached,
-        )
+        with pool.limited(self.workers):
+            return task_cache.open_task_cache(
+                task,
+                self.split,
+                cache_dir=self.cache_dir,
+                changed=self.changed_cache,
+                verify=self.verify_cache,
+                read=self.read_cache,
+                use_cached=self.use_cached,
+            )
 
     def shares_of(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Returns {task: its weight} by the numbers of their tokens."""
@@ -197,6 +199,7 @@ def make_stream(
         changed_cache: what to do if a task has changed since its cache was built: 'refuse',
             'build' a second cache, or 'replace' the first.
         verify_cache: check every byte of the caches against its checksum.
+        workers: processes that build missing caches; None for one on each core.
         read_cache: how a cache in a store is read: 'copy' it to this machine, read it 'in_place' by the parts that rows need,
             or 'auto': in place if it has more than 10 GB or half of the free disk.
         use_cached: open the one cache of each task that there is, without looking at its source, which may have changed or be

@@ -8,16 +8,18 @@ The gin files and bindings of a training command work unchanged; settings that d
 ignored. A run builds missing caches by itself, but stops with an error if a task has changed since its
 cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
 With --checksums it upgrades older caches, so that they can be read in place in a store.
+The rows of very large caches are planned here too, if the gin files of the run are given.
 """
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from espalier.data.cache import existing, task_cache
-from espalier.data.stream import mixing
+from espalier.data.cache import existing, store, task_cache
+from espalier.data.stream import mixing, rows, stored_plan, stream
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="build nothing; add checksums of blocks to the caches of these tasks, which need them to be read in place in a store",
     )
+    workers.add_flag(parser)
 
 
 def build_caches(
@@ -42,6 +45,7 @@ def build_caches(
     cache_dir: str | os.PathLike | None = None,
     replace: bool = False,
     checksums: bool = False,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, int]]:
     """Builds the token caches of every task of a mixture, and prints their sizes.
 
@@ -52,6 +56,8 @@ def build_caches(
       cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
       replace: whether to delete caches of these tasks that are damaged or out of date.
       checksums: build nothing, but add checksums of blocks to the caches that there are, here and in the store.
+      plan: arguments of `data.stream.rows.plan_source`, with which a run plans its rows. Plans that would be made when the
+        first run starts, those of very large caches, are made now. None makes none.
 
     Returns:
       Target tokens by task and split.
@@ -85,7 +91,21 @@ def build_caches(
         print(
             f"{task.name:20s} {split:12s} {cache.num_records:10,d} {count:14,d}  {cache.directory}"
         )
+        if plan is not None and stored_plan.is_needed(cache):
+            if replace:
+                store.remove_plans(cache.directory)
+            planned = rows.plan_source(task.name, cache, **plan).plan
+            print(f"{planned.num_rows:,} rows of {planned.row_lengths} are planned")
     return tokens
+
+
+def _run(start: cli.Start) -> Any:
+    names = ("task_feature_lengths", "packing", "long_documents", "inputs_prefix")
+    plan: dict[str, Any] = start.config.bound_to(stream.make_stream, *names)
+    lengths = plan.pop("task_feature_lengths", None)
+    given: dict[str, Any] = {"plan": {"feature_lengths": lengths, **plan}} if lengths else {}
+    flags = {name: getattr(start.flags, name) for name in ("replace", "checksums")}
+    return start(**given, **{name: True for name, on in flags.items() if on})
 
 
 main = cli.gin_command(
@@ -93,7 +113,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=lambda start: start(replace=start.flags.replace, checksums=start.flags.checksums),
+    run=workers.limited(_run),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )
