@@ -49,6 +49,8 @@ class Bar(Protocol):
 
     def update(self, n: float = 1) -> Any: ...
 
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> Any: ...
+
 
 @contextlib.contextmanager
 def limited(workers: int | None) -> Iterator[None]:
@@ -83,6 +85,7 @@ def run(
     *,
     what: Callable[[T], str],
     bar: Bar,
+    unit: str = "",
     remedy: str = "",
 ) -> list[R]:
     """Returns the results of `function(item, report)`, in the order of the items.
@@ -94,6 +97,7 @@ def run(
       items: the items, picklable.
       what: names an item in an error.
       bar: shows the sum of what the calls report.
+      unit: of the items; the bar also shows how many are done.
       remedy: what to do when a process has died, besides starting fewer.
 
     Raises:
@@ -103,9 +107,18 @@ def run(
     workers = min(size(), len(items))
     pickled = _pickled(function, items) if workers > 1 else None
     if pickled is None:
-        return [function(item, lambda count: bar.update(count)) for item in items]
+        results = []
+        for item in items:
+            _show(bar, len(results), len(items), unit)
+            results.append(function(item, lambda count: bar.update(count)))
+        return results
     with _Processes(workers, pickled) as processes:
-        return processes.results([what(item) for item in items], bar, remedy)
+        return processes.results([what(item) for item in items], bar, unit, remedy)
+
+
+def _show(bar: Bar, done: int, total: int, unit: str) -> None:
+    if unit:
+        bar.set_postfix_str(f"{done:,} of {total:,} {unit}", refresh=False)
 
 
 def _pickled(function: Any, items: Any) -> bytes | None:
@@ -164,7 +177,7 @@ class _Processes:
             process.wait()
         self._end.close()
 
-    def results(self, names: Sequence[str], bar: Bar, remedy: str) -> list[Any]:
+    def results(self, names: Sequence[str], bar: Bar, unit: str, remedy: str) -> list[Any]:
         """Hands out the items in order; see `run`."""
         results: dict[int, Any] = {}
         failed: dict[int, BaseException] = {}
@@ -183,6 +196,7 @@ class _Processes:
                 following = None if failed else next(waiting, None)
                 if following is not None:
                     at_work[channel] = self._hand_out(channel, following)
+            _show(bar, len(results), len(names), unit)
             bar.update(sum(count for (count,) in _COUNT.iter_unpack(self._counts[:])) - bar.n)
             if failed and not any(number < min(failed) for number in at_work.values()):
                 raise failed[min(failed)]

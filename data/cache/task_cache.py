@@ -212,6 +212,7 @@ def _build(task, split, directory, features, description, num_shards) -> None:
             range(num_shards),
             what=made.name_of,
             bar=bar,
+            unit="shards",
             remedy="Finished shards are kept: the same command goes on after them.",
         )
     made.finish()
