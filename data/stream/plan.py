@@ -169,6 +169,7 @@ def check_loss_weights(
         lengths_N: number of its weights.
         values: the weights, in any number of arrays.
     """
+    targets_N, lengths_N = np.asarray(targets_N), np.asarray(lengths_N)
     differ = np.flatnonzero(lengths_N != targets_N)
     if len(differ):
         record = int(differ[0])
@@ -176,7 +177,7 @@ def check_loss_weights(
             f"{where} has {lengths_N[record]} values for the {targets_N[record]} targets of record {record}: every target "
             "needs one, BOS and EOS too (make the weights after they are added)."
         )
-    if not all(np.all((part >= 0) & (part < np.inf)) for part in values):
+    if not all(np.all((part >= 0) & (part < np.inf)) for part in map(np.asarray, values)):
         raise ValueError(f"{where} has values that are negative or not finite.")
 
 

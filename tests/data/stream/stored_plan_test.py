@@ -220,7 +220,7 @@ def test_bytes_do_not_depend_on_workers_or_kills(cache):
             _plan(cache)
         assert _bytes(folder) == want
     shutil.rmtree(folder)
-    for writes in random.Random(0).sample(range(4 * SHARDS + 3), 3):
+    for writes in random.Random(0).sample(range(8), 3):  # of 23 writes
         command = [sys.executable, "-c", _KILLED, str(cache.directory), str(writes)]
         assert subprocess.run(command).returncode == -signal.SIGKILL
     with pool.limited(2):
