@@ -267,7 +267,12 @@ class FileSource(Counted, DataSource):
         desc = f"checking {self.name}"
         with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
             read = pool.run(
-                self._read_piece, every, what=lambda piece: f"{desc}, {piece.path}", bar=bar
+                self._read_piece,
+                every,
+                what=lambda piece: f"{desc}, {piece.path}",
+                bar=bar,
+                title=desc,
+                paths=(self.root,),
             )
         bad = [row for _, rows in read for row in rows or ()]
         try:
