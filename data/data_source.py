@@ -25,9 +25,8 @@ from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
-from espalier.data.text import documents, splits
-from espalier.data.text.data_error import DataError
-from espalier.data.text.row_files import BadRow, BadRows, OnBadRow, Row, refuse
+from espalier.data.text import documents, hf_datasets, splits
+from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
 
 T = TypeVar("T")
 
@@ -145,9 +144,13 @@ class FileSource(Counted, DataSource):
                 f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
             )
         paths = {"train": _expand(name, "files", files, data_root)}
+        if validation_files is None and _have_validation(files, data_root):
+            validation_files = files
         if validation_files is not None:
             validation_fraction = 0.0
-            paths["validation"] = _expand(name, "validation_files", validation_files, data_root)
+            paths["validation"] = _expand(
+                name, "validation_files", validation_files, data_root, split="validation"
+            )
             if both := sorted(set(paths["train"]) & set(paths["validation"])):
                 raise ValueError(
                     f"{name}: {shorten(both)} is matched by files and by validation_files; make the "
@@ -162,34 +165,33 @@ class FileSource(Counted, DataSource):
         return tuple(self.files)
 
     @functools.cached_property
-    def _digests(self) -> fingerprint.FileDigests:
-        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
-        every = sorted({path for paths in self.files.values() for path in paths})
-        digests.read(every, [path for path in every if self._is_by_line(path)])
-        digests.save()
-        return digests
-
-    @functools.cached_property
     def checksums(self) -> dict[str, str]:
         """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
-        every = (path for paths in self.files.values() for path in paths)
-        return {path: self._digests.digest(path) for path in every}
+        return {path: digest for path, (digest, _) in self._scanned.items()}
 
     def pieces(self, split: str) -> tuple[Piece, ...]:
         """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
-        return self._divided(self.files[split])
+        return self._pieces_of(self.files[split])
 
-    def _divided(self, paths: Iterable[str]) -> tuple[Piece, ...]:
-        return tuple(
-            piece
-            for path in paths
-            for piece in documents.divided(
-                path, self._digests.marks, document_per=self._document_per
+    def _pieces_of(self, paths: Iterable[str]) -> tuple[Piece, ...]:
+        return tuple(piece for path in paths for piece in self._scanned[path][1])
+
+    @functools.cached_property
+    def _scanned(self) -> dict[str, tuple[str, tuple[Piece, ...]]]:
+        """File -> its checksum and its pieces, which other processes are given with the source."""
+        every = list(dict.fromkeys(path for paths in self.files.values() for path in paths))
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        unit = self._document_per
+        by_line = [p for p in every if documents.is_by_line(pathlib.Path(p), document_per=unit)]
+        digests.read(every, by_line)
+        digests.save()
+        return {
+            path: (
+                digests.digest(path),
+                documents.divided(path, digests.marks, document_per=unit),
             )
-        )
-
-    def _is_by_line(self, path: str) -> bool:
-        return documents.is_by_line(pathlib.Path(path), document_per=self._document_per)
+            for path in every
+        }
 
     @property
     def _document_per(self) -> str:
@@ -262,7 +264,7 @@ class FileSource(Counted, DataSource):
         """Returns what `_count` returns, of all pieces in the order of the files; raises DataError."""
 
     def _count(self) -> dict[str, Any]:
-        every = self._divided(self.checksums)
+        every = self._pieces_of(self.checksums)
         size = sum(piece.size for piece in every)
         desc = f"checking {self.name}"
         with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
@@ -359,16 +361,22 @@ def named_sets(
     return {each: (patterns, held_out[each]) for each, patterns in sets.items()}
 
 
-def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
-    """Returns all files that match, sorted, without duplicates and directories."""
+def _expand(
+    name: str, argument: str, patterns: Patterns, data_root: str | None, split: str = "train"
+) -> tuple[str, ...]:
+    """Returns all files that match, sorted, without duplicates and directories; of data sets those of a split."""
     files: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
-        root = "" if paths.is_remote(pattern) else _expanded(data_root or "")
-        full = paths.absolute(paths.join(root, _expanded(pattern)))
-        if paths.is_remote(full):
+    for pattern, full in _absolute(patterns, data_root).items():
+        if hf_datasets.is_address(full) or not glob.has_magic(full) and hf_datasets.is_set(full):
+            matches = hf_datasets.files(full, split)
+        elif paths.is_remote(full):
             matches = mirror.local_files(paths.matches(full))
         else:
-            matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
+            found = glob.glob(full, recursive=True)
+            sets = [path for path in found if os.path.isdir(path) and hf_datasets.is_set(path)]
+            matches = [path for path in found if os.path.isfile(path)]
+            hf_datasets.check_outside(matches)
+            matches += [path for each in sets for path in hf_datasets.files(each, split)]
         if not matches:
             raise FileNotFoundError(
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
@@ -380,6 +388,23 @@ def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None)
     for path in sorted(files):
         documents.check_suffix(pathlib.Path(path))
     return tuple(sorted(files))
+
+
+def _have_validation(files: Patterns, data_root: str | None) -> bool:
+    """Returns whether all are data sets that have a split for validation."""
+    every = _absolute(files, data_root).values()
+    return bool(every) and all(hf_datasets.has_split(path, "validation") for path in every)
+
+
+def _absolute(patterns: Patterns, data_root: str | None) -> dict[str, str]:
+    """Returns {pattern: its absolute path or address}."""
+    found = {}
+    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
+        address = hf_datasets.is_address(pattern) or paths.is_remote(pattern)
+        root = "" if address else _expanded(data_root or "")
+        full = paths.join(root, _expanded(pattern))
+        found[pattern] = full if hf_datasets.is_address(full) else paths.absolute(full)
+    return found
 
 
 def _expanded(path: str | os.PathLike) -> str:

@@ -7,23 +7,25 @@ Example: the English prose and docstrings of installed packages as bytes, under 
 The gin files and bindings of a training command work unchanged; settings that do not concern its data are
 ignored. A run builds missing caches by itself, but stops with an error if a task has changed since its
 cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
+The rows of very large caches are planned here too, if the gin files of the run are given.
 
-With --beam_pipeline_options, Apache Beam builds the shards on a cluster, whose workers must see the files and the folder of caches
-(or give an address of an object store, ESPALIER_CACHE=gs://BUCKET/cache); the caches are the same to the byte:
+With --beam_pipeline_options, Apache Beam builds them on a cluster, the same to the byte. Its workers must see the files and
+the folder of the caches, or the root of the caches is an address of an object store:
 
-  espalier prepare cache --gin_file=t5x_configs/data/files.gin --gin.FILES='"/shared/web/*.jsonl"' --gin.MIXTURE_OR_TASK_NAME=files \\
-    --beam_pipeline_options=--runner=FlinkRunner,--flink_master=localhost:8081
+  ESPALIER_CACHE=gs://BUCKET/cache espalier prepare cache --gin_file=t5x_configs/data/files.gin \\
+    --gin.FILES='"gs://BUCKET/web/*.jsonl"' --gin.MIXTURE_OR_TASK_NAME=files \\
+    --beam_pipeline_options=--runner=DataflowRunner,--project=PROJECT,--region=REGION,--temp_location=gs://BUCKET/tmp
 """
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from espalier.common import pipelines
-from espalier.data.cache import by_beam, task_cache
-from espalier.data.stream import mixing
+from espalier.data.cache import store, task_cache
+from espalier.data.stream import mixing, rows, stored_plan, stream
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="delete caches of these tasks that are damaged or out of date",
     )
-    pipelines.add_flag(parser)
+    workers.add_flags(parser)
 
 
 def build_caches(
@@ -42,7 +44,7 @@ def build_caches(
     splits: Sequence[str] = ("train", "validation"),
     cache_dir: str | os.PathLike | None = None,
     replace: bool = False,
-    beam_options: Sequence[str] = (),
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, int]]:
     """Builds the token caches of every task of a mixture, and prints their sizes.
 
@@ -52,7 +54,8 @@ def build_caches(
       splits: splits to build, for the tasks that have them.
       cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
       replace: whether to delete caches of these tasks that are damaged or out of date.
-      beam_options: of pipelines of Apache Beam, in place of processes of this machine.
+      plan: arguments of `data.stream.rows.plan_source`, with which a run plans its rows. Plans that would be made when the
+        first run starts, those of very large caches, are made now. None makes none.
 
     Returns:
       Target tokens by task and split.
@@ -60,19 +63,7 @@ def build_caches(
     Raises:
       ValueError: no such mixture, or a task without any of the splits.
       CacheCorruptError: a cache is damaged, and `replace` is not set.
-      PipelineError: a pipeline failed.
     """
-    with by_beam.used(beam_options, cache_dir):
-        return _built(mixture_or_task_name, tasks, splits, cache_dir, replace)
-
-
-def _built(
-    mixture_or_task_name: str,
-    tasks: Sequence[Callable[[], Any]],
-    splits: Sequence[str],
-    cache_dir: str | os.PathLike | None,
-    replace: bool,
-) -> dict[str, dict[str, int]]:
     for register in tasks:
         register()
     members, _ = mixing.find_tasks(mixture_or_task_name)
@@ -94,12 +85,20 @@ def _built(
         print(
             f"{task.name:20s} {split:12s} {cache.num_records:10,d} {count:14,d}  {cache.directory}"
         )
+        if plan is not None and stored_plan.is_needed(cache):
+            if replace:
+                store.remove_plans(cache.directory)
+            planned = rows.plan_source(task.name, cache, **plan).plan
+            print(f"{planned.num_rows:,} rows of {planned.row_lengths} are planned")
     return tokens
 
 
-def _run(start: cli.Start) -> dict[str, dict[str, int]]:
-    given = {"replace": start.flags.replace, "beam_options": start.flags.beam_pipeline_options}
-    return start(**{name: value for name, value in given.items() if value})
+def _run(start: cli.Start) -> Any:
+    names = ("task_feature_lengths", "packing", "long_documents", "inputs_prefix")
+    plan: dict[str, Any] = start.config.bound_to(stream.make_stream, *names)
+    lengths = plan.pop("task_feature_lengths", None)
+    given: dict[str, Any] = {"plan": {"feature_lengths": lengths, **plan}} if lengths else {}
+    return start(**given, **({"replace": True} if start.flags.replace else {}))
 
 
 main = cli.gin_command(
@@ -107,7 +106,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=_run,
+    run=workers.used(_run),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )
