@@ -212,6 +212,11 @@ class PlanBuild:
         blocks.write_index(target, {_TABLE: sizes}, of=self.name)
 
 
+def name_of(cache: store.Cache, policy: list) -> str:
+    """Returns the name of a plan, for a policy as `plan.policy_of` gives it."""
+    return store.digest([_VERSION, cache.content, policy])[:16]
+
+
 def is_needed(cache: store.Cache) -> bool:
     """Returns whether the rows of a cache are planned shard by shard."""
     return len(cache.manifest["shards"]) > IN_MEMORY
@@ -238,13 +243,13 @@ def open_plan(
       CacheCorruptError: the plan or the cache is damaged.
       OSError: the plan cannot be written.
     """
-    how = {
+    how: dict[str, Any] = {
         "row_lengths": dict(row_lengths),
         "packing": packing,
         "long_documents": long_documents,
         "inputs_prefix": inputs_prefix,
     }
-    name = store.digest([_VERSION, cache.content, policy_of(**how)])[:16]
+    name = name_of(cache, policy_of(**how))
     folder = f"{cache.directory}.plans"
     place, in_place = paths.join(folder, name), paths.is_remote(folder)
     directory = pathlib.Path(cache_dir.local_root(folder), name)  # where it is built
