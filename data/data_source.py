@@ -26,8 +26,7 @@ from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
 from espalier.data.text import documents, hf_datasets, splits
-from espalier.data.text.data_error import DataError
-from espalier.data.text.row_files import BadRow, BadRows, OnBadRow, Row, refuse
+from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
 
 T = TypeVar("T")
 

@@ -57,6 +57,11 @@ class Cache:
     manifest: dict  # totals and the description behind the fingerprint
 
     @property
+    def in_place(self) -> bool:
+        """Whether it is read in place, in a store, by ranges."""
+        return isinstance(self.directory, str)
+
+    @property
     def num_records(self) -> int:
         return self.manifest["records"]
 

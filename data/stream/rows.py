@@ -153,8 +153,8 @@ def plan_source(
     else:
         if weighted:
             weights = opened.columns[LOSS_WEIGHTS]
-            targets_N = opened.columns["targets"].lengths
-            check_loss_weights(where, targets_N, weights.lengths, weights.shards)
+            counts_N = (np.asarray(c.lengths) for c in (opened.columns["targets"], weights))
+            check_loss_weights(where, *counts_N, map(np.asarray, weights.shards))
         lengths = {feature: opened.columns[feature].lengths for feature in feature_lengths}
         planned = make_plan(lengths, feature_lengths, **policy)
     if not planned.num_rows:

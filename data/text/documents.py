@@ -16,8 +16,8 @@ from espalier.common.ranges import check_choice
 from espalier.data import pieces
 from espalier.data.pieces import Mark, Piece
 from espalier.data.text import row_files, tables
-from espalier.data.text.data_error import DataError as DataError
 from espalier.data.text.row_files import COMPRESSED, MAX_BYTES, BadRows, Line, Row, piece_of
+from espalier.data.text.row_files import DataError as DataError
 from espalier.data.text.row_files import compressed as compressed
 from espalier.data.text.row_files import read_json_lines as read_json_lines
 from espalier.data.text.row_files import read_lines as read_lines

@@ -18,6 +18,7 @@ from typing import Any
 from espalier.data.cache import store, task_cache
 from espalier.data.stream import mixing, rows, stored_plan, stream
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="delete caches of these tasks that are damaged or out of date",
     )
+    workers.add_flag(parser)
 
 
 def build_caches(
@@ -97,7 +99,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=_run,
+    run=workers.limited(_run),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )
