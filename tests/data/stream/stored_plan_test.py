@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import mirror, paths
-from espalier.data.cache import blocks, pool
+from espalier.data.cache import blocks, in_place, pool
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.stream import plan, rows, stored_plan
@@ -341,7 +341,7 @@ def test_plans_in_a_store_are_read_in_place(cache, store, tmp_path):
     address = f"{store.address}/tokens/a"
     mirror.publish(cache.directory, address)
     for _ in range(2):  # the first makes it
-        there = EvalStream(_plan(dataclasses.replace(cache, directory=address)), batch_size=8)
+        there = EvalStream(_plan(in_place.open_cache(address)), batch_size=8)
         assert there.fingerprint == want.fingerprint
         for step in range(want.num_steps):
             batch = there.batch(step, 0, 8)
@@ -355,7 +355,7 @@ def test_plans_in_a_store_are_read_in_place(cache, store, tmp_path):
     damaged = bytearray(paths.read(f"{address}.plans/{name}/segments"))
     damaged[5] ^= 1
     paths.write(f"{address}.plans/{name}/segments", bytes(damaged))
-    stream = EvalStream(_plan(dataclasses.replace(cache, directory=address)), batch_size=8)
+    stream = EvalStream(_plan(in_place.open_cache(address)), batch_size=8)
     with pytest.raises(CacheCorruptError, match=f"{address}.plans/{name}/segments.*elete the fold"):
         stream.batch(0, 0, 8)
     token_cache.remove_plans(address)
