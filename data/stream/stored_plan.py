@@ -198,9 +198,12 @@ class PlanBuild:
         for name in _ARRAYS:
             with open(target / name, "wb") as out:
                 for stem, before in zip(stems, bounds[:-1], strict=True):
-                    array = np.fromfile(self.folder / f"{stem}.{name}", np.uint8)
-                    out.write(array.view("<i8") + before if name == "row_starts" else array)
-                out.write(bounds[-1:] if name == "row_starts" else b"")
+                    content = (self.folder / f"{stem}.{name}").read_bytes()
+                    if name == "row_starts":
+                        content = (np.frombuffer(content, "<i8") + before).tobytes()
+                    out.write(content)
+                if name == "row_starts":
+                    out.write(bounds[-1:].tobytes())
         long = [entry["first_long"] for entry in entries if entry["first_long"] is not None]
         sums = {key: collections.Counter[str]() for key in ("tokens", "counts")}
         for entry in entries:
@@ -254,7 +257,8 @@ def open_plan(
     place, in_place = paths.join(folder, name), paths.is_remote(folder)
     directory = pathlib.Path(cache_dir.local_root(folder), name)  # where it is built
 
-    if not paths.exists(paths.join(place, blocks.INDEX)):
+    index = paths.join(place, blocks.INDEX)
+    if not paths.exists(index):
         build = PlanBuild(
             name=name,
             cache=os.fspath(cache.directory),
@@ -266,9 +270,10 @@ def open_plan(
         with writing(f"The row plan {place}"):
             build.folder.mkdir(parents=True, exist_ok=True)
         with store.building_lock(directory):
-            make = functools.partial(_make, build, list(_shards(cache)))
-            expected = (*_ARRAYS, INDEX, _TABLE, blocks.INDEX)
-            cache_dir.build_directory(directory, make, expected=expected, in_place=in_place)
+            if not paths.exists(index):  # another process may have made it meanwhile
+                make = functools.partial(_make, build, list(_shards(cache)))
+                expected = (*_ARRAYS, INDEX, _TABLE, blocks.INDEX)
+                cache_dir.build_directory(directory, make, expected=expected, in_place=in_place)
             shutil.rmtree(build.folder, ignore_errors=True)
     arrays, facts = _opened(place, name, cache.num_records, list(row_lengths), verify)
     segments: Any = arrays["segments"]

@@ -1,5 +1,6 @@
 """Row plans that are made shard by shard and stored: their rows, against plans of each shard and the documents themselves."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import random
@@ -248,6 +249,17 @@ def test_complete_shards_are_not_planned_again(cache, monkeypatch):
     (waiting / "00001.segments").write_bytes(b"")  # as after a power cut
     _plan(cache)
     assert planned == [0, 1, 2, 1, 2, 3, 4]
+
+
+def test_processes_that_start_together_plan_once(cache, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        stored_plan, "_make", lambda *how, make=stored_plan._make: (made.append(how), make(*how))
+    )
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        plans = [found.plan for found in threads.map(lambda _: _plan(cache), range(3))]
+    assert len(made) == 1
+    assert len({found.row_starts.tobytes() for found in plans}) == 1
 
 
 @pytest.mark.parametrize("name", ["row_starts", "segments", "records", "plan.json", "plan.sums"])
