@@ -11,27 +11,44 @@ import glob
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
+from espalier.common import files as files_lib
+from espalier.common.bars import Bar
+from espalier.common.ranges import check_choice
 from espalier.common.storage import mirror, paths
+from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
-from espalier.data.cache import fingerprint
-from espalier.data.text import documents, splits
+from espalier.data.cache import fingerprint, pool
+from espalier.data.pieces import Piece
+from espalier.data.text import documents, hf_datasets, splits
+from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
+
+T = TypeVar("T")
 
 Patterns = str | Sequence[str]
 Files = Patterns | Mapping[str, Patterns]  # one set of files, or several by name
+_SHOWN_BAD_ROWS = 5
 _SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
 
 
 class DataSource:
-    """The flags of SeqIO's interface."""
+    """What tasks ask of a source, and the flags of SeqIO's interface.
+
+    `read_examples` yields dicts: of strings, `text` and `document_id`, or of arrays by feature with `document_id`.
+    """
 
     caching_permitted = True
     supports_arbitrary_sharding = False
     performs_internal_shuffling = False
+
+    def pieces(self, split: str) -> tuple[Piece, ...]:
+        """Returns what can be read alone, in order: by default the whole split."""
+        return pieces_lib.parts(split, 1)
 
 
 class Counted(abc.ABC):
@@ -72,7 +89,7 @@ class Counted(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileSource(Counted, DataSource):
-    """Examples in files, one shard per file."""
+    """Examples in files, which are read by pieces (data/pieces.py)."""
 
     name: str  # name of the task that reads the files
     # split -> its files, in order. If a fraction is held out, both splits have the same files
@@ -80,6 +97,11 @@ class FileSource(Counted, DataSource):
     validation_fraction: float  # share of examples held out, by the hash of a text
     root: str  # directory to which the ids of examples are relative
     cache: str  # directory that stores checksums and counts
+    # whether a row that cannot be used is an error, or is left out, counted and listed
+    on_bad_row: OnBadRow = "error"
+
+    def __post_init__(self):
+        check_choice(f"{self.name}: on_bad_row", self.on_bad_row, OnBadRow)
 
     @classmethod
     def of(
@@ -122,9 +144,13 @@ class FileSource(Counted, DataSource):
                 f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
             )
         paths = {"train": _expand(name, "files", files, data_root)}
+        if validation_files is None and _have_validation(files, data_root):
+            validation_files = files
         if validation_files is not None:
             validation_fraction = 0.0
-            paths["validation"] = _expand(name, "validation_files", validation_files, data_root)
+            paths["validation"] = _expand(
+                name, "validation_files", validation_files, data_root, split="validation"
+            )
             if both := sorted(set(paths["train"]) & set(paths["validation"])):
                 raise ValueError(
                     f"{name}: {shorten(both)} is matched by files and by validation_files; make the "
@@ -141,10 +167,36 @@ class FileSource(Counted, DataSource):
     @functools.cached_property
     def checksums(self) -> dict[str, str]:
         """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
+        return {path: digest for path, (digest, _) in self._scanned.items()}
+
+    def pieces(self, split: str) -> tuple[Piece, ...]:
+        """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
+        return self._pieces_of(self.files[split])
+
+    def _pieces_of(self, paths: Iterable[str]) -> tuple[Piece, ...]:
+        return tuple(piece for path in paths for piece in self._scanned[path][1])
+
+    @functools.cached_property
+    def _scanned(self) -> dict[str, tuple[str, tuple[Piece, ...]]]:
+        """File -> its checksum and its pieces, which other processes are given with the source."""
+        every = list(dict.fromkeys(path for paths in self.files.values() for path in paths))
         digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
-        result = {path: digests.digest(path) for paths in self.files.values() for path in paths}
+        unit = self._document_per
+        by_line = [p for p in every if documents.is_by_line(pathlib.Path(p), document_per=unit)]
+        digests.read(every, by_line)
         digests.save()
-        return result
+        return {
+            path: (
+                digests.digest(path),
+                documents.divided(path, digests.marks, document_per=unit),
+            )
+            for path in every
+        }
+
+    @property
+    def _document_per(self) -> str:
+        """The unit of an example in a text file."""
+        return "file"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -157,11 +209,14 @@ class FileSource(Counted, DataSource):
             "validation_fraction": self.validation_fraction,
             "files": files,
             **self._settings(),
+            # absent by default, so that older digests remain valid
+            **({"on_bad_row": self.on_bad_row} if self.on_bad_row != "error" else {}),
         }
         return fingerprint.of_json(content)
 
     def list_shards(self, split: str) -> list[str]:
-        return list(self.files[split])
+        """Returns a name for each shard of a build."""
+        return [f"{split} {i}" for i in range(len(pieces_lib.grouped(self.pieces(split))))]
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
         """Returns the examples of a split as a `tf.data.Dataset`.
@@ -174,13 +229,14 @@ class FileSource(Counted, DataSource):
         # Reads every file once, unless the counts are stored. An error raised later, inside
         # TensorFlow, would appear as a C++ stack trace.
         self.num_input_examples(split)
-        paths = self.list_shards(split)
+        shards = pieces_lib.grouped(self.pieces(split))
         if shard_info is not None:
-            paths = paths[shard_info.index :: shard_info.num_shards]
+            shards = shards[shard_info.index :: shard_info.num_shards]
 
         def examples():
-            for path in paths:
-                yield from self.read_examples(path, split)
+            for shard in shards:
+                for piece in shard:
+                    yield from self.read_examples(piece, split)
 
         signature = {name: tf.TensorSpec(*spec) for name, spec in self._features().items()}
         signature["document_id"] = tf.TensorSpec((), tf.string)
@@ -188,8 +244,8 @@ class FileSource(Counted, DataSource):
         return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
 
     @abc.abstractmethod
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        """Yields the features of the examples of one file that are in a split."""
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the features of the examples of one piece that are in a split."""
 
     @abc.abstractmethod
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
@@ -198,6 +254,72 @@ class FileSource(Counted, DataSource):
     @abc.abstractmethod
     def _settings(self) -> dict[str, Any]:
         """Returns everything else that determines the examples, as JSON, for the digest."""
+
+    @abc.abstractmethod
+    def _count_piece(self, piece: Piece, bad: BadRows) -> Any:
+        """Reads all examples of a piece; returns what `_total` needs of it; raises DataError."""
+
+    @abc.abstractmethod
+    def _total(self, counts: Mapping[Piece, Any]) -> dict[str, Any]:
+        """Returns what `_count` returns, of all pieces in the order of the files; raises DataError."""
+
+    def _count(self) -> dict[str, Any]:
+        every = self._pieces_of(self.checksums)
+        size = sum(piece.size for piece in every)
+        desc = f"checking {self.name}"
+        with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
+            read = pool.run(
+                self._read_piece, every, what=lambda piece: f"{desc}, {piece.path}", bar=bar
+            )
+        bad = [row for _, rows in read for row in rows or ()]
+        try:
+            counts = self._total(
+                {piece: count for piece, (count, _) in zip(every, read, strict=True)}
+            )
+        except DataError as error:
+            if not bad:
+                raise
+            raise DataError(
+                f"{error}. {len(bad):,} rows cannot be used, the first is {bad[0]}: {bad[0].reason}"
+            ) from None
+        if self.on_bad_row == "skip":
+            counts["bad_rows"] = self._list(bad)
+        return counts
+
+    def _read_piece(self, piece: Piece, report: pool.Report) -> tuple[Any, BadRows]:
+        bad = self._bad_rows()
+        counts = self._count_piece(piece, bad)
+        report(piece.size)
+        return counts, bad
+
+    def _bad_rows(self) -> BadRows:
+        return [] if self.on_bad_row == "skip" else None
+
+    def _list(self, bad: Sequence[BadRow]) -> dict[str, Any]:
+        """Writes all bad rows into a file beside the counts; returns their number, the first ones and the file."""
+        path = self._counts_file.with_suffix(".bad_rows.jsonl")
+        lines = [files_lib.json_bytes(row._asdict(), indent=None, end="\n") for row in bad]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files_lib.write(path, b"".join(lines), synced=False, shared=True)
+        first = [f"{row}: {row.reason}" for row in bad[:_SHOWN_BAD_ROWS]]
+        return {"rows": len(bad), "first": first, "all": str(path)}
+
+    @property
+    def bad_rows(self) -> Mapping[str, Any]:
+        """Number of rows that cannot be used and are left out, the first ones, and the file that lists all; {} if they are errors."""
+        return self._counted["bad_rows"] if self.on_bad_row == "skip" else {}
+
+    def _usable(
+        self, piece: Piece, rows: Iterable[Row], use: Callable[[Row], Iterable[T]], bad: BadRows
+    ) -> Iterator[T]:
+        """Yields what `use` makes of rows; a DataError of one is raised, or is a bad row."""
+        for row in rows:
+            try:
+                made = tuple(use(row))
+            except DataError as error:
+                refuse(error, bad, piece.path, row.number, row.offset)
+                continue
+            yield from made
 
     def _split_of(self, text: str, path: str) -> str:
         if self.validation_fraction:
@@ -234,16 +356,22 @@ def named_sets(
     return {each: (patterns, held_out[each]) for each, patterns in sets.items()}
 
 
-def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
-    """Returns all files that match, sorted, without duplicates and directories."""
+def _expand(
+    name: str, argument: str, patterns: Patterns, data_root: str | None, split: str = "train"
+) -> tuple[str, ...]:
+    """Returns all files that match, sorted, without duplicates and directories; of data sets those of a split."""
     files: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
-        root = "" if paths.is_remote(pattern) else _expanded(data_root or "")
-        full = paths.absolute(paths.join(root, _expanded(pattern)))
-        if paths.is_remote(full):
+    for pattern, full in _absolute(patterns, data_root).items():
+        if hf_datasets.is_address(full) or not glob.has_magic(full) and hf_datasets.is_set(full):
+            matches = hf_datasets.files(full, split)
+        elif paths.is_remote(full):
             matches = mirror.local_files(paths.matches(full))
         else:
-            matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
+            found = glob.glob(full, recursive=True)
+            sets = [path for path in found if os.path.isdir(path) and hf_datasets.is_set(path)]
+            matches = [path for path in found if os.path.isfile(path)]
+            hf_datasets.check_outside(matches)
+            matches += [path for each in sets for path in hf_datasets.files(each, split)]
         if not matches:
             raise FileNotFoundError(
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
@@ -255,6 +383,23 @@ def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None)
     for path in sorted(files):
         documents.check_suffix(pathlib.Path(path))
     return tuple(sorted(files))
+
+
+def _have_validation(files: Patterns, data_root: str | None) -> bool:
+    """Returns whether all are data sets that have a split for validation."""
+    every = _absolute(files, data_root).values()
+    return bool(every) and all(hf_datasets.has_split(path, "validation") for path in every)
+
+
+def _absolute(patterns: Patterns, data_root: str | None) -> dict[str, str]:
+    """Returns {pattern: its absolute path or address}."""
+    found = {}
+    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
+        address = hf_datasets.is_address(pattern) or paths.is_remote(pattern)
+        root = "" if address else _expanded(data_root or "")
+        full = paths.join(root, _expanded(pattern))
+        found[pattern] = full if hf_datasets.is_address(full) else paths.absolute(full)
+    return found
 
 
 def _expanded(path: str | os.PathLike) -> str:
@@ -292,6 +437,12 @@ class GeneratedSource(DataSource, abc.ABC):
         texts = self.texts(split)
         ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
         return {"text": texts, "document_id": ids}
+
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the examples of a split, which is one piece."""
+        columns = self.examples(split)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
     def num_input_examples(self, split: str) -> int:
         return self.train_documents if split == "train" else self.validation_documents

@@ -6,8 +6,9 @@
 """
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,15 @@ class Feature:
     """One output feature of a task: a vector of each record.
 
     Attributes:
-      vocabulary: of its ids; of a float32 feature a pass-through vocabulary.
+      vocabulary: of its ids; of numbers a pass-through vocabulary, or None for some features of users' SeqIO tasks.
       add_eos: whether a task of texts ends its ids with EOS.
-      dtype: of its values.
+      dtype: name of the type of its values: 'int32' or 'float32', or others of users' SeqIO tasks.
       required: whether each record has it.
     """
 
     vocabulary: Any
     add_eos: bool = False
-    dtype: Literal["int32", "float32"] = "int32"
+    dtype: str = "int32"
     required: bool = True
 
 
@@ -62,16 +63,32 @@ class Task:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.source.splits)
 
+    def pieces(self, split: str) -> tuple[Any, ...]:
+        """Returns the pieces of a split that can be read alone, in the order of its records."""
+        return tuple(self.source.pieces(split))
+
+    def made_by(self) -> dict[str, Any]:
+        """Describes the steps from the source's examples to records, and the libraries that take them, as JSON."""
+        vocabularies = [feature.vocabulary for feature in self.output_features.values()]
+        every = {getattr(each, "library", "seqio") for each in vocabularies} - {None}
+        return {
+            "version": None,
+            "steps": ["tokenise"] * self.tokenises + ["bos"] * self.add_bos,
+            "libraries": {name: importlib.metadata.version(name) for name in sorted(every)},
+        }
+
+    def examples(self, split: str, pieces: Sequence[Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Yields what the source reads of some pieces of a split, or of all; raises DataError."""
+        for piece in self.pieces(split) if pieces is None else pieces:
+            yield from self.source.read_examples(piece, split)
+
     def records(self, split: str, pieces: Sequence[Any] | None = None) -> Iterator[Record]:
         """Yields the records of some pieces of a split, or of all of them, in their order.
 
         Raises:
           DataError: a piece is malformed.
         """
-        pieces = self.source.pieces(split) if pieces is None else pieces
-        examples = (
-            example for piece in pieces for example in self.source.read_examples(piece, split)
-        )
+        examples = self.examples(split, pieces)
         if self.tokenises:
             return self._tokenised(examples)
         return ({name: _plain(value) for name, value in each.items()} for each in examples)
@@ -83,7 +100,7 @@ class Task:
         after = [vocabulary.eos_id] if feature.add_eos else []
         ends = [np.array(ids, np.int32) for ids in (before, after)]
         for batch in _batches(examples):
-            encoded = vocabulary.encode_batch([example[TEXT] for example in batch])
+            encoded = _encoded(vocabulary, [example[TEXT] for example in batch])
             for example, ids in zip(batch, encoded, strict=True):
                 yield {
                     TARGETS: np.concatenate([ends[0], ids, ends[1]]) if before or after else ids,
@@ -102,6 +119,12 @@ def _batches(examples: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _encoded(vocabulary: Any, texts: Sequence[str]) -> Sequence[np.ndarray]:
+    if hasattr(vocabulary, "encode_batch"):
+        return vocabulary.encode_batch(texts)
+    return [np.asarray(vocabulary.encode_tf(text), np.int32) for text in texts]  # a user's SeqIO's
 
 
 def _plain(value: Any) -> np.ndarray | bytes:

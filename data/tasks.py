@@ -1,19 +1,24 @@
-"""SeqIO tasks and mixtures, registered by plain functions that gin binds.
+"""The table of tasks and mixtures, registered by plain functions that gin binds.
 
-Every task yields `targets` (token ids, with BOS and EOS where the task adds them),
+Every task of texts yields `targets` (token ids, with BOS and EOS where the task adds them),
 `targets_pretokenized` (their text) and `document_id`. A mixture's rates are shares of bytes of
 text, which are roughly proportional to tokens. SeqIO's own iterator treats rates as shares of
-examples.
+examples. Users may register tasks and mixtures with SeqIO too: then all names are in one space, and SeqIO has the tasks of
+this table (`in_seqio`).
 """
 
-import functools
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
+from espalier.data import seqio_tasks
+from espalier.data.task import Feature, Task
+from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
-# Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
+_NAME = re.compile(r"[\w.:#]+")  # SeqIO's rule
+# Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run, and the 'task'.
 _TASKS: dict[str, dict[str, Any]] = {}
 _MIXTURES: dict[str, dict[str, Any]] = {}
 _CORPORA: dict[str, dict[str, Any]] = {}
@@ -24,6 +29,11 @@ class Tally(dict[str, dict[str, Any]]):
 
     def add(self, reason: str, where: str) -> None:
         self.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
+
+    def merge(self, later: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds the counts of what is read after this."""
+        for reason, counts in later.items():
+            self.setdefault(reason, {**counts, "rows": 0})["rows"] += counts["rows"]
 
     def __str__(self) -> str:
         return ", ".join(
@@ -52,24 +62,12 @@ def register_source(
     Raises:
       ValueError: another task has this name, or the vocabulary lacks the BOS or EOS to be added.
     """
-    import seqio
-
     check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos)
+    features = {"targets": Feature(vocabulary, add_eos)}
     _register(
-        name,
-        source,
+        Task(name, source, features, tokenises=True, add_bos=add_bos),
         origin,
         {"vocabulary": str(vocabulary), "add_bos": add_bos, "add_eos": add_eos},
-        preprocessors=[
-            functools.partial(
-                seqio.preprocessors.rekey,
-                key_map={"targets": "text", "document_id": "document_id"},
-            ),
-            seqio.preprocessors.tokenize,
-            *([prepend_bos] if add_bos else []),
-            seqio.preprocessors.append_eos,
-        ],
-        output_features={"targets": seqio.Feature(vocabulary=vocabulary, add_eos=add_eos)},
     )
 
 
@@ -94,41 +92,42 @@ def register_rows(
     """Registers a task over a source whose features need no preprocessing.
 
     Args:
-      source: satisfies `seqio.DataSourceInterface`, and has a `digest` and the `name` of the task.
+      source: as of `data.data_source`, with a `digest` and the `name` of the task.
       origin: name of the registering function; a later call of the same function replaces the task.
       features: feature -> vocabulary of its ids; None for a float32 feature.
       facts: recorded with a run.
-      **task: further arguments of `seqio.TaskRegistry.add`.
+      **task: what SeqIO evaluates the task by: `postprocess_fn` and `metric_fns` of `seqio.Task`.
 
     Raises:
       ValueError: another task has this name.
     """
-    import seqio
-    import tensorflow as tf
-
-    numbers = {"vocabulary": seqio.PassThroughVocabulary(1), "dtype": tf.float32}
-    _register(
-        source.name,
-        source,
-        origin,
-        facts,
-        preprocessors=[],
-        output_features={
-            feature: seqio.Feature(
-                **(numbers if vocabulary is None else {"vocabulary": vocabulary}), add_eos=False
-            )
-            for feature, vocabulary in features.items()
-        },
-        **task,
-    )
+    numbers = Feature(PassThroughVocabulary(1), dtype="float32")
+    output_features = {
+        feature: numbers if vocabulary is None else Feature(vocabulary)
+        for feature, vocabulary in features.items()
+    }
+    _register(Task(source.name, source, output_features, evaluation=task), origin, facts)
 
 
-def _register(name: str, source: Any, origin: str, facts: Mapping[str, Any], **task: Any) -> None:
-    import seqio
+def _register(task: Task, origin: str, facts: Mapping[str, Any]) -> None:
+    if not _NAME.fullmatch(task.name):
+        raise ValueError(
+            f"the name {task.name!r} of a task has other characters than letters, digits and _ . : #; choose another"
+        )
+    _make_room(task.name, _TASKS, origin)
+    _TASKS[task.name] = {"task": task, "source": task.source, "origin": origin, **facts}
+    _tell_seqio()
 
-    _make_room(name, seqio.TaskRegistry, _TASKS, origin)
-    seqio.TaskRegistry.add(name, source=source, **task)
-    _TASKS[name] = {"source": source, "origin": origin, **facts}
+
+def _tell_seqio() -> None:
+    if seqio_tasks.loaded():  # whoever imported it may ask it for any task
+        in_seqio()
+
+
+def in_seqio() -> Any:
+    """Returns SeqIO, imported, with all tasks and mixtures of this table."""
+    mixtures = {name: facts["rates"] for name, facts in _MIXTURES.items()}
+    return seqio_tasks.hand_over([facts["task"] for facts in _TASKS.values()], mixtures)
 
 
 def register_generated(
@@ -167,59 +166,85 @@ def check_symbols(vocabulary: Any, symbols: str) -> None:
         )
 
 
-def prepend_bos(dataset, output_features):
-    """Begins `targets` with the vocabulary's BOS."""
-    import tensorflow as tf
-
-    bos = output_features["targets"].vocabulary.bos_id
-
-    def prepend(example):
-        return {**example, "targets": tf.concat([[bos], example["targets"]], axis=0)}
-
-    return dataset.map(prepend)
-
-
 def register_mixture(name: str, rates: Mapping[str, float]) -> None:
     """Registers a mixture of tasks and mixtures by their rates; replaces one of an earlier call.
 
     Raises:
       ValueError: another task or mixture has this name, or a member is not registered.
     """
-    import seqio
-
-    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     for member in rates:
-        if member not in known:
+        if member not in names():
             raise ValueError(
-                f"mixture {name!r}: no task or mixture {member!r}; {spelling.nearest(member, known)}"
+                f"mixture {name!r}: no task or mixture {member!r}; {spelling.nearest(member, sorted(names()))}"
             )
-    _make_room(name, seqio.MixtureRegistry, _MIXTURES, "register_mixture")
-    seqio.MixtureRegistry.add(name, [(member, float(rate)) for member, rate in rates.items()])
-    _MIXTURES[name] = {"rates": dict(rates), "origin": "register_mixture"}
+    _make_room(name, _MIXTURES, "register_mixture")
+    found = {member: float(rate) for member, rate in rates.items()}
+    _MIXTURES[name] = {"rates": found, "origin": "register_mixture"}
+    features = {task: tuple(find(task).output_features) for task in members(name)}
+    if len(set(features.values())) != 1:
+        del _MIXTURES[name]
+        raise ValueError(f"mixture {name!r}: its tasks must have the same features: {features}")
+    _tell_seqio()
 
 
-def _make_room(name: str, registry: Any, own: dict[str, dict[str, Any]], origin: str) -> None:
+def _make_room(name: str, own: dict[str, dict[str, Any]], origin: str) -> None:
     """Removes a registration of the same origin; raises ValueError if another one has the name."""
-    import seqio
-
     if name in own and own[name]["origin"] == origin:
         own.pop(name)
-        registry.remove(name)
-    if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
+        seqio_tasks.forget(name)
+    if name in names():
         raise ValueError(
             f"the name {name!r} is taken by a task or mixture registered elsewhere; choose another"
         )
 
 
+def names() -> set[str]:
+    """Returns the names of all tasks and mixtures, SeqIO's included."""
+    return {*_TASKS, *_MIXTURES} | seqio_tasks.names()
+
+
+def find(name: str) -> Task | seqio_tasks.SeqioTask:
+    """Returns the task of a name: of this table, or one that others have registered with SeqIO."""
+    return _TASKS[name]["task"] if name in _TASKS else seqio_tasks.find(name)
+
+
+def members(name: str) -> dict[str, float]:
+    """Returns {task: rate} of a mixture, in the order of names, or of one task; the rates are SeqIO's.
+
+    Raises:
+      ValueError: no such task or mixture is registered.
+    """
+    return _members(name)[0]
+
+
+def _members(name: str) -> tuple[dict[str, float], float]:
+    """Returns the rates of a mixture's tasks, and the sum of the rates of its members."""
+    if name in _TASKS:
+        return {name: 1.0}, 1.0
+    if name not in _MIXTURES:
+        if name not in seqio_tasks.names():
+            raise ValueError(
+                f"No mixture or task is called {name!r}; {spelling.nearest(name, sorted(names()))} "
+                "(mixtures and tasks of SeqIO are registered by importing the module that defines them)."
+            )
+        return seqio_tasks.rates(name) or ({name: 1.0}, 1.0)
+    given = _MIXTURES[name]["rates"]
+    rates: dict[str, float] = {}
+    for mixed in (True, False):  # in SeqIO's order, because sums of floats depend on it
+        for member, rate in given.items():
+            inner, total = _members(member)
+            if (member not in inner) == mixed:
+                for task, its_rate in inner.items():
+                    share = rate * its_rate / total if mixed else rate
+                    rates[task] = rates.get(task, 0.0) + share
+    return dict(sorted(rates.items())), sum(given.values())
+
+
 def clear() -> None:
     """Removes every task and mixture that this module registered; for notebooks and tests."""
-    if not (_TASKS or _MIXTURES):
-        return
-    import seqio
-
-    for own, registry in ((_MIXTURES, seqio.MixtureRegistry), (_TASKS, seqio.TaskRegistry)):
+    for own in (_MIXTURES, _TASKS):
         for name in own:
-            registry.remove(name)
+            seqio_tasks.forget(name)
         own.clear()
     _CORPORA.clear()
 
@@ -240,10 +265,8 @@ def registered(origin: str) -> dict[str, dict[str, Any]]:
 
 
 def vocabulary(task_name: str) -> Any:
-    """Returns the SeqIO vocabulary of a task's feature 'targets', else 'chosen', else 'prompt'."""
-    import seqio
-
-    features = seqio.get_mixture_or_task(task_name).output_features
+    """Returns the vocabulary of a task's feature 'targets', else 'chosen', else 'prompt'."""
+    features = find(task_name).output_features
     feature = next(name for name in ("targets", "chosen", "prompt") if name in features)
     return features[feature].vocabulary
 
@@ -280,10 +303,10 @@ def summary() -> dict[str, Any]:
             "documents": {split: source.num_input_examples(split) for split in source.splits},
             **{
                 key: counts
-                for key in ("dropped", "noted")
+                for key in ("dropped", "noted", "bad_rows")
                 if (counts := getattr(source, key, None))
             },
-            **{key: value for key, value in facts.items() if key != "source"},
+            **{key: value for key, value in facts.items() if key not in ("task", "source")},
         }
     mixtures = {name: facts["rates"] for name, facts in _MIXTURES.items()}
     return {"tasks": tasks, "mixtures": mixtures, "corpora": dict(_CORPORA)}
@@ -316,3 +339,8 @@ def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield rows.notice("dropped", share, f"{task}: {Tally(dropped)}, {share:.1%} of all rows")
     if noted:
         yield "noted", f"{task}: {Tally(noted)}"
+    if (bad := facts.get("bad_rows", {})).get("rows"):
+        text = f"{task}: {bad['rows']:,} rows cannot be used and are left out, first {bad['first'][0]} (all: {bad['all']})"
+        yield rows.notice(
+            "bad_rows", bad["rows"] / (bad["rows"] + sum(facts["documents"].values())), text
+        )

@@ -11,13 +11,12 @@ noticed. It costs 0.6 ns a byte where processors have instructions for it (all s
 tokens a second. It protects from damage, not from people who can write to the cache.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import os
-import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import BinaryIO
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -29,6 +28,7 @@ BYTES = 1 << 16  # of a block
 SUM = 8  # bytes of a checksum
 INDEX = "blocks.json"
 _FORMAT = 1
+THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,41 +86,71 @@ class FileTable:
         return bytes(self._checksums) + np.array(self._sums or [], "<i8").tobytes()
 
 
-def split(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the blocks of an open file."""
-    while block := file.read(BYTES):
-        yield block
-
-
-def write_table(folder: pathlib.Path, table: str, names: Iterable[str]) -> None:
-    """Writes the table of files of a folder of this machine."""
-    parts = []
+def table_of(
+    place: str | os.PathLike, names: Iterable[str]
+) -> tuple[bytes, dict[str, tuple[int, str]]]:
+    """Returns the table of files of a folder or an address, and {file: (bytes, SHA-256)}, as they were read."""
+    parts, entries = [], {}
     for name in names:
         part = FileTable(name)
-        with open(folder / name, "rb") as file:
-            for block in split(file):
+        with paths.opened(paths.join(place, name)) as file:
+            while block := file.read(BYTES):
                 part.add(block)
         parts.append(part.content())
-    files.write(folder / table, b"".join(parts), synced=True)
+        entries[name] = (part.size, part.sha256.hexdigest())
+    return b"".join(parts), entries
 
 
-def write_index(folder: pathlib.Path, groups: Mapping[str, Iterable[str]], *, of: str) -> None:
-    """Writes `blocks.json` of a folder of this machine, and the tables that it lacks.
+def write(place: str | os.PathLike, name: str, content: bytes) -> None:
+    """Writes a table or `blocks.json` to a folder or an address."""
+    if paths.is_remote(place):
+        paths.write(paths.join(place, name), content)
+    else:
+        files.write(paths.join(place, name), content, synced=True)
+
+
+def write_tables(place: str | os.PathLike, groups: Mapping[str, Iterable[str]]) -> None:
+    """Writes tables of files of a folder or an address."""
+    for table, names in groups.items():
+        write(place, table, table_of(place, names)[0])
+
+
+def write_index(
+    place: str | os.PathLike, groups: Mapping[str, Mapping[str, int]], *, of: str
+) -> None:
+    """Writes `blocks.json` of a folder or an address, and the tables that it lacks.
 
     Args:
-      folder: where the files are.
-      groups: name of each table -> names of its files.
+      place: where the files are.
+      groups: name of each table -> its files with their sizes.
       of: what the files are of; readers compare it.
+
+    Raises:
+      OSError: a file cannot be read or written.
     """
-    made = []
-    for table, names in groups.items():
-        names = list(names)
-        if not (folder / table).exists():
-            write_table(folder, table, names)
-        sizes = {name: os.path.getsize(folder / name) for name in names}
-        sha256 = hashlib.sha256((folder / table).read_bytes()).hexdigest()
-        made.append(Group(table, sha256, sizes))
-    files.write(folder / INDEX, index_bytes(made, of=of), synced=True)
+
+    def made(item: tuple[str, Mapping[str, int]]) -> Group:
+        table, sizes = item
+        if not paths.exists(paths.join(place, table)):
+            write_tables(place, {table: sizes})
+        raw = paths.read(paths.join(place, table))
+        return Group(table, hashlib.sha256(raw).hexdigest(), dict(sizes))
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        content = index_bytes(pool.map(made, groups.items()), of=of)
+    write(place, INDEX, content)
+
+
+def groups_of(shards: Iterable[Mapping], first: int = 0) -> dict[str, dict[str, int]]:
+    """Returns {table: {file: bytes}} of the shards of a token cache, by their entries in its manifest, from number `first` on."""
+    return {
+        f"{number:05d}.blocks": {
+            name: size
+            for name, (size, _) in sorted(shard["files"].items())
+            if not name.endswith(".json")
+        }
+        for number, shard in enumerate(shards, start=first)
+    }
 
 
 def index_bytes(groups: Iterable[Group], *, of: str) -> bytes:

@@ -21,6 +21,7 @@ from typing import Protocol
 from espalier import __version__
 from espalier.common import files
 from espalier.common.storage import mirror, paths
+from espalier.data.cache import blocks
 from espalier.data.cache.cache_files import (
     Record,
     ShardWriter,
@@ -136,7 +137,7 @@ class Build:
         ):
             for record in self.task.records(self.split, self.shards[shard]):
                 writer.append(record)
-            writer.finish()
+            blocks.write_tables(folder, blocks.groups_of([writer.finish()], shard))
 
     def name_of(self, shard: int) -> str:
         """Returns a shard's number and cache, for messages."""
@@ -156,13 +157,16 @@ class Build:
                 f"{self._folder}: {len(missing)} of {len(entries)} shards are not written, the first is number "
                 f"{missing[0] + 1}. Start the build again; finished shards are kept."
             )
-        content = _manifest(self.fingerprint, self.features, self.description, shards)
+        body = _manifest(self.fingerprint, self.features, self.description, shards)
+        content, groups = manifest_bytes(body), blocks.groups_of(shards)
         if self._is_remote:
+            blocks.write_index(self._folder, groups, of=body["content"])
             paths.write(paths.join(self._folder, MANIFEST), content)
             paths.delete(paths.join(self._folder, _STARTED))
             return
         folder, directory = pathlib.Path(self._folder), pathlib.Path(self.directory)
         with writing(f"The token cache {self.directory}"):
+            blocks.write_index(folder, groups, of=body["content"])
             files.write(folder / MANIFEST, content, synced=True)
             folder.rename(directory)
             (directory / _STARTED).unlink()
@@ -251,26 +255,24 @@ def manifest_bytes(body: Mapping) -> bytes:
     return json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"
 
 
-def _manifest(name: str, features: Mapping, description: Mapping, shards: list[dict]) -> bytes:
+def _manifest(name: str, features: Mapping, description: Mapping, shards: list[dict]) -> dict:
     for shard, entry in enumerate(shards):
         # The checksum of the shard's own .json file, which is checked like any other file.
         own = {f"{shard:05d}.json": file_entry(canonical(entry))}
         entry["files"] = {**entry["files"], **own}
-    return manifest_bytes(
-        {
-            "format": FORMAT,
-            "fingerprint": name,
-            "description": description,
-            "features": dict(features),
-            "records": sum(shard["records"] for shard in shards),
-            **{
-                key: {f: add_known(*(shard[key][f] for shard in shards)) for f in features}
-                for key in ("values", "text_bytes")
-            },
-            "shards": shards,
-            "content": digest([shard["files"] for shard in shards]),
-        }
-    )
+    return {
+        "format": FORMAT,
+        "fingerprint": name,
+        "description": description,
+        "features": dict(features),
+        "records": sum(shard["records"] for shard in shards),
+        **{
+            key: {f: add_known(*(shard[key][f] for shard in shards)) for f in features}
+            for key in ("values", "text_bytes")
+        },
+        "shards": shards,
+        "content": digest([shard["files"] for shard in shards]),
+    }
 
 
 def _pieces_digest(shards: Sequence[Sequence[Piece]]) -> str:

@@ -328,7 +328,7 @@ def check_file(path: pathlib.Path, size: int, checksum: str) -> None:
         raise corrupt(path.parent, path.name, "does not match its checksum")
 
 
-def corrupt(directory: pathlib.Path, name: str, what: str) -> CacheCorruptError:
+def corrupt(directory: pathlib.Path | str, name: str, what: str) -> CacheCorruptError:
     return CacheCorruptError(
         f"Token cache {directory}: {name} {what}. Delete the directory: it is built again at the "
         "next start, or now by `espalier prepare cache --replace`."

@@ -24,8 +24,8 @@ from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 
-from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import source_code
+from espalier.data.cache.file_digests import FileDigests as FileDigests
 
 _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
@@ -133,43 +133,6 @@ def vocabulary(vocab) -> dict:
         state = {k: v for k, v in vars(vocab).items() if "lock" not in k}
         out["state"] = describe(state)
     return out
-
-
-class FileDigests:
-    """SHA-256 digests of source files, stored between runs.
-
-    A stored digest is valid while the file's size, modification time, change time and inode are
-    equal. Programs such as `cp -p` and `rsync -t` can set the modification time, but not the change
-    time.
-    """
-
-    def __init__(self, memory: pathlib.Path):
-        self._memory = memory
-        self._known: dict[str, list] = {}
-        self._changed = False
-        try:
-            known = json.loads(memory.read_bytes())
-            self._known = known if isinstance(known, dict) else {}
-        except (OSError, ValueError):
-            pass  # Without stored digests, files are only hashed again.
-
-    def digest(self, path: str) -> str:
-        """Returns the SHA-256 of one file, in hexadecimal."""
-        stat = os.stat(path)
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        entry = self._known.get(os.path.abspath(path))
-        if isinstance(entry, list) and len(entry) == 5 and entry[:4] == stamp:
-            return entry[4]
-        with open(path, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        self._known[os.path.abspath(path)] = [*stamp, checksum]
-        self._changed = True
-        return checksum
-
-    def save(self) -> None:
-        """Stores new digests."""
-        if self._changed:
-            cache.remember(self._memory, self._known)
 
 
 def _function(function: types.FunctionType, seen: _Seen) -> dict:

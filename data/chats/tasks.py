@@ -15,7 +15,6 @@ all that closes the turn. A template that renders earlier messages otherwise onc
 import dataclasses
 import itertools
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 from espalier.common.ranges import check_choice
 from espalier.data import tasks
 from espalier.data.data_source import Files, named_sets
+from espalier.data.pieces import Piece
 from espalier.data.rows.files import (
     TOKENS_VERSION,
     ExactSplit,
@@ -42,6 +42,7 @@ from espalier.data.rows.records import (
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import BadRows, Row
 from espalier.data.tokenizers.chat_sandbox import Rendered
 
 # Parts of the digest of a source: raise one when the same rows are read as other records, or the same records become other tokens.
@@ -177,14 +178,15 @@ class _Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFiles(ExactSplit, PromptedFiles):
-    """Rows of one form in JSON lines or Parquet, by split; the held-out share is exact."""
+    """Rows of one form, by split; the held-out share is exact."""
 
     MACRO: ClassVar[str] = "CHATS"
+    EXAMPLE: ClassVar[str] = EXAMPLE
 
     turns: Turns  # the turns of the assistant that are learnt
 
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        for example in self._examples(path, split):
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        for example in self._examples(piece, split, self._bad_rows()):
             yield {
                 "targets": np.array(example.ids, np.int32),
                 "loss_weights": np.array(example.learnt, np.float32),
@@ -203,19 +205,27 @@ class ChatFiles(ExactSplit, PromptedFiles):
         }
 
     def _examples(
-        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
+        self,
+        piece: Piece,
+        split: str | None,
+        bad: BadRows,
+        dropped: tasks.Tally | None = None,
     ) -> Iterator[_Example]:
-        """Yields the tokenised rows of a file in one split, or in all; counts rows from which nothing can be learnt."""
-        for number, where, row in documents.read_rows(pathlib.Path(path), example=EXAMPLE):
-            id = self._id(path, number)
+        """Yields the tokenised rows of a piece in one split, or in all; counts rows from which nothing can be learnt."""
+
+        def use(row: Row) -> Iterator[_Example]:
+            id = self._id(piece.path, row.number)
             try:
-                kind, record = parse(row, where, id)
+                kind, record = parse(row.content, row.where, id)
                 key = prompt_key(kind, record)
-                if split is None or self._split_of(key, path) == split:
+                if split is None or self._split_of(key, piece.path) == split:
                     yield _Example(kind, record, key, *self._tokenised(kind, record))
             except DegenerateError as error:
                 if dropped is not None:
                     dropped.add(error.reason, id)
+
+        rows = self._rows(piece, bad)
+        return self._usable(piece, rows, use, bad)
 
     def _tokenised(self, kind: Kind, record: Record) -> tuple[list[int], list[bool]]:
         """Returns the ids of a row, and whether each is learnt; raises DegenerateError if none is."""
@@ -260,7 +270,7 @@ def _form(example: _Example) -> str:
 @with_settings(
     PromptedSettings,
     *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_eos"),
-    *("data_root", "cache_dir"),
+    *("columns", "on_bad_row", "data_root", "cache_dir"),
 )
 def register_chats(
     *,
@@ -273,11 +283,11 @@ def register_chats(
 ) -> None:
     """Registers a task over files of conversations, prompts with completions, or texts; see the module.
 
-    The files are JSON lines (also .gz and .zst) or Parquet, with rows of one form. The features are the ids `targets`
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face, with rows of one form. The features are the ids `targets`
     and `loss_weights`: 1 for the tokens of the assistant's turns, of completions or of texts, else 0.
 
     Several sets, given by name, become a task each, and `name` their mixture; `data.chats.stream` weighs them.
-    Malformed rows are an error. Rows from which nothing can be learnt are dropped and counted by reason.
+    Malformed rows are an error, see `on_bad_row`. Rows from which nothing can be learnt are dropped and counted by reason.
 
     Args:
       name: name of the task, or of the mixture.

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,13 @@ from espalier.data.cache import fingerprint
 from espalier.data.data_source import Counted, DataSource, FileSource
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row, Template
+from espalier.data.pieces import Piece
+from espalier.data.rows import columns
+from espalier.data.rows.columns import Columns
 from espalier.data.tasks import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import BadRows
 from espalier.data.text.tfds_source import TfdsSource
 
 Form = Literal["encoder_decoder", "decoder"]
@@ -140,26 +144,41 @@ def _ids(values: Any) -> np.ndarray:
 ROW = '{"premise": "...", "hypothesis": "...", "label": 0}'
 
 
+class _Lengths(NamedTuple):
+    """What is counted of a part of a split."""
+
+    examples: int
+    tokens: int  # of the targets
+    dropped: Tally
+
+    @classmethod
+    def of(cls, encoding: Encoding, rows: Iterable[Row]) -> "_Lengths":
+        dropped = Tally()
+        lengths = [len(example["targets"]) for example in encoding.examples(rows, dropped)]
+        return cls(len(lengths), sum(lengths), dropped)
+
+
 class _Counted(Counted):
-    """Counts of examples and tokens; a mixin for sources with `_rows` and `encoding`."""
+    """Counts of examples and tokens; a mixin for sources with `encoding`."""
 
     def tokens(self, split: str) -> int:
         """Returns the number of target tokens of a split."""
         return self._counted["tokens"][split]
 
-    def _count(self) -> dict[str, Any]:
+    def _counted_splits(self, parts: Mapping[str, Sequence[_Lengths]]) -> dict[str, Any]:
+        """Returns the counts of splits from those of their parts."""
         dropped = Tally()
         counted: dict[str, Any] = {"examples": {}, "tokens": {}}
-        for split in self.splits:
-            examples = self.encoding.examples(self._rows(split), dropped)
-            lengths = [len(example["targets"]) for example in examples]
-            if not lengths:
+        for split, lengths in parts.items():
+            for part in lengths:
+                dropped.merge(part.dropped)
+            counted["examples"][split] = sum(part.examples for part in lengths)
+            counted["tokens"][split] = sum(part.tokens for part in lengths)
+            if not counted["examples"][split]:
                 raise DataError(
                     f"{self.name}: the {split} split has no example ({str(dropped) or 'it has no row'}). Add rows, "
                     "or correct the template"
                 )
-            counted["examples"][split] = len(lengths)
-            counted["tokens"][split] = sum(lengths)
         return {**counted, "dropped": dropped}
 
 
@@ -168,26 +187,40 @@ class InstructionFiles(_Counted, FileSource):
     """Rows in files; the rows that are held out are the same for all templates."""
 
     encoding: Encoding
+    columns: Columns | None = None  # of the keys of a row, see `data.rows.columns`
 
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        yield from self.encoding.examples(self._rows_of(path, split))
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        return self.encoding.examples(self._rows_of(piece, split, self._bad_rows()))
 
-    def _rows(self, split: str) -> Iterator[Row]:
-        for path in self.files[split]:
-            yield from self._rows_of(path, split)
+    def _rows_of(self, piece: Piece, split: str, bad: BadRows) -> Iterator[Row]:
+        for row in columns.read(piece, example=ROW, columns=self.columns, bad=bad):
+            text = json.dumps(row.content, sort_keys=True, default=str)
+            if self._split_of(text, piece.path) == split:
+                id = f"{pathlib.Path(piece.path).relative_to(self.root)}:{row.number}"
+                yield Row(id, row.where, json.loads(text))
 
-    def _rows_of(self, path: str, split: str) -> Iterator[Row]:
-        for number, where, row in documents.read_rows(pathlib.Path(path), example=ROW):
-            text = json.dumps(row, sort_keys=True, default=str)
-            if self._split_of(text, path) == split:
-                id = f"{pathlib.Path(path).relative_to(self.root)}:{number}"
-                yield Row(id, where, json.loads(text))
+    def _count_piece(self, piece: Piece, bad: BadRows) -> dict[str, _Lengths]:
+        counts = {}
+        for split in self.splits:
+            rows = self._rows_of(piece, split, bad)
+            counts[split] = _Lengths.of(self.encoding, rows)
+            bad = None if bad is None else []  # those of the first reading count
+        return counts
+
+    def _total(self, counts: Mapping[Piece, Mapping[str, _Lengths]]) -> dict[str, Any]:
+        return self._counted_splits(
+            {split: [count[split] for count in counts.values()] for split in self.splits}
+        )
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         return self.encoding.specs()
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.encoding.settings(), "splits": splits.VERSION}
+        return {
+            **self.encoding.settings(),
+            "splits": splits.VERSION,
+            **columns.settings(self.columns),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,8 +260,17 @@ class InstructionTfds(_Counted, DataSource):
         signature = {name: tf.TensorSpec(*spec) for name, spec in self.encoding.specs().items()}
         signature["document_id"] = tf.TensorSpec((), tf.string)
         return tf.data.Dataset.from_generator(
-            lambda: self.encoding.examples(self._rows(split)), output_signature=signature
+            lambda: self.read_examples(split, split), output_signature=signature
         )
+
+    def _count(self) -> dict[str, Any]:
+        return self._counted_splits(
+            {split: [_Lengths.of(self.encoding, self._rows(split))] for split in self.splits}
+        )
+
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the examples of a split, which is one piece."""
+        yield from self.encoding.examples(self._rows(split))
 
     def _rows(self, split: str) -> Iterator[Row]:
         for example in self.rows.as_dataset(split, shuffle=False).as_numpy_iterator():

@@ -93,7 +93,7 @@ def _of_rows(path: pathlib.Path, codes: Iterable[str]) -> Pairs:
             f"{path} does not exist: give {PACKAGES!r}, a folder of FLORES, or a file of rows {_ROW}."
         )
     out: dict[str, list[tuple[str, str]]] = {code: [] for code in codes}
-    for _, where, row in documents.read_rows(path, example=_ROW):
+    for _, where, row, _ in documents.read_rows(path, example=_ROW):
         values = [row.get(key) for key in ("language", "english", "text")]
         if not all(isinstance(value, str) and value for value in values):
             raise DataError(f"{where}: a row needs texts 'language', 'english' and 'text': {_ROW}")

@@ -2,16 +2,14 @@
 
 import dataclasses
 import itertools
-import pathlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from espalier.common.bars import Bar
 from espalier.common.ranges import check_choice
 from espalier.data import tasks
+from espalier.data.pieces import Piece
 from espalier.data.preference import records
 from espalier.data.preference.records import Kind
 from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles, PromptedSettings
@@ -19,6 +17,7 @@ from espalier.data.rows.records import DegenerateError, Record
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import BadRows, Row
 
 Invalid = Literal["drop", "error"]
 CACHED_AS = "data.preference.files"  # the name by which caches know the source
@@ -35,9 +34,29 @@ class _Example(NamedTuple):
     completions: list[list[int]]
 
 
+class _Counts(NamedTuple):
+    """What is counted of the rows of a piece, or of all."""
+
+    examples: dict[str, int]  # split -> number
+    prompts: dict[str, list[list[int]]]  # split -> the first two
+    dropped: tasks.Tally
+    noted: tasks.Tally
+
+    @classmethod
+    def of(cls, splits: Sequence[str]) -> "_Counts":
+        prompts: dict[str, list[list[int]]] = {split: [] for split in splits}
+        return cls(dict.fromkeys(splits, 0), prompts, tasks.Tally(), tasks.Tally())
+
+    def add_prompt(self, split: str, prompt: list[int]) -> None:
+        if len(self.prompts[split]) < 2 and prompt not in self.prompts[split]:
+            self.prompts[split].append(prompt)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceFiles(PromptedFiles):
-    """Preference data in files of JSON lines, by split."""
+    """Preference data in files, by split."""
+
+    EXAMPLE: ClassVar[str] = records.PAIR
 
     # 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of
     # each label
@@ -49,17 +68,19 @@ class PreferenceFiles(PromptedFiles):
         """Reason -> number and first place of rows that are used but reported, such as for invisible characters."""
         return self._counted["noted"]
 
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        examples = self._examples(path, split)
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        examples = self._examples(piece, split, self._bad_rows())
         if self.kind == "paired":
             for example in examples:
                 yield self._encoded(example, example.completions[1], example.record.margin)
             return
-        paths = self.files[split]
-        after = paths[paths.index(path) + 1 :] + paths[: paths.index(path) + 1]
+        pieces = self.pieces(split)
+        after = pieces[pieces.index(piece) + 1 :] + pieces[: pieces.index(piece) + 1]
 
         def others() -> Iterator[_Example]:
-            return itertools.chain.from_iterable(self._examples(path, split) for path in after)
+            return itertools.chain.from_iterable(
+                self._examples(other, split, self._bad_rows()) for other in after
+            )
 
         for example, other in _mismatched(examples, others):
             yield self._encoded(example, other.completions[0], float(example.record.label or 0))
@@ -88,32 +109,36 @@ class PreferenceFiles(PromptedFiles):
 
     def _examples(
         self,
-        path: str,
-        split: str | None = None,
+        piece: Piece,
+        split: str | None,
+        bad: BadRows,
         dropped: tasks.Tally | None = None,
         noted: tasks.Tally | None = None,
     ) -> Iterator[_Example]:
-        """Yields the examples of a file in one split, or in all; counts dropped and reported rows.
+        """Yields the examples of a piece in one split, or in all; counts dropped and reported rows.
 
         Rows of other splits are not tokenised, since that takes most of the time.
         """
-        for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
-            where, id = f"{path}, line {number}", self._id(path, number)
+
+        def use(row: Row) -> Iterator[_Example]:
+            id = self._id(piece.path, row.number)
             try:
-                record = records.parse(row, where, id)
-                if split is not None and self._split_of(record.prompt_text, path) != split:
-                    continue
+                record = records.parse(row.content, row.where, id)
+                if split is not None and self._split_of(record.prompt_text, piece.path) != split:
+                    return
                 if noted is not None and record.has_invisible:
                     noted.add("invisible_characters", id)
                 yield from self._tokenised(record)
             except DegenerateError as error:
                 if self.invalid == "error":
                     raise DataError(
-                        f"{where}: {error}. Repair or delete the line, or set invalid='drop' to skip such "
+                        f"{row.where}: {error}. Repair or delete the line, or set invalid='drop' to skip such "
                         "rows"
                     ) from None
                 if dropped is not None:
                     dropped.add(error.reason, id)
+
+        return self._usable(piece, self._rows(piece, bad), use, bad)
 
     def _tokenised(self, record: Record) -> Iterator[_Example]:
         if self.kind == "paired" and record.label is not None:
@@ -134,18 +159,25 @@ class PreferenceFiles(PromptedFiles):
     def _suffices(self, counted: Mapping[str, Any]) -> bool:
         return self.invalid == "drop" or not counted["dropped"]  # else read on, to raise the error
 
-    def _count(self) -> dict[str, Any]:
+    def _count_piece(self, piece: Piece, bad: BadRows) -> _Counts:
+        counts = _Counts.of(self.splits)
+        for example in self._examples(piece, None, bad, counts.dropped, counts.noted):
+            split = self._split_of(example.record.prompt_text, piece.path)
+            counts.examples[split] += 1
+            counts.add_prompt(split, example.prompt)
+        return counts
+
+    def _total(self, counts: Mapping[Piece, _Counts]) -> dict[str, Any]:
         """Returns the numbers of examples of each split, and of dropped and reported rows."""
-        examples = dict.fromkeys(self.splits, 0)
-        prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
-        dropped, noted = tasks.Tally(), tasks.Tally()
-        paths = list(self.checksums)
-        for path in Bar(paths, desc=f"checking {self.name}", file=sys.stderr):
-            for example in self._examples(path, None, dropped, noted):
-                split = self._split_of(example.record.prompt_text, path)
-                examples[split] += 1
-                if len(prompts[split]) < 2 and example.prompt not in prompts[split]:
-                    prompts[split].append(example.prompt)
+        total = _Counts.of(self.splits)
+        for count in counts.values():
+            for split, number in count.examples.items():
+                total.examples[split] += number
+                for prompt in count.prompts[split]:
+                    total.add_prompt(split, prompt)
+            total.dropped.merge(count.dropped)
+            total.noted.merge(count.noted)
+        examples, prompts, dropped, noted = total
         for split, count in examples.items():
             if not count:
                 raise self._empty(split, sum(examples.values()), dropped)
@@ -193,7 +225,9 @@ def register_pairs(
     validation_files: str | Sequence[str] | None = None,
     invalid: Invalid = "drop",
 ) -> None:
-    """Registers a task over files of JSON lines (also .gz and .zst) in TRL's formats; see `records`.
+    """Registers a task over files of rows in TRL's formats; see `records`.
+
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face.
 
     For 'paired' data, the features are the ids `prompt`, `chosen` and `rejected`, and `margin` (one float32; 0 if
     the row has none). For 'unpaired' data, `chosen` is the completion, and `labels` (one float32) is 1 if it is
@@ -215,7 +249,7 @@ def register_pairs(
 
     Raises:
       FileNotFoundError: a pattern matches no file.
-      DataError: a matching file is not a file of JSON lines.
+      DataError: a matching file is not of rows.
       ChatTemplateError: the chat template does not exist.
       ValueError: `kind` or `invalid` has an unknown value, or the vocabulary lacks the BOS or EOS to add.
     """
@@ -229,12 +263,6 @@ def register_pairs(
         kind=kind,
         invalid=invalid,
     )
-    for path in sorted({path for paths in source.files.values() for path in paths}):
-        if not {".jsonl", ".json"} & set(pathlib.Path(path).suffixes[-2:]):
-            raise DataError(
-                f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
-                ".zst); write one JSON object per line"
-            )
     tasks.register_rows(
         source,
         origin="register_pairs",

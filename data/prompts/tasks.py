@@ -4,20 +4,23 @@
 {"prompt": [{"role": "user", "content": "3 + 4?"}], "answer": "7"}
 """
 
+import collections
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from espalier.data import tasks
+from espalier.data.pieces import Piece
 from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles, PromptedSettings
 from espalier.data.rows.records import Record, text_of
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import BadRows, Row
+from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1
@@ -27,25 +30,42 @@ INFO = "info"  # bytes of the whole row as JSON
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFiles(PromptedFiles):
-    """Prompts in files of JSON lines, by split."""
+    """Prompts in files, by split."""
 
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        """Yields the features of the examples of one file and one split.
+    EXAMPLE: ClassVar[str] = EXAMPLE
+
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the features of the examples of one piece and one split.
 
         Raises:
           DataError: a row is malformed; the message names its line.
         """
-        for number, row in documents.read_json_lines(pathlib.Path(path), example=EXAMPLE):
-            record = _record(row, f"{path}, line {number}", self._id(path, number))
-            if self._split_of(record.prompt_text, path) != split:
-                continue
+        return (features for _, features in self._examples(piece, self._bad_rows(), split))
+
+    def _examples(
+        self, piece: Piece, bad: BadRows, wanted: str | None = None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (split, features) of the examples of one split, or of all."""
+
+        def use(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
+            record = _record(row.content, row.where, self._id(piece.path, row.number))
+            split = self._split_of(record.prompt_text, piece.path)
+            if wanted not in (None, split):
+                return
             prompt, _ = self.tokeniser(record)
-            row_json = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            yield {
-                "prompt": np.array(prompt, np.int32),
-                INFO: np.frombuffer(row_json, np.uint8).astype(np.int32),
-                "document_id": record.id,
-            }
+            row_json = json.dumps(row.content, ensure_ascii=False, default=str).encode(
+                "utf-8", "surrogatepass"
+            )
+            yield (
+                split,
+                {
+                    "prompt": np.array(prompt, np.int32),
+                    INFO: np.frombuffer(row_json, np.uint8).astype(np.int32),
+                    "document_id": record.id,
+                },
+            )
+
+        return self._usable(piece, self._rows(piece, bad), use, bad)
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         return dict.fromkeys(("prompt", INFO), ((None,), "int32"))
@@ -57,10 +77,12 @@ class PromptFiles(PromptedFiles):
             "add_bos": self.tokeniser.add_bos,
         }
 
-    def _count(self) -> dict[str, Any]:
+    def _count_piece(self, piece: Piece, bad: BadRows) -> dict[str, int]:
+        return collections.Counter(split for split, _ in self._examples(piece, bad))
+
+    def _total(self, counts: Mapping[Piece, Mapping[str, int]]) -> dict[str, Any]:
         counted = {
-            split: sum(1 for path in paths for _ in self.read_examples(path, split))
-            for split, paths in self.files.items()
+            split: sum(count.get(split, 0) for count in counts.values()) for split in self.files
         }
         for split, count in counted.items():
             if not count:
@@ -85,7 +107,7 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
 @with_settings(
     PromptedSettings,
     *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_bos"),
-    *("data_root", "cache_dir"),
+    *("columns", "on_bad_row", "data_root", "cache_dir"),
     validation_fraction=0.0,
     add_eos=False,
 )
@@ -96,19 +118,18 @@ def register_prompts(
     settings: PromptedSettings,
     validation_files: str | Sequence[str] | None = None,
 ) -> None:
-    """Registers a task over files of JSON lines with a "prompt", a text or messages; see the module.
+    """Registers a task over files of rows with a "prompt", a text or messages; see the module.
 
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face.
     Files of preference pairs also work: a pair's prompt is the prompt, and rewards can read its completions. The
     features are `prompt`, its ids, and `info`, the row as bytes.
 
     `data.preference.tasks.register_pairs` and `data.rows.files.PromptedSettings` describe the arguments and errors.
     """
-    import seqio
-
     source = PromptFiles.open(settings, name=name, files=files, validation_files=validation_files)
     tasks.register_rows(
         source,
         origin="register_prompts",
-        features={"prompt": settings.vocabulary, INFO: seqio.PassThroughVocabulary(256)},
+        features={"prompt": settings.vocabulary, INFO: PassThroughVocabulary(256)},
         facts=source.facts,
     )

@@ -10,29 +10,19 @@ from typing import Literal
 import numpy as np
 
 from espalier.common import spelling
+from espalier.data import tasks
 
 Weights = Literal["rates", "tokens", "unimax"]
 
 
 def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:
-    """Returns the tasks of a registered SeqIO mixture (or the one task), and {task: rate}.
+    """Returns the tasks of a registered mixture (or the one task), and {task: rate}.
 
     Raises:
         ValueError: no such mixture or task is registered.
     """
-    import seqio
-
-    if mixture_or_task_name in seqio.TaskRegistry.names():
-        return [seqio.TaskRegistry.get(mixture_or_task_name)], {mixture_or_task_name: 1.0}
-    if mixture_or_task_name in seqio.MixtureRegistry.names():
-        mixture = seqio.MixtureRegistry.get(mixture_or_task_name)
-        return mixture.tasks, {task.name: mixture.get_rate(task) for task in mixture.tasks}
-    known = (*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names())
-    raise ValueError(
-        f"No SeqIO mixture or task is called {mixture_or_task_name!r}; "
-        f"{spelling.nearest(mixture_or_task_name, known)} (mixtures and tasks "
-        "are registered by importing the module that defines them)."
-    )
+    rates = tasks.members(mixture_or_task_name)
+    return [tasks.find(name) for name in rates], rates
 
 
 def tempered(

@@ -9,7 +9,6 @@ for one that is read but not learnt. Other keys are ignored.
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,10 +17,12 @@ import numpy as np
 from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
+from espalier.data.pieces import Piece
 from espalier.data.rows.files import ExactSplit
 from espalier.data.rows.records import DegenerateError
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import BadRows, OnBadRow, Row
 
 # Part of the digest of a source: raise it when the same rows become other examples.
 VERSION = 1
@@ -53,8 +54,8 @@ class ExampleFiles(ExactSplit):
     keys: tuple[str, str]
     inputs_eos: bool
 
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        for example in self._examples(path, split):
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        for example in self._examples(piece, split, self._bad_rows()):
             yield {
                 "inputs": np.array(example.inputs, np.int32),
                 "targets": np.array(example.targets, np.int32),
@@ -75,18 +76,25 @@ class ExampleFiles(ExactSplit):
         }
 
     def _examples(
-        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
+        self,
+        piece: Piece,
+        split: str | None,
+        bad: BadRows,
+        dropped: tasks.Tally | None = None,
     ) -> Iterator[_Example]:
-        for number, where, row in documents.read_rows(pathlib.Path(path), example=EXAMPLE):
-            id = f"{os.path.relpath(path, self.root)}:{number}"
+        def use(row: Row) -> Iterator[_Example]:
+            id = f"{os.path.relpath(piece.path, self.root)}:{row.number}"
             try:
-                example = self._example(row, where, id)
+                example = self._example(row.content, row.where, id)
             except DegenerateError as error:
                 if dropped is not None:
                     dropped.add(error.reason, id)
-                continue
-            if split is None or self._split_of(example.key, path) == split:
+                return
+            if split is None or self._split_of(example.key, piece.path) == split:
                 yield example
+
+        rows = documents.read_rows(piece, example=EXAMPLE, bad=bad)
+        return self._usable(piece, rows, use, bad)
 
     def _example(self, row: Mapping[str, Any], where: str, id: str) -> _Example:
         """Returns the tokens of a row; raises DataError if it is malformed, DegenerateError if nothing can be learnt."""
@@ -151,13 +159,14 @@ def register_examples(
     inputs_key: str = "inputs",
     targets_key: str = "targets",
     inputs_eos: bool = True,
+    on_bad_row: OnBadRow = "error",
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
     """Registers a task over files of inputs with targets: JSON lines (also .gz and .zst) or Parquet.
 
-    The features are the ids `inputs` and `targets`, and `loss_weights` of the targets. Malformed rows are an error. Rows
-    from which nothing can be learnt are dropped and counted by reason.
+    The features are the ids `inputs` and `targets`, and `loss_weights` of the targets. Malformed rows are an error, see
+    `on_bad_row`. Rows from which nothing can be learnt are dropped and counted by reason.
 
     Args:
       name: name of the task.
@@ -168,6 +177,7 @@ def register_examples(
         in one split. 0 makes no validation split.
       inputs_key, targets_key: keys of a row.
       inputs_eos: end inputs that are texts with EOS. Targets that are texts always end with it.
+      on_bad_row: what a malformed row is: an 'error', or left out, counted and listed ('skip').
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
 
@@ -181,6 +191,7 @@ def register_examples(
         files=files,
         validation_files=validation_files,
         validation_fraction=validation_fraction,
+        on_bad_row=on_bad_row,
         data_root=data_root,
         cache_dir=cache_dir,
         vocabulary=vocabulary,

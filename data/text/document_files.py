@@ -2,18 +2,19 @@
 
 import dataclasses
 import os
-import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import Files, FileSource, named_sets, shorten
+from espalier.data.pieces import Piece
 from espalier.data.text import document_filters, documents, splits
 from espalier.data.text.document_filters import DocumentFilter, Sieve
 from espalier.data.text.documents import DataError, Document, Format
+from espalier.data.text.row_files import BadRows, OnBadRow
+
+_Counts = dict[str, dict[str, dict[str, int]]]  # 'splits' and 'dropped' -> name -> documents, bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class DocumentFiles(FileSource):
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
         """Yields the documents of a split, in order, without empty and filtered documents."""
-        for path in self.files[split]:
-            yield from self.read_file(path, split)
+        for piece in self.pieces(split):
+            yield from self.read_piece(piece, split)
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
         """Yields about `num_bytes` bytes of training documents; a file's share is by size on disk.
@@ -46,7 +47,7 @@ class DocumentFiles(FileSource):
         for path, size in zip(paths, sizes, strict=True):
             reserved = remaining * (unread - size) / unread  # for the files that follow
             unread -= size
-            for number, document in enumerate(self.read_file(path, "train")):
+            for number, document in enumerate(self.read_piece(Piece(path), "train")):
                 length = len(document.text.encode("utf-8"))
                 # Only the last document of all may exceed its share, and the first of a file.
                 if remaining <= reserved or (number and reserved and remaining - length < reserved):
@@ -56,25 +57,30 @@ class DocumentFiles(FileSource):
             if remaining <= 0:
                 return
 
-    def read_file(self, path: str, split: str) -> Iterator[Document]:
-        """Yields the documents of one file that are in a split."""
-        for document in self._read_all(path, Sieve(self.filters)):
-            if self._split_of(document.text, path) == split:
+    def read_piece(self, piece: Piece, split: str) -> Iterator[Document]:
+        """Yields the documents of one piece that are in a split."""
+        for document in self._read_all(piece, Sieve(self.filters), self._bad_rows()):
+            if self._split_of(document.text, piece.path) == split:
                 yield document
 
-    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        for document in self.read_file(path, split):
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
+        for document in self.read_piece(piece, split):
             yield {"text": document.text, "document_id": document.id}
+
+    @property
+    def _document_per(self) -> str:
+        return self.format.document_per
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         return {"text": ((), "string")}
 
-    def _read_all(self, path: str, sieve: Sieve) -> Iterator[Document]:
+    def _read_all(self, piece: Piece, sieve: Sieve, bad: BadRows) -> Iterator[Document]:
         read = documents.read(
-            pathlib.Path(path),
+            piece,
             self.format,
-            name=os.path.relpath(path, self.root),
+            name=os.path.relpath(piece.path, self.root),
             metadata=sieve.keys,
+            bad=bad,
         )
         for document in read:
             if document.text and sieve.keeps(document.text, document.metadata):
@@ -82,7 +88,8 @@ class DocumentFiles(FileSource):
 
     def _settings(self) -> dict[str, Any]:
         format = dataclasses.asdict(self.format)
-        del format["max_document_bytes"]  # It refuses documents, and changes none.
+        if self.on_bad_row == "error":
+            del format["max_document_bytes"]  # It refuses documents, and changes none.
         content: dict[str, Any] = {
             "reading": documents.VERSION,
             "holding_out": splits.VERSION,
@@ -112,19 +119,29 @@ class DocumentFiles(FileSource):
         """Filter -> numbers of documents and bytes that it dropped; counted with `counts`."""
         return self._counted["dropped"] if self.filters else {}
 
-    def _count(self) -> dict[str, dict[str, dict[str, int]]]:
+    def _count_piece(self, piece: Piece, bad: BadRows) -> _Counts:
         counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
         sieve = Sieve(self.filters)
-        paths = list(self.checksums)
-        for path in Bar(paths, desc=f"checking {self.name}", file=sys.stderr):
-            for document in self._read_all(path, sieve):
-                count = counts[self._split_of(document.text, path)]
-                count["documents"] += 1
-                count["bytes"] += len(document.text.encode("utf-8"))
-        for split, count in counts.items():
-            if not count["documents"]:
-                raise self._empty(split, counts, sieve.dropped)
+        for document in self._read_all(piece, sieve, bad):
+            count = counts[self._split_of(document.text, piece.path)]
+            count["documents"] += 1
+            count["bytes"] += len(document.text.encode("utf-8"))
         return {"splits": counts, "dropped": sieve.dropped}
+
+    def _total(self, counts: Mapping[Piece, _Counts]) -> _Counts:
+        total: _Counts = {
+            "splits": {split: {"documents": 0, "bytes": 0} for split in self.splits},
+            "dropped": Sieve(self.filters).dropped,
+        }
+        for count in counts.values():
+            for part, of_part in count.items():
+                for name, numbers in of_part.items():
+                    for unit, number in numbers.items():
+                        total[part][name][unit] += number
+        for split, numbers in total["splits"].items():
+            if not numbers["documents"]:
+                raise self._empty(split, total["splits"], total["dropped"])
+        return total
 
     def size(self, source: str) -> int:
         """Returns the bytes of training text."""
@@ -195,6 +212,7 @@ def find(
     data_root: str | None = None,
     max_document_bytes: int = documents.MAX_BYTES,
     filters: Sequence[DocumentFilter] = (),
+    on_bad_row: OnBadRow = "error",
     cache_dir: str | os.PathLike | None = None,
 ) -> DocumentFiles | DocumentSets:
     """Returns the documents of the data files that match patterns.
@@ -210,6 +228,8 @@ def find(
       text_key, id_key, document_per, max_document_bytes: see `data.text.documents.Format`.
       data_root: base directory of relative patterns; None for the working directory.
       filters: applied in order; each keeps or drops a document by text and metadata.
+      on_bad_row: what a row is that cannot be used: an 'error', or left out, counted and listed ('skip'). Rows are those of
+        JSON lines and Parquet, and lines that are documents; a file that cannot be read on is always an error.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
@@ -230,6 +250,7 @@ def find(
             cache_dir=cache_dir,
             format=Format(text_key, id_key, document_per, max_document_bytes),
             filters=tuple(filters),
+            on_bad_row=on_bad_row,
         )
         for each, (patterns, held_out) in named_sets(name, files, validation_files).items()
     )

@@ -3,30 +3,28 @@
 Every problem with a file raises one `DataError` with the file, the position in it and the remedy.
 """
 
-import contextlib
 import dataclasses
-import gzip
 import io
 import itertools
-import json
 import os
 import pathlib
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from espalier.common.ranges import check_choice
-from espalier.data.text import tables
-from espalier.data.text.data_error import DataError as DataError
+from espalier.data import pieces
+from espalier.data.pieces import Mark, Piece
+from espalier.data.text import row_files, tables
+from espalier.data.text.row_files import COMPRESSED, MAX_BYTES, BadRows, Line, Row, piece_of
+from espalier.data.text.row_files import DataError as DataError
+from espalier.data.text.row_files import compressed as compressed
+from espalier.data.text.row_files import read_json_lines as read_json_lines
+from espalier.data.text.row_files import read_lines as read_lines
 
 # Part of the hash of a set of files: raise it when the same files are read as different documents.
 VERSION = 1
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", *tables.SUFFIXES)
-COMPRESSED = (".gz", ".zst")
-# Longest line, and longest document of a text file: a small compressed file may hold terabytes.
-MAX_BYTES = 64 << 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
@@ -71,31 +69,68 @@ class Format:
 
 
 def read(
-    path: pathlib.Path, format: Format, *, name: str | None = None, metadata: Sequence[str] = ()
+    path: pathlib.Path | Piece,
+    format: Format,
+    *,
+    name: str | None = None,
+    metadata: Sequence[str] = (),
+    bad: BadRows = None,
 ) -> Iterator[Document]:
     """Returns an iterator over the documents of a file, in order, including empty documents.
 
     Args:
-      path: the file; its suffixes determine its kind.
+      path: the file, whose suffixes determine its kind, or a piece of it.
       format: how documents are stored in it.
       name: prefix of the document ids; default the name of the file.
       metadata: further keys or columns to read, dotted for nested keys.
+      bad: collects rows that cannot be used: of JSON lines, Parquet and Arrow, and lines that are documents; None: they are errors.
 
     Raises:
       DataError: the file is malformed, not UTF-8, cannot be decompressed, or is of an unknown kind; or a
         line or document is too long.
     """
-    name = path.name if name is None else name
-    kind = _kind(path)
+    piece = piece_of(path)
+    file = pathlib.Path(piece.path)
+    name = file.name if name is None else name
+    kind = _kind(file)
     if kind in (".jsonl", ".json", *tables.SUFFIXES):
-        records = (_table if kind in tables.SUFFIXES else _json_lines)(path, format, metadata)
-        return (_document(name, *record, format, metadata) for record in records)
+        rows = (_table if kind in tables.SUFFIXES else _json_lines)(piece, format, metadata, bad)
+        return _documents(name, piece, rows, format, metadata, bad)
     if metadata:
         raise DataError(
-            f"{path}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
+            f"{file}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
             "remove these filters, or use JSON lines, Parquet or Arrow"
         )
-    return _text(path, format, name)
+    return _text(piece, format, name, bad)
+
+
+def divided(
+    path: str, marks: Callable[[str], Sequence[Mark]], *, document_per: str = "file"
+) -> tuple[Piece, ...]:
+    """Returns the pieces of a file that can be read alone, in its order.
+
+    Args:
+      path: the file.
+      marks: file -> where its lines begin, see `data.cache.fingerprint.FileDigests.marks`.
+      document_per: unit of a document in a text file.
+
+    Raises:
+      DataError: the file is not readable, or of an unknown kind.
+    """
+    file, size = pathlib.Path(path), os.path.getsize(path)
+    kind = _kind(file)
+    if kind in tables.SUFFIXES:
+        return tables.divided(path, size)
+    if is_by_line(file, document_per=document_per) and size > pieces.BLOCK_BYTES:
+        return pieces.of_lines(path, size, marks(path))
+    return (Piece(path, size=size),)
+
+
+def is_by_line(path: pathlib.Path, *, document_per: str = "file") -> bool:
+    """Returns whether a file is plain and each of its lines can be read without the others."""
+    if path.suffix.lower() in (*COMPRESSED, *tables.SUFFIXES):
+        return False
+    return _kind(path) in (".jsonl", ".json") or document_per == "line"
 
 
 def take(documents: Iterable[Document], num_bytes: float) -> Iterator[Document]:
@@ -129,131 +164,43 @@ def _kind(path: pathlib.Path) -> str:
     return suffixes[-1]
 
 
-def _lines(path: pathlib.Path, max_bytes: int, remedy: str = "") -> Iterator[tuple[int, str, int]]:
-    """Yields (line number from 1, line, its bytes) of a text file, compressed or not; a line at a time."""
-    offset = 0
-    with _open(path) as file:
-        try:
-            lines = iter(lambda: file.readline(max_bytes + 1), b"")
-            for number, raw in enumerate(lines, start=1):
-                if len(raw) > max_bytes:
-                    raise DataError(
-                        f"{path}, line {number}: longer than {max_bytes:,} bytes, the limit for a line. "
-                        f"Divide or delete the line{remedy}"
-                    )
-                yield number, _decoded(raw, path, number, offset), len(raw)
-                offset += len(raw)
-        except (EOFError, OSError, zlib.error) as error:
-            raise DataError(
-                f"{path}: cannot be read after {offset} bytes of text ({error}). The file is truncated, "
-                "damaged, or not compressed as its suffix says; copy or write it again"
-            ) from None
-
-
-def _decoded(raw: bytes, path: pathlib.Path, number: int, offset: int) -> str:
-    skipped = len(_BYTE_ORDER_MARK) if number == 1 and raw.startswith(_BYTE_ORDER_MARK) else 0
-    try:
-        return raw[skipped:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 at byte offset {offset + skipped + error.start} (line {number}): "
-            f"{error.reason}. Convert the file (iconv -t UTF-8) or delete the line"
-        ) from None
-
-
-def _open(path: pathlib.Path) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix.lower() == ".zst":
-        # Arrow reads all frames and raises for a truncated frame; the reader of zstandard does not.
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
-
-
-@contextlib.contextmanager
-def compressed(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
-    """Yields what compresses to an open file as a name says, or else the file itself."""
-    suffix = pathlib.Path(name).suffix.lower()
-    if suffix == ".gz":
-        with gzip.GzipFile("", "wb", fileobj=file) as stream:
-            yield cast(BinaryIO, stream)
-    elif suffix == ".zst":
-        import pyarrow
-
-        with (  # pyarrow closes what it is given
-            open(os.dup(file.fileno()), "wb") as again,
-            pyarrow.CompressedOutputStream(again, "zstd") as stream,
-        ):
-            yield stream
-    else:
-        yield file
-
-
-def read_lines(path: pathlib.Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 text file without their ends; raises DataError if it is malformed."""
-    return (line.rstrip("\r\n") for _, line, _ in _lines(path, MAX_BYTES))
-
-
-def read_json_lines(
-    path: pathlib.Path,
-    *,
-    example: str = '{"text": "..."}',
-    max_bytes: int = MAX_BYTES,
-    remedy: str = "",
-) -> Iterator[tuple[int, dict]]:
-    """Yields (line number from 1, object) of a JSON lines file, plain or compressed.
-
-    Blank lines are skipped. Error messages show `example`, an example of a line, and of a line that is too long
-    end with `remedy`.
-
-    Raises:
-      DataError: a line is not a JSON object or longer than `max_bytes`, or the file cannot be read as text.
-    """
-    for number, line, _ in _lines(path, max_bytes, remedy):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where}: malformed JSON: {_json_problem(error)}. Each line must be one object "
-                f"such as {example}"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{where}: a JSON {type(record).__name__} where an object is expected, such as "
-                f"{example}"
-            )
-        yield number, record
-
-
 def read_rows(
-    path: pathlib.Path, *, example: str, columns: Sequence[str] | None = None
-) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yields (number, place for errors, row) of a file of JSON lines, Parquet or Arrow.
+    path: pathlib.Path | Piece,
+    *,
+    example: str,
+    columns: Sequence[str] | None = None,
+    bad: BadRows = None,
+) -> Iterator[Row]:
+    """Yields the rows of a file of JSON lines, Parquet or Arrow, or of a piece of one.
 
     Parquet and Arrow have a value for each key of each row: keys with null are removed from their rows, at any depth.
 
     Args:
-      path: the file.
+      path: the file, or a piece of it.
       example: an example of a line, for error messages.
-      columns: those that are read of Parquet and Arrow; None for all.
+      columns: those that are read of Parquet and Arrow, which each row then has, perhaps with null; None for all.
+      bad: collects rows of JSON lines that cannot be used; None: they are errors.
 
     Raises:
       DataError: the file is of another kind or malformed, or lacks a column.
     """
-    kind = _kind(path)
-    if kind in tables.SUFFIXES:
-        read = None if columns is None else dict.fromkeys(columns, "columns")
-        for number, where, row in tables.rows(path, read):
-            yield number, where, _without_nulls(row)
-    elif kind in (".jsonl", ".json"):
-        for number, row in read_json_lines(path, example=example):
-            yield number, f"{path}, line {number}", row
-    else:
+    piece = piece_of(path)
+    check_rows(piece.path, example)
+    if not piece.path.lower().endswith(tables.SUFFIXES):
+        yield from row_files.json_rows(piece, example=example, bad=bad)
+        return
+    read = None if columns is None else dict.fromkeys(columns, "columns")
+    for row in tables.rows(piece, read):
+        if columns is None:
+            content = _without_nulls(row.content)
+        else:
+            content = {key: _without_nulls(value) for key, value in row.content.items()}
+        yield row._replace(content=content)
+
+
+def check_rows(path: str | os.PathLike, example: str) -> None:
+    """Raises DataError if `read_rows` does not support this kind of file."""
+    if _kind(pathlib.Path(path)) not in (".jsonl", ".json", *tables.SUFFIXES):
         raise DataError(
             f"{path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst), Parquet or Arrow; "
             f"write one object such as {example} per line"
@@ -266,36 +213,37 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _json_problem(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "lists or objects are nested too deeply"
-    return f"a number has too many digits ({str(error).partition(';')[0]})"
-
-
 _RAISE = ", or raise max_document_bytes"
 
 
 def _json_lines(
-    path: pathlib.Path, format: Format, metadata: Sequence[str]
-) -> Iterator[tables.Record]:
-    example = f'{{"{format.text_keys[0]}": "..."}}'
-    limit = format.max_document_bytes
-    records = read_json_lines(path, example=example, max_bytes=limit, remedy=_RAISE)
-    for number, record in records:
-        yield number, f"{path}, line {number}", record
+    piece: Piece, format: Format, metadata: Sequence[str], bad: BadRows
+) -> Iterator[Row]:
+    del metadata  # a line has all keys
+    example, limit = f'{{"{format.text_keys[0]}": "..."}}', format.max_document_bytes
+    return row_files.json_rows(piece, example=example, max_bytes=limit, remedy=_RAISE, bad=bad)
 
 
-def _document(
+def _documents(
     name: str,
-    number: int,
-    where: str,
-    record: Mapping[str, Any],
+    piece: Piece,
+    rows: Iterable[Row],
     format: Format,
     metadata: Sequence[str],
-) -> Document:
-    id = f"{name}:{number}"
+    bad: BadRows,
+) -> Iterator[Document]:
+    for row in rows:
+        try:
+            document = _document(name, row, format, metadata)
+        except DataError as error:
+            row_files.refuse(error, bad, piece.path, row.number, row.offset)
+            continue
+        yield document
+
+
+def _document(name: str, row: Row, format: Format, metadata: Sequence[str]) -> Document:
+    record, where = row.content, row.where
+    id = f"{name}:{row.number}"
     if format.id_key is not None:
         id = str(tables.value_of(record, format.id_key, "id_key", where))
         check_unicode(id, format.id_key, where)
@@ -339,40 +287,41 @@ def check_unicode(text: str, key: str, where: str) -> None:
         ) from None
 
 
-def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+def _text(piece: Piece, format: Format, name: str, bad: BadRows) -> Iterator[Document]:
     limit = format.max_document_bytes
-    lines = _lines(path, limit, _RAISE)
+    # A line that is a part of a document cannot be left out.
+    bad = bad if format.document_per == "line" else None
+    lines = row_files.lines(piece, limit, _RAISE, bad)
     if format.document_per == "file":
-        yield Document(name, _joined(lines, path, limit)[1])
+        yield Document(name, _joined(lines, piece.path, limit)[1])
     elif format.document_per == "line":
-        for number, line, _ in lines:
-            yield Document(f"{name}:{number}", line.rstrip("\r\n"))
+        for line in lines:
+            yield Document(f"{name}:{line.number}", line.text.rstrip("\r\n"))
     else:
-        for blank, group in itertools.groupby(lines, key=lambda line: not line[1].strip()):
+        for blank, group in itertools.groupby(lines, key=lambda line: not line.text.strip()):
             if not blank:
-                first, text = _joined(group, path, limit)
+                first, text = _joined(group, piece.path, limit)
                 yield Document(f"{name}:{first}", text)
 
 
-def _joined(
-    lines: Iterable[tuple[int, str, int]], path: pathlib.Path, limit: int
-) -> tuple[int | None, str]:
+def _joined(lines: Iterable[Line], path: str, limit: int) -> tuple[int | None, str]:
     """Returns the number of the first line and the text of all; raises DataError if it exceeds `limit` bytes."""
     text, size, first = io.StringIO(newline=""), 0, None
-    for number, line, length in lines:
-        first = number if first is None else first
-        size += length
+    for line in lines:
+        first = line.number if first is None else first
+        size += line.size
         if size > limit:
             raise DataError(
-                f"{path}, line {number}: the document is longer than {limit:,} bytes. Set document_per to "
+                f"{path}, line {line.number}: the document is longer than {limit:,} bytes. Set document_per to "
                 "'paragraph' or 'line', divide the file, or raise max_document_bytes"
             )
-        text.write(line)
+        text.write(line.text)
     return first, text.getvalue()
 
 
-def _table(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[tables.Record]:
+def _table(piece: Piece, format: Format, metadata: Sequence[str], bad: BadRows) -> Iterator[Row]:
+    del bad  # a value that Python does not have makes the column unreadable
     arguments = {key.partition(".")[0]: "the filter's key" for key in metadata}
     arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
     arguments |= dict.fromkeys(format.text_keys, "text_key")
-    return tables.rows(path, arguments)
+    return tables.rows(piece, arguments)

@@ -1,51 +1,100 @@
-"""Rows of files of columns: Parquet and Arrow."""
+"""Rows of files of columns, Parquet and Arrow, and the pieces of such files."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from espalier.data import pieces
+from espalier.data.pieces import Piece
 from espalier.data.text import arrow_files
-from espalier.data.text.data_error import DataError
+from espalier.data.text.row_files import DataError, Row
 
 SUFFIXES = (".parquet", ".arrow")
-Record = tuple[int, str, dict[str, Any]]  # number, place for errors, content
 _BATCH_BYTES = 64 << 20  # of a file's values in memory
 
 
-def rows(path: pathlib.Path, arguments: Mapping[str, str] | None) -> Iterator[Record]:
-    """Yields the rows of a file of columns: of the columns that arguments name, or of all columns for None."""
+def divided(path: str, size: int) -> tuple[Piece, ...]:
+    """Returns the pieces of a file of `size` bytes: neighbouring row groups or record batches, about `pieces.BLOCK_BYTES` each.
+
+    Raises:
+      DataError: the file is not readable.
+    """
+    if size <= pieces.BLOCK_BYTES:
+        return (Piece(path, size=size),)
+    with _readable(pathlib.Path(path)):
+        groups = _group_sizes(path)
+    found: list[Piece] = []
+    total = max(sum(values for _, values in groups), 1)
+    begin, first, rows_before, values_before, done = 0, 1, 0, 0, 0
+    for end, (rows_in, values) in enumerate(groups, start=1):
+        rows_before, values_before = rows_before + rows_in, values_before + values
+        stored = size * values_before // total  # about where the group ends in the file
+        if stored - done >= pieces.BLOCK_BYTES or end == len(groups):
+            found.append(Piece(path, begin, end, first, stored - done))
+            begin, first, done = end, rows_before + 1, stored
+    return tuple(found) if len(found) > 1 else (Piece(path, size=size),)
+
+
+def _group_sizes(path: str) -> list[tuple[int, int]]:
+    """Returns (rows, bytes of values) of each row group or record batch."""
+    if path.lower().endswith(".arrow"):
+        return arrow_files.batch_sizes(path)
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
     import pyarrow
 
-    kind = path.suffix.lower()
     try:
-        yield from (_parquet_rows if kind == ".parquet" else _arrow_rows)(path, arguments)
+        yield
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"{path}: not a readable {kind[1:].capitalize()} file ({error}). It is truncated or damaged; copy or write "
+            f"{path}: not a readable {path.suffix[1:].capitalize()} file ({error}). It is truncated or damaged; copy or write "
             "it again"
         ) from None
 
 
-def _parquet_rows(path: pathlib.Path, arguments: Mapping[str, str] | None) -> Iterator[Record]:
+def rows(piece: Piece, arguments: Mapping[str, str] | None) -> Iterator[Row]:
+    """Yields the rows of a file of columns or of a piece of it: of the columns that arguments name, or of all for None."""
+    path = pathlib.Path(piece.path)
+    is_parquet = path.suffix.lower() == ".parquet"
+    number = piece.first - 1
+    with _readable(path):
+        for batch, decoders in (_parquet if is_parquet else _arrow)(piece, arguments):
+            for record in _rows(batch, path, number, decoders):
+                yield Row(number, f"{path}, row {number}", record)
+                number += 1
+
+
+_Batches = Iterator[tuple[Any, Mapping[str, Callable[[Any], Any]]]]  # with decoders of columns
+
+
+def _parquet(piece: Piece, arguments: Mapping[str, str] | None) -> _Batches:
     import pyarrow
     from pyarrow import parquet
 
+    path = pathlib.Path(piece.path)
     texts = [
         field.name for field in parquet.read_schema(path) if pyarrow.types.is_string(field.type)
     ]
     # A value that is written once and used in many rows is also in memory once.
     with parquet.ParquetFile(path, read_dictionary=texts) as file:
         columns = _columns(file.schema_arrow.names, arguments, path)
-        number = 0
         size = _rows_at_once(file.metadata)
-        for batch in file.iter_batches(batch_size=size, columns=columns):
-            for record in _rows(batch, path, number):
-                yield number, f"{path}, row {number}", record
-                number += 1
+        groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
+        for batch in file.iter_batches(size, list(groups), columns):
+            yield batch, {}
 
 
-def _arrow_rows(path: pathlib.Path, arguments: Mapping[str, str] | None) -> Iterator[Record]:
+def _arrow(piece: Piece, arguments: Mapping[str, str] | None) -> _Batches:
+    path = pathlib.Path(piece.path)
     with arrow_files.opened(path) as file:
         columns = _columns(file.schema.names, arguments, path)
         if found := arrow_files.media(file.schema, columns):
@@ -57,16 +106,12 @@ def _arrow_rows(path: pathlib.Path, arguments: Mapping[str, str] | None) -> Iter
         decoders = {
             name: decode for name in columns if (decode := arrow_files.decoder(described.get(name)))
         }
-        number = 0
-        for whole in file.batches():
+        for whole in file.batches(piece.begin, piece.end):
             whole.validate(full=True)  # values of damaged offsets would be read outside of the file
             size = max(whole.nbytes // max(whole.num_rows, 1), 1)
             at_once = min(1024, max(1, _BATCH_BYTES // size))
             for first in range(0, whole.num_rows, at_once):
-                batch = whole.slice(first, at_once).select(columns)
-                for record in _rows(batch, path, number, decoders):
-                    yield number, f"{path}, row {number}", record
-                    number += 1
+                yield whole.slice(first, at_once).select(columns), decoders
 
 
 def _columns(

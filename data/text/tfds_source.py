@@ -7,9 +7,11 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from espalier.data import cpu_tensorflow
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import DataSource
-from espalier.data.text.documents import Document, take
+from espalier.data.pieces import Piece
+from espalier.data.text.documents import DataError, Document, take
 from espalier.data.text.splits import SPLITS
 
 
@@ -27,6 +29,7 @@ class TfdsSource(DataSource):
 
     @functools.cached_property
     def builder(self) -> Any:
+        cpu_tensorflow.load()  # before TFDS imports it
         import tensorflow_datasets as tfds
 
         try:
@@ -105,8 +108,22 @@ class TfdsSource(DataSource):
         return take(self.documents(source, "train"), num_bytes)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
+        for example in self.read_examples(split, split):
+            yield Document(example["document_id"], example["text"])
+
+    def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, str]]:
+        """Yields the texts of a split, which is one piece.
+
+        Raises:
+          FileNotFoundError: the set is not prepared.
+          DataError: a text is not UTF-8.
+        """
         for example in self.get_dataset(split, shuffle=False).as_numpy_iterator():
-            yield Document(example["document_id"].decode(), example["text"].decode())
+            try:
+                yield {name: value.decode() for name, value in example.items()}
+            except UnicodeDecodeError as error:
+                place = f"TFDS set {self.tfds_name!r}, {example['document_id'].decode()}"
+                raise DataError(f"{place}: {self.text_key!r} is not UTF-8 ({error})") from None
 
     def num_input_examples(self, split: str) -> int | None:
         wanted = self._wanted(split)

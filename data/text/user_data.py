@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from espalier.common.ranges import Fraction, NonNegative, Positive
-from espalier.data import tasks
+from espalier.data import seqio_tasks, tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.data_source import Files
 from espalier.data.stream import mixing
 from espalier.data.text import corpus as corpus_lib
 from espalier.data.text import document_files, documents, tfds_source
 from espalier.data.text.document_filters import DocumentFilter
+from espalier.data.text.row_files import OnBadRow
 from espalier.data.text.sources import names
 
 
@@ -87,11 +88,12 @@ def register_files(
     max_document_bytes: int = documents.MAX_BYTES,
     data_root: str | None = None,
     filters: Sequence[DocumentFilter] = (),
+    on_bad_row: OnBadRow = "error",
     add_bos: bool = False,
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, or Parquet.
+    """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, Parquet or Arrow, or data sets of Hugging Face.
 
     Several sets of files, given by name, become a task each, and `name` their mixture.
 
@@ -121,6 +123,7 @@ def register_files(
         max_document_bytes=max_document_bytes,
         data_root=data_root,
         filters=filters,
+        on_bad_row=on_bad_row,
         cache_dir=cache_dir,
     )
     several = source if isinstance(source, document_files.DocumentSets) else None
@@ -270,12 +273,8 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
     Raises:
       ValueError: the module does not exist.
     """
-    import seqio
-
-    def registered() -> set[str]:
-        return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-
-    before = registered()
+    tasks.in_seqio()  # the module may mix tasks that are registered already
+    before = tasks.names()
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -285,4 +284,6 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
             f"the module {module!r} of mixtures does not exist ({error.name!r} is neither in the working "
             "directory nor installed). Check the name, or set PYTHONPATH to its directory"
         ) from None
-    return tuple(sorted(registered() - before))
+    new = tasks.names() - before
+    seqio_tasks.remember(new, module)
+    return tuple(sorted(new))

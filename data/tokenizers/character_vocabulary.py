@@ -1,20 +1,24 @@
-"""A fixed set of characters as a SeqIO vocabulary; see `data.tokenizers.vocabularies.characters`."""
+"""A fixed set of characters as a vocabulary; see `data.tokenizers.vocabularies.characters`."""
 
+import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
-_SPECIAL = 3  # 0 pad, 1 EOS, 2 unknown, as in seqio.ByteVocabulary
+from espalier.data.tokenizers.vocabulary import Vocabulary
+
+_SPECIAL = 3  # 0 pad, 1 EOS, 2 unknown, as of bytes
 
 
-class CharacterVocabulary(seqio.Vocabulary):
+class CharacterVocabulary(Vocabulary):
     """Maps each character of `symbols` to one id, in order; any other character is unknown.
 
     Raises:
       ValueError: there are no characters, or a character is repeated.
     """
+
+    bos_id, eos_id, unk_id = None, 1, 2
 
     def __init__(self, symbols: str):
         super().__init__()
@@ -27,18 +31,6 @@ class CharacterVocabulary(seqio.Vocabulary):
     def model_bytes(self) -> bytes:
         """Bytes that determine the ids, for the fingerprint of token caches."""
         return self.symbols.encode()
-
-    @property
-    def bos_id(self) -> None:
-        return None
-
-    @property
-    def eos_id(self) -> int:
-        return 1
-
-    @property
-    def unk_id(self) -> int:
-        return 2
 
     @property
     def _base_vocab_size(self) -> int:
@@ -55,14 +47,27 @@ class CharacterVocabulary(seqio.Vocabulary):
         """Id -> its text: empty for pad and EOS, `?` or U+FFFD for unknown characters."""
         return ["", "", "?" if "?" not in self.symbols else "\ufffd", *self.symbols]
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        """Code point -> its id, int32, up to the first one beyond all symbols."""
         points = [ord(symbol) for symbol in self.symbols]
-        beyond = max(points) + 1
-        table = np.full(beyond + 1, self.unk_id, np.int32)
+        table = np.full(max(points) + 2, self.unk_id, np.int32)
         table[points] = np.arange(len(points)) + _SPECIAL
-        return tf.gather(table, tf.minimum(tf.strings.unicode_decode(s, "UTF-8"), beyond))
+        return table
 
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        points = (np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts)
+        return [self._table[np.minimum(each, len(self._table) - 1)] for each in points]
+
+    def _encode_tf(self, s: Any) -> Any:
+        import tensorflow as tf
+
+        points = tf.strings.unicode_decode(s, "UTF-8")
+        return tf.gather(self._table, tf.minimum(points, len(self._table) - 1))
+
+    def _decode_tf(self, ids: Any) -> Any:
+        import tensorflow as tf
+
         return tf.strings.reduce_join(tf.gather(tf.constant(self._texts), ids), axis=-1)
 
     def __eq__(self, other: object) -> bool:

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as a SeqIO vocabulary, for tasks, token caches, and reading runs.
+"""A Hugging Face tokenizer as a vocabulary, for tasks, token caches, and reading runs.
 
 `data.tokenizers.vocabularies.huggingface` makes it. For caches and checkpoints, two vocabularies
 are equal if they assign the same ids to the same texts; see `model_bytes`.
@@ -6,20 +6,20 @@ are equal if they assign the same ids to the same texts; see `model_bytes`.
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from espalier.data.tokenizers import chat_template, control_tokens, hf_tokenizer
 from espalier.data.tokenizers.chat_sandbox import Rendered
+from espalier.data.tokenizers.vocabulary import Vocabulary, as_list
 
 
-class HFTokenizerVocabulary(seqio.Vocabulary):
-    """A SeqIO vocabulary of a tokenizer.json and its accompanying files.
+class HFTokenizerVocabulary(Vocabulary):
+    """A vocabulary of a tokenizer.json and its accompanying files.
 
-    `encode` adds no special tokens, as in all SeqIO vocabularies; tasks add BOS and EOS. `decode`
-    stops after the first EOS, as in SeqIO; `decode_all` does not.
+    `encode` adds no special tokens, as in all vocabularies; tasks add BOS and EOS. `decode`
+    stops after the first EOS; `decode_all` does not.
 
     Attributes:
       files: the content of the files.
@@ -27,6 +27,8 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         it to False for untrusted texts, which must not end a turn. Those that a chat template writes
         are special tokens all the same, see `encode_marked`.
     """
+
+    library = "tokenizers"
 
     def __init__(
         self, path: str | os.PathLike, *, extra_ids: int = 0, special_in_text: bool = True
@@ -45,11 +47,11 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         return self.files.content + (b"" if self.special_in_text else b"\nspecial tokens are text")
 
     @property
-    def bos_id(self) -> int | None:
+    def bos_id(self) -> int | None:  # type: ignore[override]
         return self._ids["bos"]
 
     @property
-    def eos_id(self) -> int | None:
+    def eos_id(self) -> int | None:  # type: ignore[override]
         return self._ids["eos"]
 
     @property
@@ -58,11 +60,11 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         return self.files.eos_ids
 
     @property
-    def pad_id(self) -> int | None:
+    def pad_id(self) -> int | None:  # type: ignore[override]
         return self._ids["pad"]
 
     @property
-    def unk_id(self) -> int | None:
+    def unk_id(self) -> int | None:  # type: ignore[override]
         return self._ids["unk"]
 
     @property
@@ -101,6 +103,11 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         with hf_tokenizer.failures(self.files.path):
             return self._tokenizer().encode(s, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with hf_tokenizer.failures(self.files.path):
+            encoded = self._tokenizer().encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int32) for each in encoded]
+
     def encode_marked(self, rendered: Rendered) -> tuple[list[int], list[bool]]:
         """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans.
 
@@ -128,21 +135,23 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text up to and including the first EOS; skips ids outside the vocabulary."""
-        ids = _list(ids)
+        ids = as_list(ids)
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id) + 1]
         return self.decode_all(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_all(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of all ids; skips ids outside the vocabulary."""
-        known = [id for id in _list(ids) if 0 <= id < self.vocab_size]
+        known = [int(id) for id in as_list(ids) if 0 <= id < self.vocab_size]
         with hf_tokenizer.failures(self.files.path):
             return self._tokenizer().decode(known, skip_special_tokens=skip_special_tokens)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.decode_all(ids)
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def _encode_tf(self, s: Any) -> Any:
+        import tensorflow as tf
+
         def encode(text: bytes) -> np.ndarray:
             return np.asarray(self._encode(text.decode("utf-8")), np.int32)
 
@@ -150,11 +159,13 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         ids.set_shape([None])
         return ids
 
-    def decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    def decode_tf(self, ids: Any) -> Any:
         """Applies `decode` along the last axis of an integer tensor; returns a string tensor."""
         return self._decode_tf(ids)
 
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    def _decode_tf(self, ids: Any) -> Any:
+        import tensorflow as tf
+
         ids = tf.convert_to_tensor(ids)
 
         def decode(rows: np.ndarray) -> np.ndarray:
@@ -173,9 +184,3 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
 
     def __str__(self) -> str:
         return f"HFTokenizerVocabulary({self.files.path}, size={self.vocab_size})"
-
-
-def _list(ids: Iterable[int]) -> list[int]:
-    if hasattr(ids, "numpy"):  # an eager tensor, slow to iterate over
-        ids = ids.numpy()
-    return [int(id) for id in ids]

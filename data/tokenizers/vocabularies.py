@@ -28,12 +28,16 @@ from espalier.common.bars import Bar
 from espalier.common.ranges import Amount, Count, Fraction, Size, check_choice
 from espalier.common.stages import stage
 from espalier.common.storage import mirror
-from espalier.data import cpu_tensorflow
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.limited_process import LimitedProcess, LimitError
 from espalier.data.text.documents import Document
-from espalier.data.tokenizers import checkpoint_files
+from espalier.data.tokenizers import (
+    character_vocabulary,
+    checkpoint_files,
+    hf_vocabulary,
+    vocabulary,
+)
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
@@ -96,7 +100,7 @@ def sentencepiece(
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Returns:
-      A `seqio.SentencePieceVocabulary`.
+      A `data.tokenizers.vocabulary.SentencePieceVocabulary`.
 
     Raises:
       ValueError: the sample does not allow this size, or the algorithm is unknown.
@@ -148,17 +152,12 @@ def from_file(*, path: str | os.PathLike, extra_ids: Count = 0):
             f"no SentencePiece model {os.fspath(path)!r}; give the path of a .model file, or train one "
             "with espalier prepare vocabulary"
         )
-    cpu_tensorflow.load()  # which SeqIO imports
-    import seqio
-
-    vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=extra_ids)
     try:
-        _ = vocabulary.vocab_size  # reads the file
-    except Exception as error:  # SentencePiece's, protobuf's and TensorFlow's errors
+        return vocabulary.SentencePieceVocabulary(path, extra_ids)
+    except Exception as error:  # SentencePiece's and protobuf's errors
         raise ValueError(
             f"{os.fspath(path)} is damaged or not a SentencePiece model ({error}). Copy it again"
         ) from None
-    return vocabulary
 
 
 def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_text: bool = True):
@@ -173,7 +172,7 @@ def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_tex
         it to False for texts that must not end a turn.
 
     Returns:
-      A `data.tokenizers.hf_vocabulary.HFTokenizerVocabulary`, or a `seqio.SentencePieceVocabulary`.
+      A `data.tokenizers.hf_vocabulary.HFTokenizerVocabulary`, or what `from_file` returns.
 
     Raises:
       FileNotFoundError: the directory has no tokenizer.
@@ -189,9 +188,6 @@ def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_tex
     ):
         _try_out(model, folder / SENTENCEPIECE)
         return from_file(path=folder / SENTENCEPIECE, extra_ids=extra_ids)
-    cpu_tensorflow.load()  # which SeqIO imports
-    from espalier.data.tokenizers import hf_vocabulary
-
     return hf_vocabulary.HFTokenizerVocabulary(
         path, extra_ids=extra_ids, special_in_text=special_in_text
     )
@@ -212,10 +208,7 @@ def _try_out(model: bytes, path: pathlib.Path) -> None:
 
 def byte(*, extra_ids: Count = 0):
     """Returns a vocabulary of UTF-8 bytes: 259 ids and `extra_ids`, without training."""
-    cpu_tensorflow.load()  # which SeqIO imports
-    import seqio
-
-    return seqio.ByteVocabulary(extra_ids=extra_ids)
+    return vocabulary.ByteVocabulary(extra_ids)
 
 
 def characters(*, symbols: str):
@@ -224,9 +217,6 @@ def characters(*, symbols: str):
     Raises:
       ValueError: there are no characters, or a character is repeated.
     """
-    cpu_tensorflow.load()  # which SeqIO imports
-    from espalier.data.tokenizers import character_vocabulary
-
     return character_vocabulary.CharacterVocabulary(symbols)
 
 

@@ -59,7 +59,7 @@ def evaluate(
 
     Args:
       recipe: the `Recipe` of the checkpoint's run; a Hugging Face directory has a model of its own.
-      register: functions that register SeqIO tasks.
+      register: functions that register tasks.
       stream: opens the held-out split of a task; called with (task=).
       mixture_or_task_name: the mixture whose tasks are evaluated.
       checkpoint: step or run directory.
@@ -123,11 +123,9 @@ def open_streams(
     Raises:
       ValueError: no task has a held-out split.
     """
-    from espalier.data import cpu_tensorflow
     from espalier.data.stream import mixing
     from espalier.data.stream.stream import held_out
 
-    cpu_tensorflow.load()
     for call in register:
         call()
     names = tasks or [task.name for task in mixing.find_tasks(mixture_or_task_name)[0]]

@@ -68,12 +68,11 @@ def evaluate(
     """
     import jax
 
-    from espalier.data import cpu_tensorflow, tasks
+    from espalier.data import tasks
     from espalier.data.instructions import ranking
     from espalier.data.instructions.tasks import ORIGIN
     from espalier.launch.evaluate import seqio_tasks
 
-    cpu_tensorflow.load()
     earlier = tasks.registered(ORIGIN)  # of another call in this process
     for call in register:
         call()

@@ -40,10 +40,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(start: cli.Start) -> None:
-    from espalier.data import cpu_tensorflow
     from espalier.data.text import user_data
 
-    cpu_tensorflow.load()
     flags = start.flags
     for module in flags.module:
         user_data.import_mixtures(module=module)

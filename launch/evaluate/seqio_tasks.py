@@ -142,8 +142,9 @@ def find(name: str, split: str) -> Any:
       LoadError: there is no such task or split, it has no metric functions, or it lacks one of FEATURES; see also
         `outputs`.
     """
-    import seqio
+    from espalier.data import tasks
 
+    seqio = tasks.in_seqio()
     registered = seqio.TaskRegistry.names()
     if name in seqio.MixtureRegistry.names():
         members = [task.name for task in seqio.MixtureRegistry.get(name).tasks]

@@ -119,10 +119,8 @@ class Source:
                         f"--{name} is of a mixture: add --mixture=NAME, or remove --{name}."
                     )
             return
-        from espalier.data import cpu_tensorflow
         from espalier.data.text import user_data
 
-        cpu_tensorflow.load()
         for module in self.module:
             user_data.import_mixtures(module=module)
 
@@ -263,10 +261,10 @@ def _content(row: Row) -> bytes:
 
 def _check_mixture(run: LoadedRun, name: str, split: str) -> None:
     """Raises LoadError if a mixture is not registered, has no such split, or another vocabulary."""
-    import seqio
-
+    from espalier.data import tasks
     from espalier.data.stream.rows import vocabulary_digest
 
+    seqio = tasks.in_seqio()
     names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if name not in names:
         raise LoadError(

@@ -19,7 +19,6 @@ import numpy as np
 from espalier.common import spelling
 from espalier.common.bars import Bar
 from espalier.common.storage import paths
-from espalier.data import cpu_tensorflow
 from espalier.data.nexus import domain_embeddings, domain_encoders
 from espalier.data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
 from espalier.launch.inference import row_files
@@ -78,7 +77,6 @@ def embed(
     texts: dict[str, list[str]] = {name: [] for name in sources}
     if reads:
         if any(source.startswith(TASK) for source in sources.values()):
-            cpu_tensorflow.load()
             register_tasks()
         texts = {name: draw(name, source, settings, flags) for name, source in sources.items()}
     with _encoder(settings, flags.batch_size) as encoder:
@@ -214,29 +212,28 @@ def _of_task(name: str) -> Iterator[str]:
     Raises:
       EmbeddingsError: there is no such task or split, or it has no texts.
     """
-    import seqio
-
     from espalier.data import tasks
+    from espalier.data.task import Task
 
-    registered = seqio.TaskRegistry.names()
-    if name not in registered:
+    known = tasks.names()
+    if name not in known or [*tasks.members(name)] != [name]:
         raise EmbeddingsError(
-            f"{TASK}{name}: no such SeqIO task; {spelling.nearest(name, sorted(registered))} "
+            f"{TASK}{name}: no such task; {spelling.nearest(name, sorted(known))} "
             "(--gin_file=FILE registers some)"
         )
-    task = seqio.TaskRegistry.get(name)
+    task = tasks.find(name)
     if "train" not in task.splits:
         raise EmbeddingsError(
             f"{TASK}{name} has no split 'train', only {', '.join(task.splits)}: give files"
         )
-    if (own := tasks.sources().get(name)) is not None:  # of this project: texts are not tokenised
-        key, dataset = "text", own.get_dataset("train", shuffle=False)
-    else:
-        key = "targets_pretokenized"
-        dataset = task.get_dataset(sequence_length=None, split="train", shuffle=False)
-    if key not in dataset.element_spec:
+    # Texts of this project's tasks are not tokenised.
+    key = "text" if isinstance(task, Task) else "targets_pretokenized"
+    rows = task.examples("train") if isinstance(task, Task) else task.records("train")
+    first = next(rows, {})
+    if key not in first:
         raise EmbeddingsError(f"{TASK}{name} yields no text ({key!r}): give its files")
-    return (row[key].decode("utf-8") for row in dataset.as_numpy_iterator())
+    texts = (row[key] for row in itertools.chain([first], rows))
+    return (text.decode() if isinstance(text, bytes) else text for text in texts)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,6 @@ def compare(
       ValueError: two tokenizers of one name, an unknown language, or a limit below 1.
       FileNotFoundError, DataError, TokenizerError: files that are missing or damaged.
     """
-    from espalier.data import cpu_tensorflow
     from espalier.data.languages import parallel, table, tokenizer_report
     from espalier.launch.inference import row_files
     from espalier.launch.run import run_vocabulary
@@ -66,7 +65,6 @@ def compare(
     paths = _paths(tokenizer)
     wanted = table.codes(languages.split(",")) if languages else tuple(table.LANGUAGES)
     pairs = parallel.read(text, wanted, limit=limit)
-    cpu_tensorflow.load()
     reports = {
         name: {"path": path, **tokenizer_report.measure(run_vocabulary.of(path=path), pairs)}
         for name, path in paths.items()

@@ -9,11 +9,12 @@ The gin files and bindings of a training command work unchanged.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
-from espalier.data import cpu_tensorflow
 from espalier.data import tasks as registered
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 SHOWN_BYTES = 300_000  # bytes of each task for measuring bytes per token
 
@@ -22,10 +23,9 @@ def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> d
     """Prints and returns the bytes per token of a vocabulary on the held-out text of each task.
 
     Args:
-      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`; gin trains it.
+      vocabulary: a vocabulary, such as from `data.tokenizers.vocabularies`; gin trains it.
       tasks: functions that register the tasks.
     """
-    cpu_tensorflow.load()
     for register in tasks:
         register()
     print(f"{vocabulary}\n{vocabulary.vocab_size} ids\n")
@@ -43,9 +43,11 @@ def _count(source: Any, vocabulary: Any) -> tuple[int, int]:
     """Returns the bytes and tokens of the first documents of the held-out split, or of the only split."""
     split = "validation" if "validation" in source.splits else source.splits[0]
     size = tokens = 0
-    for example in source.get_dataset(split, shuffle=False).as_numpy_iterator():
-        size += len(example["text"])
-        tokens += len(vocabulary.encode(example["text"].decode("utf-8")))
+    for example in chain.from_iterable(
+        source.read_examples(piece, split) for piece in source.pieces(split)
+    ):
+        size += len(example["text"].encode())
+        tokens += len(vocabulary.encode(example["text"]))
         if size >= SHOWN_BYTES:
             break
     return size, tokens
@@ -55,6 +57,8 @@ main = cli.gin_command(
     __doc__,
     "espalier.launch.prepare.vocabulary:make_vocabulary",
     command="prepare vocabulary",
+    extra_flags=workers.add_flag,
+    run=workers.limited(lambda start: start()),
     default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
     part=True,
 )

@@ -38,7 +38,7 @@ class ResolvedRun:
       stream, eval_streams: the training stream and the held-out splits.
       total_steps: updates of the run.
       learning_rates: of each update, and of the one that would follow the last.
-      tasks: `data.tasks.summary()`; empty for a run without SeqIO tasks.
+      tasks: `data.tasks.summary()`; empty for a run without tasks.
       vocabulary, chat_template: of the tasks, which all sources share; None without tasks.
       identity: the facts that a checkpoint and the run that continues from it must agree on.
       notices: (name, text) of messages on the data.
@@ -138,14 +138,11 @@ def resolve(
       HostsDisagreeError: hosts with other data.
     """
     # The streams are functions that gin names; only what is registered for all of them is asked for here.
-    from espalier.data import cpu_tensorflow
     from espalier.data import tasks as registry
     from espalier.data.stream import stream as streams
 
     recipe = program.recipe
     is_text = recipe.inputs_spec.unit == "tokens"
-    if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
-        cpu_tensorflow.load()
     for register in tasks:
         register()
     if tasks and is_text:

@@ -187,12 +187,10 @@ def measure_fertility(seeds: Sequence[int]) -> dict[str, dict[str, dict[str, flo
     """
     import numpy as np
 
-    from espalier.data import cpu_tensorflow
     from espalier.data.languages import parallel, table, tokenizer_report
     from espalier.data.text import corpus as corpus_lib
     from espalier.data.tokenizers import vocabularies
 
-    cpu_tensorflow.load()
     sources = [table.LANGUAGES[code].sources[0] for code in LANGUAGES]
     corpus = corpus_lib.assemble(sources=sources, bytes_per_source=TOTAL)
     pairs = parallel.read(parallel.PACKAGES, LANGUAGES, limit=SENTENCES)

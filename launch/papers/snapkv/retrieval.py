@@ -19,6 +19,7 @@ import numpy as np
 from espalier.common.ranges import Seed, Size, check_choice
 from espalier.data import tasks
 from espalier.data.data_source import GeneratedSource
+from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
 CACHED_AS = "data.snapkv.retrieval"  # the name by which caches of its data know it
 
@@ -164,8 +165,6 @@ def register(
       train_documents: training documents of each task.
       seed: seed of the documents.
     """
-    import seqio
-
     names = []
     for question, prefix in (("last", "retrieval"), ("first", "retrieval_first")):
         for count in lines:
@@ -173,7 +172,7 @@ def register(
             tasks.register_rows(
                 RetrievalSource(name, train_documents, seed, count, question),
                 origin="retrieval.register",
-                features={"targets": seqio.PassThroughVocabulary(VOCAB_SIZE), "loss_weights": None},
+                features={"targets": PassThroughVocabulary(VOCAB_SIZE), "loss_weights": None},
                 facts={"vocabulary": f"{VOCAB_SIZE} ids", "add_bos": False, "add_eos": False},
             )
             names.append(name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import mirror, paths
-from espalier.data.cache import blocks, ranged
+from espalier.data.cache import block_folder, blocks, ranged
 from espalier.data.cache.cache_files import CacheCorruptError
 
 SIZES = [70_000, 0, 3, 100_000, 32_768]  # of files of two bytes a value: blocks and parts of blocks
@@ -22,14 +22,17 @@ def values(tmp_path):
     parts = [np.random.default_rng(i).integers(0, 2**16, n, np.uint16) for i, n in enumerate(SIZES)]
     for name, part in zip(NAMES, parts, strict=True):
         (tmp_path / "files" / name).write_bytes(part.tobytes())
-    groups = {"a.blocks": NAMES[:3], "b.blocks": NAMES[3:]}
+    sizes = {name: 2 * size for name, size in zip(NAMES, SIZES, strict=True)}
+    first = dict(list(sizes.items())[:3])
+    groups = {"a.blocks": first, "b.blocks": {n: s for n, s in sizes.items() if n not in first}}
     blocks.write_index(tmp_path / "files", groups, of="these")
     return np.concatenate(parts)
 
 
 def opened(place, memory=10**6, tables=10**6):
-    caches = (ranged.BlockCache(memory), ranged.BlockCache(tables))
-    return ranged.Folder(place, of="these", caches=caches).array(NAMES, np.dtype("<u2")), caches
+    caches = (block_folder.BlockCache(memory), block_folder.BlockCache(tables))
+    folder = block_folder.BlockFolder(place, of="these", caches=caches)
+    return ranged.RangedArray(folder, NAMES, np.dtype("<u2")), caches
 
 
 @pytest.fixture(params=["local", "s3", "gs"])
@@ -153,9 +156,9 @@ def test_damaged_checksums_are_errors(place, values):
 
 def test_checksums_of_other_files_are_refused(values, tmp_path):
     with pytest.raises(CacheCorruptError, match="other files than"):
-        ranged.Folder(tmp_path / "files", of="those")
+        block_folder.BlockFolder(tmp_path / "files", of="those")
     with pytest.raises(CacheCorruptError, match="no checksums of 9.bin"):
-        ranged.Folder(tmp_path / "files", of="these").array(["9.bin"], np.dtype("<u2"))
+        block_folder.BlockFolder(tmp_path / "files", of="these").file("9.bin")
 
 
 def test_files_that_change_while_they_are_read_are_one_error(place, values, tmp_path):
@@ -165,19 +168,19 @@ def test_files_that_change_while_they_are_read_are_one_error(place, values, tmp_
     other.mkdir()
     for name in NAMES:
         (other / name).write_bytes(b"\1" * 200_000)
-    blocks.write_index(other, {"a.blocks": NAMES}, of="these")
+    blocks.write_index(other, {"a.blocks": dict.fromkeys(NAMES, 200_000)}, of="these")
     for path in other.iterdir():
         paths.write(paths.join(place, path.name), path.read_bytes())
-    with pytest.raises(ranged.CacheChangedError, match="was replaced while it was read"):
+    with pytest.raises(block_folder.CacheChangedError, match="was replaced while it was read"):
         array[:]
     paths.delete(*(paths.join(place, name) for name in (*NAMES, blocks.INDEX)))
-    with pytest.raises(ranged.CacheChangedError, match="was deleted while it was read"):
+    with pytest.raises(block_folder.CacheChangedError, match="was deleted while it was read"):
         array[100_000:]
 
 
 def test_a_store_that_is_gone_is_an_error_in_the_end(store, values, tmp_path, monkeypatch):
-    monkeypatch.setattr(ranged, "_RETRIES", {"max_retries": 1, "initial_delay": "0.01s"})
-    monkeypatch.setattr(ranged, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(block_folder, "_RETRIES", {"max_retries": 1, "initial_delay": "0.01s"})
+    monkeypatch.setattr(block_folder, "_PAUSE_SECONDS", 0.01)
     mirror.publish(tmp_path / "files", f"{store.address}/x", last=(blocks.INDEX,))
     array, _ = opened(f"{store.address}/x")
     store.fault = lambda method, path: 503

@@ -12,7 +12,8 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from espalier.data.cache import build, fingerprint, pool, store, task_cache
+from espalier.data import pieces, seqio_tasks, tasks
+from espalier.data.cache import build, description, fingerprint, pool, store, task_cache
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.stream import mixing, rows, stream
 from espalier.data.text import document_files, user_data
@@ -100,7 +101,7 @@ def test_is_reused_and_shards_do_not_mix_up_records(root, tmp_path, monkeypatch)
     monkeypatch.setattr(build, "Build", None)  # would fail
     again = task_cache.open_task_cache(task, "train", cache_dir=root)
     monkeypatch.undo()
-    monkeypatch.setattr(task_cache, "_RECORDS_PER_SHARD", 25)
+    monkeypatch.setattr(seqio_tasks, "_RECORDS_PER_PART", 25)
     divisible = add_task("divisible", "python")
     divisible._source = Divisible(
         functools.partial(read, name="python"),
@@ -149,22 +150,21 @@ def test_numbers_as_ids_and_texts_that_are_none(tmp_path):
     assert held_out.bytes_per_token == 0
 
 
-@pytest.mark.parametrize(("bytes_per_shard", "shards"), [(1, 2), (1_000_000, 1)])
+@pytest.mark.parametrize(("bytes_per_shard", "shards"), [(400, 2), (1_000_000, 1)])
 def test_files_are_read_once_however_many_documents_they_hold(
     tmp_path, monkeypatch, bytes_per_shard, shards
 ):
     reads = collections.Counter()
-    read_file = document_files.DocumentFiles.read_file
+    read_piece = document_files.DocumentFiles.read_piece
 
-    def counted(self, path, split):
-        for document in read_file(self, path, split):
-            reads[os.path.basename(path)] += 1
+    def counted(self, piece, split):
+        for document in read_piece(self, piece, split):
+            reads[os.path.basename(piece.path)] += 1
             yield document
 
-    monkeypatch.setattr(document_files.DocumentFiles, "read_file", counted)
-    monkeypatch.setattr(task_cache, "_RECORDS_PER_SHARD", 5)
-    monkeypatch.setattr(task_cache, "_BYTES_PER_SHARD", bytes_per_shard)
-    monkeypatch.setattr(task_cache, "PROBE_RECORDS", 0)
+    monkeypatch.setattr(document_files.DocumentFiles, "read_piece", counted)
+    monkeypatch.setattr(pieces, "_SHARD_BYTES", (bytes_per_shard, bytes_per_shard))
+    monkeypatch.setattr(description, "PROBE_RECORDS", 0)
     for name in "ab":
         lines = [json.dumps({"text": f"{name} {i}"}) for i in range(40)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -175,7 +175,7 @@ def test_files_are_read_once_however_many_documents_they_hold(
         validation_fraction=0.0,
         cache_dir=tmp_path / "caches",
     )
-    task = seqio.TaskRegistry.get("once")
+    task = tasks.find("once")
     with pool.limited(1):  # to count the reads
         made = task_cache.open_task_cache(task, "train", cache_dir=tmp_path / "caches")
     assert len(made.manifest["shards"]) == shards and made.num_records == 80
@@ -253,7 +253,7 @@ def test_files_declared_digests_and_versions_are_part_of_the_fingerprint(tmp_pat
         )
         task.version = version
         files = fingerprint.FileDigests(tmp_path / "memory.json")
-        described = task_cache.describe_task(task, "train", files)
+        described = description.describe(seqio_tasks.SeqioTask(task), "train", files)
         described["probe"] = ""  # the probe sees it too; here the files must
         seen.add(json.dumps(described, sort_keys=True))
     assert len(seen) == 3
@@ -262,7 +262,9 @@ def test_files_declared_digests_and_versions_are_part_of_the_fingerprint(tmp_pat
     digests = []
     for declared in ("v1", lambda split: f"v1 of {split}"):
         task.source.digest = declared
-        digests.append(task_cache.describe_task(task, "train", None)["source"]["digest"])
+        digests.append(
+            description.describe(seqio_tasks.SeqioTask(task), "train", None)["source"]["digest"]
+        )
     assert digests == ["v1", "v1 of train"]
 
 

@@ -9,6 +9,7 @@ from espalier.data import tasks
 from espalier.data.cache import store
 from espalier.data.chats import stream as chats
 from espalier.data.chats.tasks import register_chats
+from espalier.data.pieces import Piece
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.text.documents import DataError
 
@@ -31,7 +32,7 @@ def tokenised(vocabulary, tmp_path):
             chat_template=template and str(tmp_path / "t.jinja"),
             cache_dir=tmp_path / "cache",
         )
-        made = tasks.sources()["chats"].read_examples(str(path), "train")
+        made = tasks.sources()["chats"].read_examples(Piece(str(path)), "train")
         return [(x["targets"].tolist(), x["loss_weights"].tolist()) for x in made]
 
     return run

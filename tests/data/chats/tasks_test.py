@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from espalier.data import tasks
 from espalier.data.chats.tasks import register_chats
+from espalier.data.pieces import Piece
 from espalier.data.stream import mixing
 from espalier.data.text import splits
 from espalier.data.text.documents import DataError
@@ -45,7 +46,9 @@ def source(vocabulary, tmp_path):
 def examples(source, split="train"):
     source.num_input_examples(split)  # which checks all rows
     return [
-        example for path in source.files[split] for example in source.read_examples(path, split)
+        example
+        for path in source.files[split]
+        for example in source.read_examples(Piece(path), split)
     ]
 
 

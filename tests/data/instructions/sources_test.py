@@ -8,6 +8,7 @@ import pytest
 from espalier.data.instructions import ranking
 from espalier.data.instructions.sources import Encoding, InstructionFiles, Tokeniser
 from espalier.data.instructions.templates import Template
+from espalier.data.pieces import Piece
 from espalier.data.text.documents import DataError
 
 
@@ -48,7 +49,9 @@ def open_source(tmp_path):
 
 
 def read(source, split="train"):
-    return [each for path in source.files[split] for each in source.read_examples(path, split)]
+    return [
+        each for path in source.files[split] for each in source.read_examples(Piece(path), split)
+    ]
 
 
 def test_an_encoder_decoder_reads_inputs_and_targets(open_source):

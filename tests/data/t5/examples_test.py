@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from espalier.data import tasks
+from espalier.data.pieces import Piece
 from espalier.data.stream import stream
 from espalier.data.t5.examples import register_examples
 from espalier.data.text.documents import DataError
@@ -31,7 +32,7 @@ def register(tmp_path, monkeypatch):
 
 def examples(source, split="train"):
     source.num_input_examples(split)  # which checks all rows
-    return [row for path in source.files[split] for row in source.read_examples(path, split)]
+    return [row for path in source.files[split] for row in source.read_examples(Piece(path), split)]
 
 
 def test_texts_end_with_eos_and_ids_are_as_they_are(register):

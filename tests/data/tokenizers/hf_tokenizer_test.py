@@ -13,7 +13,7 @@ import tensorflow as tf
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from espalier.data import tasks
+from espalier.data import seqio_tasks
 from espalier.data.cache import fingerprint, store, task_cache
 from espalier.data.stream import rows
 from espalier.data.tokenizers import hf_tokenizer, vocabularies
@@ -318,7 +318,7 @@ def test_tasks_are_tokenised_with_it_and_cached(vocabulary, folder, tmp_path):
             preprocessors=[
                 functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
                 seqio.preprocessors.tokenize,
-                tasks.prepend_bos,
+                seqio_tasks.prepend_bos,
                 seqio.preprocessors.append_eos,
             ],
             output_features={"targets": seqio.Feature(made, add_eos=True)},

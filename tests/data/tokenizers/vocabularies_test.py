@@ -9,7 +9,6 @@ import re
 import pytest
 import sentencepiece
 
-from espalier.data import cpu_tensorflow
 from espalier.data.text import document_files, documents
 from espalier.data.text.documents import Document
 from espalier.data.text.sources import environment
@@ -272,13 +271,6 @@ def test_seqio_encodes_alike_in_python_and_tensorflow(model_path):
         assert vocabulary.encode_tf(text).numpy().tolist() == list(ids)
         assert vocabulary.decode(ids) == text
     assert vocabularies.byte().encode("é") == [0xC3 + 3, 0xA9 + 3]
-
-
-def test_tensorflow_is_kept_off_accelerators_before_it_is_imported(monkeypatch):
-    calls = []
-    monkeypatch.setattr(cpu_tensorflow, "load", lambda: calls.append("load"))
-    vocabularies.byte()
-    assert calls == ["load"]
 
 
 def test_pieces_that_begin_with_anothers_text(model_path):
