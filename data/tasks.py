@@ -183,7 +183,9 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> None:
     features = {task: tuple(find(task).output_features) for task in members(name)}
     if len(set(features.values())) != 1:
         del _MIXTURES[name]
-        raise ValueError(f"mixture {name!r}: its tasks must have the same features: {features}")
+        raise ValueError(
+            f"mixture {name!r} contains tasks with different output features: {features}"
+        )
     _tell_seqio()
 
 
