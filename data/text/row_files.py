@@ -195,8 +195,7 @@ def json_rows(
                 f"a JSON {type(record).__name__} where an object is expected, such as {example}"
             )
         if problem:
-            error = DataError(f"{where}: {problem}")
-            refuse(error, bad, piece.path, number, offset)
+            refuse(DataError(f"{where}: {problem}"), bad, piece.path, number, offset)
             continue
         yield Row(number, where, record, offset)
 
