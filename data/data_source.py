@@ -274,6 +274,8 @@ class FileSource(Counted, DataSource):
                 pieces_lib.batches(every),
                 what=lambda batch: f"{desc}, {batch[0].path}",
                 bar=bar,
+                title=desc,
+                paths=(self.root,),
             )
         read = list(itertools.chain.from_iterable(batches))
         bad = [row for _, rows in read for row in rows or ()]
