@@ -300,6 +300,7 @@ def serve(channel: int, counts: int, number: int) -> None:
         try:
             answer = (False, function(items[index], report))
         except Exception as error:
+            error.add_note(f"In a process of the pool:\n{traceback.format_exc()}")
             answer = (True, error)
         parent.send_bytes(_pickled_answer(*answer))
 
