@@ -104,7 +104,7 @@ def open_task_cache(
                         _compare(parent, now, num_shards, changed)
                         _build(task, split, directory, features, described, num_shards)
                         directories.publish(directory, token_cache.MANIFEST)
-    cache = token_cache.open_cache(directory, verify=verify)
+    cache = in_place.open_here(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
     return _not_empty(cache, task.name, split)
