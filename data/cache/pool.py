@@ -54,6 +54,8 @@ class Bar(Protocol):
 
     def update(self, n: float = 1) -> Any: ...
 
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> Any: ...
+
 
 @contextlib.contextmanager
 def limited(workers: int | None) -> Iterator[None]:
@@ -104,6 +106,7 @@ def run(
     *,
     what: Callable[[T], str],
     bar: Bar,
+    unit: str = "",
     title: str = "at work",
     remedy: str = "",
     paths: Sequence[str] = (),
@@ -118,6 +121,7 @@ def run(
       items: the items, picklable.
       what: names an item in an error.
       bar: shows the sum of what the calls report.
+      unit: of the items; the bar also shows how many are done.
       title: what the calls do.
       remedy: what to do when a process has died, besides starting fewer.
       paths: files and folders that the calls read or write; elsewhere, they must be there too.
@@ -129,7 +133,7 @@ def run(
     """
     if _elsewhere is not None:
         return _elsewhere(function, items, title, paths, last)
-    results = _in_processes(function, items, what, bar, remedy)
+    results = _in_processes(function, items, what, bar, unit, remedy)
     if last is not None:
         last()
     return results
@@ -140,14 +144,24 @@ def _in_processes(
     items: Sequence[T],
     what: Callable[[T], str],
     bar: Bar,
+    unit: str,
     remedy: str,
 ) -> list[R]:
     workers = min(size(), len(items))
     pickled = _pickled(function, items) if workers > 1 else None
     if pickled is None:
-        return [function(item, lambda count: bar.update(count)) for item in items]
+        results = []
+        for item in items:
+            _show(bar, len(results), len(items), unit)
+            results.append(function(item, lambda count: bar.update(count)))
+        return results
     with _Processes(workers, pickled) as processes:
-        return processes.results([what(item) for item in items], bar, remedy)
+        return processes.results([what(item) for item in items], bar, unit, remedy)
+
+
+def _show(bar: Bar, done: int, total: int, unit: str) -> None:
+    if unit:
+        bar.set_postfix_str(f"{done:,} of {total:,} {unit}", refresh=False)
 
 
 def _pickled(function: Any, items: Any) -> bytes | None:
@@ -206,7 +220,7 @@ class _Processes:
             process.wait()
         self._end.close()
 
-    def results(self, names: Sequence[str], bar: Bar, remedy: str) -> list[Any]:
+    def results(self, names: Sequence[str], bar: Bar, unit: str, remedy: str) -> list[Any]:
         """Hands out the items in order; see `run`."""
         results: dict[int, Any] = {}
         failed: dict[int, BaseException] = {}
@@ -225,6 +239,7 @@ class _Processes:
                 following = None if failed else next(waiting, None)
                 if following is not None:
                     at_work[channel] = self._hand_out(channel, following)
+            _show(bar, len(results), len(names), unit)
             bar.update(sum(count for (count,) in _COUNT.iter_unpack(self._counts[:])) - bar.n)
             if failed and not any(number < min(failed) for number in at_work.values()):
                 raise failed[min(failed)]

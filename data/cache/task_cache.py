@@ -229,6 +229,7 @@ def _build(task, split, directory, features, description, num_shards) -> None:
             range(num_shards),
             what=made.name_of,
             bar=bar,
+            unit="shards",
             title=title,
             remedy="Finished shards are kept: the same command goes on after them.",
             paths=_paths(task.source, place),
