@@ -12,6 +12,7 @@ import pyarrow
 import pytest
 
 from espalier.common.pipelines import PipelineError
+from espalier.common.storage import paths
 from espalier.data import pieces
 from espalier.data.cache import pool
 from espalier.data.clean import documents
@@ -187,6 +188,19 @@ def test_an_interrupted_run_goes_on(folder, done):
         documents._in_processes(first.steps()[:done])
         cleaning(folder, "out").run()
     assert content(folder / "out") == content(folder / "one")
+
+
+@pytest.mark.parametrize("store", ["gs"], indirect=True)
+def test_the_output_can_be_in_a_store(folder, store):
+    with pool.limited(1):
+        cleaning(folder, "one").run()
+        there = dataclasses.replace(cleaning(folder, "one"), output=f"{store.address}/clean")
+        counts = there.run()
+        assert there.run() == counts  # it is complete
+    written = paths.entries(there.output)
+    assert {name: paths.read(f"{there.output}/{name}") for name in written} == content(
+        folder / "one"
+    )
 
 
 def test_an_output_of_something_else_is_refused(folder):
