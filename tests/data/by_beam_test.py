@@ -7,8 +7,8 @@ import pytest
 
 from espalier.common.pipelines import PipelineError
 from espalier.common.storage import paths
-from espalier.data import pieces, tasks
-from espalier.data.cache import by_beam, task_cache
+from espalier.data import by_beam, pieces, tasks
+from espalier.data.cache import pool, task_cache
 from espalier.data.stream import mixing
 from espalier.data.text import user_data
 from espalier.data.tokenizers import vocabularies
@@ -88,3 +88,11 @@ def test_workers_write_into_a_store(files, tmp_path, store):
     assert {name.partition("/")[2] for name in written} == copied.keys()
     assert paths.entries(f"{root}/pipelines") == {}
     assert copied == build(files, tmp_path / "one", [])
+
+
+@pytest.mark.beam
+def test_what_cannot_be_sent_to_workers_is_refused(tmp_path):
+    with by_beam.used(["--runner=DirectRunner"], tmp_path):
+        with pytest.raises(PipelineError, match="counting: it cannot be sent to workers"):
+            pool.run(lambda item, report: item, [1], what=str, bar=None, title="counting")
+        assert pool.run(len, [], what=str, bar=None) == []
