@@ -131,7 +131,7 @@ def run(
       WorkerError: a process was killed, such as when memory is exhausted.
       Exception: what a call raises.
     """
-    if _elsewhere is not None:
+    if _elsewhere is not None and items:
         return _elsewhere(function, items, title, paths, last)
     results = _in_processes(function, items, what, bar, unit, remedy)
     if last is not None:
