@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -204,6 +205,17 @@ def test_work_that_workers_could_not_do_is_refused_by_name(config, words, messag
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error
+
+
+def test_the_page_has_commands_that_can_be_shown(capsys):
+    page = pathlib.Path(ROOT, "docs/clusters.md").read_text()
+    found = re.findall(r"^espalier submit ((?:.*\\\n)+.*)", page, re.MULTILINE)
+    found = [shlex.split(text.replace("\\\n", " ")) for text in found]
+    found = [words for words in found if "--" in words]
+    assert len(found) == 2
+    for words in found:
+        assert submit.main(words) == 0
+    assert "20 machines n2-standard-8 (160 cores)" in capsys.readouterr().out
 
 
 def test_commands_with_a_pipeline_are_known():
