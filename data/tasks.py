@@ -293,11 +293,20 @@ def chat_template(task_name: str) -> Any:
     return getattr(tokeniser, "template", None)
 
 
+def open_cached(name: str) -> None:
+    """Notes that a task is read from its cache alone: its source, which may be gone, has no part in `summary`."""
+    if name in _TASKS:
+        _TASKS[name]["use_cached"] = True
+
+
 def summary() -> dict[str, Any]:
     """Returns the facts recorded with a run: tasks with sizes and hashes, mixtures, and corpora."""
     tasks = {}
     for name, facts in _TASKS.items():
         source = facts["source"]
+        if facts.get("use_cached"):
+            tasks[name] = {k: v for k, v in facts.items() if k not in ("task", "source")}
+            continue
         tasks[name] = {
             "digest": source.digest,
             "documents": {split: source.num_input_examples(split) for split in source.splits},

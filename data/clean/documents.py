@@ -21,9 +21,9 @@ from espalier.common import pipelines
 from espalier.common.bars import Bar
 from espalier.common.pipelines import Step
 from espalier.common.storage import output_files, paths
+from espalier.common.storage.result_folder import ResultFolder, together
 from espalier.data.cache import pool
 from espalier.data.clean.near_duplicates import Search
-from espalier.data.clean.result_folder import ResultFolder, together
 from espalier.data.text import dedup, document_filters, documents
 from espalier.data.text.document_files import DocumentFiles
 from espalier.data.text.document_filters import Sieve

@@ -198,9 +198,12 @@ class PlanBuild:
         for name in _ARRAYS:
             with open(target / name, "wb") as out:
                 for stem, before in zip(stems, bounds[:-1], strict=True):
-                    array = np.fromfile(self.folder / f"{stem}.{name}", np.uint8)
-                    out.write(array.view("<i8") + before if name == "row_starts" else array)
-                out.write(bounds[-1:] if name == "row_starts" else b"")
+                    content = (self.folder / f"{stem}.{name}").read_bytes()
+                    if name == "row_starts":
+                        content = (np.frombuffer(content, "<i8") + before).tobytes()
+                    out.write(content)
+                if name == "row_starts":
+                    out.write(bounds[-1:].tobytes())
         long = [entry["first_long"] for entry in entries if entry["first_long"] is not None]
         sums = {key: collections.Counter[str]() for key in ("tokens", "counts")}
         for entry in entries:
@@ -210,6 +213,11 @@ class PlanBuild:
         files.write(target / INDEX, facts, synced=True)
         sizes = {name: os.path.getsize(target / name) for name in (*_ARRAYS, INDEX)}
         blocks.write_index(target, {_TABLE: sizes}, of=self.name)
+
+
+def name_of(cache: store.Cache, policy: list) -> str:
+    """Returns the name of a plan, for a policy as `plan.policy_of` gives it."""
+    return store.digest([_VERSION, cache.content, policy])[:16]
 
 
 def is_needed(cache: store.Cache) -> bool:
@@ -238,18 +246,19 @@ def open_plan(
       CacheCorruptError: the plan or the cache is damaged.
       OSError: the plan cannot be written.
     """
-    how = {
+    how: dict[str, Any] = {
         "row_lengths": dict(row_lengths),
         "packing": packing,
         "long_documents": long_documents,
         "inputs_prefix": inputs_prefix,
     }
-    name = store.digest([_VERSION, cache.content, policy_of(**how)])[:16]
+    name = name_of(cache, policy_of(**how))
     folder = f"{cache.directory}.plans"
     place, in_place = paths.join(folder, name), paths.is_remote(folder)
     directory = pathlib.Path(cache_dir.local_root(folder), name)  # where it is built
 
-    if not paths.exists(paths.join(place, blocks.INDEX)):
+    index = paths.join(place, blocks.INDEX)
+    if not paths.exists(index):
         build = PlanBuild(
             name=name,
             cache=os.fspath(cache.directory),
@@ -261,9 +270,10 @@ def open_plan(
         with writing(f"The row plan {place}"):
             build.folder.mkdir(parents=True, exist_ok=True)
         with store.building_lock(directory):
-            make = functools.partial(_make, build, list(_shards(cache)))
-            expected = (*_ARRAYS, INDEX, _TABLE, blocks.INDEX)
-            cache_dir.build_directory(directory, make, expected=expected, in_place=in_place)
+            if not paths.exists(index):  # another process may have made it meanwhile
+                make = functools.partial(_make, build, list(_shards(cache)))
+                expected = (*_ARRAYS, INDEX, _TABLE, blocks.INDEX)
+                cache_dir.build_directory(directory, make, expected=expected, in_place=in_place)
             shutil.rmtree(build.folder, ignore_errors=True)
     arrays, facts = _opened(place, name, cache.num_records, list(row_lengths), verify)
     segments: Any = arrays["segments"]

@@ -84,10 +84,11 @@ class StreamSettings:
 
     def open_cache(self, task: Any) -> store.Cache:
         """Opens the token cache of a SeqIO task, see `task_cache.open_task_cache`."""
-        from espalier.data.cache import (
-            task_cache,  # imports SeqIO, which a stream over caches does not need
-        )
+        from espalier.data import tasks
+        from espalier.data.cache import task_cache  # a stream over caches needs no tasks
 
+        if self.use_cached:
+            tasks.open_cached(task.name)
         with pool.limited(self.workers):
             return task_cache.open_task_cache(
                 task,

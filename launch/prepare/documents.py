@@ -21,19 +21,17 @@ With --beam_pipeline_options, Apache Beam does the work on a cluster, with the s
     --beam_pipeline_options=--runner=DataflowRunner,--project=PROJECT,--region=REGION,--temp_location=gs://BUCKET/tmp
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from espalier.common import pipelines
 from espalier.common.storage import paths
-from espalier.data.cache import pool
 from espalier.data.clean.documents import Cleaning
 from espalier.data.data_source import Patterns
 from espalier.data.text import document_files
 from espalier.data.text.document_filters import DocumentFilter
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 
 def prepare_documents(
@@ -47,7 +45,6 @@ def prepare_documents(
     document_per: str = "file",
     keys: Sequence[str] = (),
     cache_dir: str | os.PathLike | None = None,
-    workers: int | None = None,
     beam_options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the documents that stay, and prints and returns how many were read, dropped and kept.
@@ -61,7 +58,6 @@ def prepare_documents(
       text_key, id_key, document_per: see `data.text.documents.Format`.
       keys: further keys or columns that rows keep.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
-      workers: processes on this machine; None for all cores.
       beam_options: of a pipeline of Apache Beam, in place of the processes.
 
     Raises:
@@ -87,8 +83,7 @@ def prepare_documents(
     cleaning = Cleaning(
         source=source, output=paths.absolute(output), keys=tuple(keys), threshold=near_duplicates
     )
-    with pool.limited(workers):
-        counts = cleaning.run(beam_options)
+    counts = cleaning.run(beam_options)
     rows = [("read", counts["read"])]
     rows += [(f"dropped: {name}", count) for name, count in sorted(counts["dropped"].items())]
     for name, count in [*rows, ("kept", counts["kept"])]:
@@ -97,21 +92,12 @@ def prepare_documents(
     return counts
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers", type=int, help="processes on this machine (default: all cores)"
-    )
-    pipelines.add_flag(parser)
-
-
 main = cli.gin_command(
     __doc__,
     "espalier.launch.prepare.documents:prepare_documents",
     command="prepare documents",
-    extra_flags=_add_flags,
-    run=lambda start: start(
-        workers=start.flags.workers, beam_options=start.flags.beam_pipeline_options
-    ),
+    extra_flags=workers.add_flags,
+    run=workers.used(lambda start: start(beam_options=start.flags.beam_pipeline_options)),
     default_files=lambda flags: ["t5x_configs/runs/documents.gin"],
 )
 

@@ -31,6 +31,9 @@ class Counter:
     def update(self, n=1):
         self.n += n
 
+    def set_postfix_str(self, s="", refresh=True):
+        self.note = s
+
 
 def lines(texts=TEXTS, end="\n"):
     return end.join(json.dumps({"text": text}) for text in texts)

@@ -16,7 +16,9 @@ from tests.data.cache.build_test import ROOT, Counter, children
 def run(function, items, workers):
     bar = Counter()
     with pool.limited(workers):
-        return pool.run(function, items, what=str, bar=bar), bar.n
+        results = pool.run(function, items, what=str, bar=bar, unit="squares")
+    assert bar.note.endswith(f" of {len(items)} squares")
+    return results, bar.n
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
