@@ -79,6 +79,9 @@ SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 # BM25, a baseline of influence.
 LEXICAL = ["bm25s>=0.2.8"]
 
+# Downloads sets of Hugging Face's hub; what it has saved is read without it. Version 4 is the first that runs no code of a set.
+DATASETS = ["datasets>=4"]
+
 # Whole corpora on many machines. It asks for pyarrow < 26 and brings protobuf 6 (see xmanager below): an environment of its own,
 # constraints/beam.txt.
 BEAM = ["apache-beam>=2.77", "sentencepiece>=0.2,<0.2.3"]
@@ -98,6 +101,7 @@ EXTRAS = {
     "sentences": SENTENCES,
     "serve": SERVE,
     "influence": LEXICAL,
+    "datasets": DATASETS,
     "beam": BEAM,
     "gcs": GCS,
     "s3": S3,
@@ -135,7 +139,15 @@ EXTRAS = {
         "gcp-storage-emulator>=2026.7",
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
-    "peers": ["torch>=2.4", "transformers>=5.0", "kronfluence>=1.0.1", "bergson>=2.5"],
+    "peers": [
+        "torch>=2.4",
+        "transformers>=5.0",
+        "kronfluence>=1.0.1",
+        "bergson>=2.5",
+        "datasets>=5.2",
+        "datatrove>=0.10",
+        "orjson>=3.10",  # of datatrove's reader
+    ],
 }
 
 setup(

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import os
 import pathlib
@@ -25,9 +26,16 @@ from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
-from espalier.data.text import documents, splits
-from espalier.data.text.data_error import DataError
-from espalier.data.text.row_files import BadRow, BadRows, OnBadRow, Row, refuse
+from espalier.data.text import documents, hf_datasets, splits
+from espalier.data.text.row_files import (
+    BadRow,
+    BadRows,
+    DataError,
+    OnBadRow,
+    Row,
+    bad_rows_text,
+    refuse,
+)
 
 T = TypeVar("T")
 
@@ -145,9 +153,13 @@ class FileSource(Counted, DataSource):
                 f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
             )
         paths = {"train": _expand(name, "files", files, data_root)}
+        if validation_files is None and _have_validation(files, data_root):
+            validation_files = files
         if validation_files is not None:
             validation_fraction = 0.0
-            paths["validation"] = _expand(name, "validation_files", validation_files, data_root)
+            paths["validation"] = _expand(
+                name, "validation_files", validation_files, data_root, split="validation"
+            )
             if both := sorted(set(paths["train"]) & set(paths["validation"])):
                 raise ValueError(
                     f"{name}: {shorten(both)} is matched by files and by validation_files; make the "
@@ -162,34 +174,33 @@ class FileSource(Counted, DataSource):
         return tuple(self.files)
 
     @functools.cached_property
-    def _digests(self) -> fingerprint.FileDigests:
-        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
-        every = sorted({path for paths in self.files.values() for path in paths})
-        digests.read(every, [path for path in every if self._is_by_line(path)])
-        digests.save()
-        return digests
-
-    @functools.cached_property
     def checksums(self) -> dict[str, str]:
         """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
-        every = (path for paths in self.files.values() for path in paths)
-        return {path: self._digests.digest(path) for path in every}
+        return {path: digest for path, (digest, _) in self._scanned.items()}
 
     def pieces(self, split: str) -> tuple[Piece, ...]:
         """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
-        return self._divided(self.files[split])
+        return self._pieces_of(self.files[split])
 
-    def _divided(self, paths: Iterable[str]) -> tuple[Piece, ...]:
-        return tuple(
-            piece
-            for path in paths
-            for piece in documents.divided(
-                path, self._digests.marks, document_per=self._document_per
+    def _pieces_of(self, paths: Iterable[str]) -> tuple[Piece, ...]:
+        return tuple(piece for path in paths for piece in self._scanned[path][1])
+
+    @functools.cached_property
+    def _scanned(self) -> dict[str, tuple[str, tuple[Piece, ...]]]:
+        """File -> its checksum and its pieces, which other processes are given with the source."""
+        every = list(dict.fromkeys(path for paths in self.files.values() for path in paths))
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        unit = self._document_per
+        by_line = [p for p in every if documents.is_by_line(pathlib.Path(p), document_per=unit)]
+        digests.read(every, by_line)
+        digests.save()
+        return {
+            path: (
+                digests.digest(path),
+                documents.divided(path, digests.marks, document_per=unit),
             )
-        )
-
-    def _is_by_line(self, path: str) -> bool:
-        return documents.is_by_line(pathlib.Path(path), document_per=self._document_per)
+            for path in every
+        }
 
     @property
     def _document_per(self) -> str:
@@ -262,13 +273,19 @@ class FileSource(Counted, DataSource):
         """Returns what `_count` returns, of all pieces in the order of the files; raises DataError."""
 
     def _count(self) -> dict[str, Any]:
-        every = self._divided(self.checksums)
+        every = self._pieces_of(self.checksums)
         size = sum(piece.size for piece in every)
         desc = f"checking {self.name}"
         with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
-            read = pool.run(
-                self._read_piece, every, what=lambda piece: f"{desc}, {piece.path}", bar=bar
+            batches = pool.run(
+                self._read_pieces,
+                pieces_lib.batches(every),
+                what=lambda batch: f"{desc}, {batch[0].path}",
+                bar=bar,
+                title=desc,
+                paths=(self.root,),
             )
+        read = list(itertools.chain.from_iterable(batches))
         bad = [row for _, rows in read for row in rows or ()]
         try:
             counts = self._total(
@@ -282,13 +299,20 @@ class FileSource(Counted, DataSource):
             ) from None
         if self.on_bad_row == "skip":
             counts["bad_rows"] = self._list(bad)
+            if bad:
+                print(f"{self.name}: {bad_rows_text(counts['bad_rows'])}", file=sys.stderr)
         return counts
 
-    def _read_piece(self, piece: Piece, report: pool.Report) -> tuple[Any, BadRows]:
-        bad = self._bad_rows()
-        counts = self._count_piece(piece, bad)
-        report(piece.size)
-        return counts, bad
+    def _read_pieces(
+        self, pieces: Sequence[Piece], report: pool.Report
+    ) -> list[tuple[Any, BadRows]]:
+        """Returns the counts and the bad rows of each piece."""
+        found = []
+        for piece in pieces:
+            bad = self._bad_rows()
+            found.append((self._count_piece(piece, bad), bad))
+            report(piece.size)
+        return found
 
     def _bad_rows(self) -> BadRows:
         return [] if self.on_bad_row == "skip" else None
@@ -297,9 +321,12 @@ class FileSource(Counted, DataSource):
         """Writes all bad rows into a file beside the counts; returns their number, the first ones and the file."""
         path = self._counts_file.with_suffix(".bad_rows.jsonl")
         lines = [files_lib.json_bytes(row._asdict(), indent=None, end="\n") for row in bad]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files_lib.write(path, b"".join(lines), synced=False, shared=True)
         first = [f"{row}: {row.reason}" for row in bad[:_SHOWN_BAD_ROWS]]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files_lib.write(path, b"".join(lines), synced=False, shared=True)
+        except OSError as error:  # as of counts: a cache that cannot be written costs time alone
+            return {"rows": len(bad), "first": first, "all": f"not written: {error}"}
         return {"rows": len(bad), "first": first, "all": str(path)}
 
     @property
@@ -354,16 +381,22 @@ def named_sets(
     return {each: (patterns, held_out[each]) for each, patterns in sets.items()}
 
 
-def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
-    """Returns all files that match, sorted, without duplicates and directories."""
+def _expand(
+    name: str, argument: str, patterns: Patterns, data_root: str | None, split: str = "train"
+) -> tuple[str, ...]:
+    """Returns all files that match, sorted, without duplicates and directories; of data sets those of a split."""
     files: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
-        root = "" if paths.is_remote(pattern) else _expanded(data_root or "")
-        full = paths.absolute(paths.join(root, _expanded(pattern)))
-        if paths.is_remote(full):
+    for pattern, full in _absolute(patterns, data_root).items():
+        if hf_datasets.is_address(full) or not glob.has_magic(full) and hf_datasets.is_set(full):
+            matches = hf_datasets.files(full, split)
+        elif paths.is_remote(full):
             matches = mirror.local_files(paths.matches(full))
         else:
-            matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
+            found = glob.glob(full, recursive=True)
+            sets = [path for path in found if os.path.isdir(path) and hf_datasets.is_set(path)]
+            matches = [path for path in found if os.path.isfile(path)]
+            hf_datasets.check_outside(matches)
+            matches += [path for each in sets for path in hf_datasets.files(each, split)]
         if not matches:
             raise FileNotFoundError(
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
@@ -375,6 +408,23 @@ def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None)
     for path in sorted(files):
         documents.check_suffix(pathlib.Path(path))
     return tuple(sorted(files))
+
+
+def _have_validation(files: Patterns, data_root: str | None) -> bool:
+    """Returns whether all are data sets that have a split for validation."""
+    every = _absolute(files, data_root).values()
+    return bool(every) and all(hf_datasets.has_split(path, "validation") for path in every)
+
+
+def _absolute(patterns: Patterns, data_root: str | None) -> dict[str, str]:
+    """Returns {pattern: its absolute path or address}."""
+    found = {}
+    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
+        address = hf_datasets.is_address(pattern) or paths.is_remote(pattern)
+        root = "" if address else _expanded(data_root or "")
+        full = paths.join(root, _expanded(pattern))
+        found[pattern] = full if hf_datasets.is_address(full) else paths.absolute(full)
+    return found
 
 
 def _expanded(path: str | os.PathLike) -> str:

@@ -48,13 +48,14 @@ _PROGRAM = re.compile("^if __name__ == ", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The flags and the loaded configuration of a command; a call calls the entry function.
+    """The flags, the loaded configuration and the words of a command; a call calls the entry function.
 
     Its arguments are from the configuration; keywords win over it.
     """
 
     flags: argparse.Namespace
     config: "Configuration"
+    words: Sequence[str] = ()
 
     def __call__(self, **overrides: Any) -> Any:
         assert self.config.entry is not None
@@ -98,7 +99,8 @@ def main(
         extra_flags(parser)
     if any(action.dest == "checkpoint" and action.required for action in parser._actions):
         parser.usage = usage.replace("--gin_file=FILE", "--checkpoint=DIR")
-    flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    flags, bindings = _parse(parser, words)
 
     def call() -> Any:
         if (
@@ -142,7 +144,7 @@ def main(
             # Files of another entry point have bindings without effect here, which is expected.
             if warning.place.source not in defaults:
                 print(f"warning: {warning}", file=sys.stderr)
-        start = Start(flags, config)
+        start = Start(flags, config, words)
         with config.in_use():
             return start() if run is None else run(start)
 
@@ -455,15 +457,21 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_gin_flags(words: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
+def read_gin_flags(
+    words: Sequence[str],
+    program: str,
+    extra_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags of a command that gin configures, and its 'NAME=VALUE' bindings.
 
     Args:
       words: words of its command line.
       program: name for the message of a wrong flag, after which this process ends with status 2.
+      extra_flags: see `main`.
     """
     parser = make_parser("", program, usage="--gin_file=FILE [--gin.NAME=VALUE ...]")
     _add_gin_flags(parser)
+    extra_flags(parser)
     return _parse(parser, list(words))
 
 

@@ -178,9 +178,10 @@ class _Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFiles(ExactSplit, PromptedFiles):
-    """Rows of one form in JSON lines or Parquet, by split; the held-out share is exact."""
+    """Rows of one form, by split; the held-out share is exact."""
 
     MACRO: ClassVar[str] = "CHATS"
+    EXAMPLE: ClassVar[str] = EXAMPLE
 
     turns: Turns  # the turns of the assistant that are learnt
 
@@ -223,7 +224,7 @@ class ChatFiles(ExactSplit, PromptedFiles):
                 if dropped is not None:
                     dropped.add(error.reason, id)
 
-        rows = documents.read_rows(piece, example=EXAMPLE, bad=bad)
+        rows = self._rows(piece, bad)
         return self._usable(piece, rows, use, bad)
 
     def _tokenised(self, kind: Kind, record: Record) -> tuple[list[int], list[bool]]:
@@ -269,7 +270,7 @@ def _form(example: _Example) -> str:
 @with_settings(
     PromptedSettings,
     *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_eos"),
-    *("on_bad_row", "data_root", "cache_dir"),
+    *("columns", "on_bad_row", "data_root", "cache_dir"),
 )
 def register_chats(
     *,
@@ -282,7 +283,7 @@ def register_chats(
 ) -> None:
     """Registers a task over files of conversations, prompts with completions, or texts; see the module.
 
-    The files are JSON lines (also .gz and .zst) or Parquet, with rows of one form. The features are the ids `targets`
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face, with rows of one form. The features are the ids `targets`
     and `loss_weights`: 1 for the tokens of the assistant's turns, of completions or of texts, else 0.
 
     Several sets, given by name, become a task each, and `name` their mixture; `data.chats.stream` weighs them.

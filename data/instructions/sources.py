@@ -17,6 +17,8 @@ from espalier.data.data_source import Counted, DataSource, FileSource
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row, Template
 from espalier.data.pieces import Piece
+from espalier.data.rows import columns
+from espalier.data.rows.columns import Columns
 from espalier.data.tasks import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
@@ -185,12 +187,13 @@ class InstructionFiles(_Counted, FileSource):
     """Rows in files; the rows that are held out are the same for all templates."""
 
     encoding: Encoding
+    columns: Columns | None = None  # of the keys of a row, see `data.rows.columns`
 
     def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
         return self.encoding.examples(self._rows_of(piece, split, self._bad_rows()))
 
     def _rows_of(self, piece: Piece, split: str, bad: BadRows) -> Iterator[Row]:
-        for row in documents.read_rows(piece, example=ROW, bad=bad):
+        for row in columns.read(piece, example=ROW, columns=self.columns, bad=bad):
             text = json.dumps(row.content, sort_keys=True, default=str)
             if self._split_of(text, piece.path) == split:
                 id = f"{pathlib.Path(piece.path).relative_to(self.root)}:{row.number}"
@@ -213,7 +216,11 @@ class InstructionFiles(_Counted, FileSource):
         return self.encoding.specs()
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.encoding.settings(), "splits": splits.VERSION}
+        return {
+            **self.encoding.settings(),
+            "splits": splits.VERSION,
+            **columns.settings(self.columns),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

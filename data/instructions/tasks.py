@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common import spelling
 from espalier.common.ranges import Fraction, Positive, check_choice
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
@@ -19,8 +20,11 @@ from espalier.data.instructions.sources import (
     Tokeniser,
 )
 from espalier.data.instructions.templates import Template, read
-from espalier.data.text import documents
+from espalier.data.rows import columns as column_names
+from espalier.data.rows.columns import Columns
+from espalier.data.text import documents, hf_datasets
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import OnBadRow
 from espalier.data.text.tfds_source import TfdsSource
 
 ORIGIN = "register_instructions"
@@ -38,11 +42,14 @@ def register_instructions(
     held_out: Mapping[str, Sequence[str]] | None = None,
     templates_dir: str | None = None,
     tfds_sets: Mapping[str, str] | None = None,
+    hf_sets: Mapping[str, str] | None = None,
+    columns: Mapping[str, Columns] | None = None,
     cap: Positive | None = 500_000,
     validation_fraction: Fraction = 0.0,
     separator: str = "\n",
     add_bos: bool | None = None,
     inputs_eos: bool = True,
+    on_bad_row: OnBadRow = "error",
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
     r"""Registers a task for each template of each dataset, and the mixture `name` of those that are trained.
@@ -69,12 +76,16 @@ def register_instructions(
         metadata `original_task: true` are evaluated.
       templates_dir: directory of templates; None for `data_dir`.
       tfds_sets: set -> name, config and version of a prepared TFDS set, in place of files; `data_dir` has it.
+      hf_sets: set -> a data set of Hugging Face, in place of files: a folder of `save_to_disk`, or an address of the hub; see
+        `data.text.hf_datasets`.
+      columns: set -> {key that its templates read: column of its files}; see `data.rows.columns`.
       cap: greatest number of rows of a set that counts fully; None for no limit.
       validation_fraction: share of the rows to hold out from sets without files `validation*`; the same rows for all
         templates.
       separator: between input and answer of a decoder.
       add_bos: begin a decoder's input with BOS; None: if the tokenizer does.
       inputs_eos: end the inputs of an encoder with EOS. T0 was trained without.
+      on_bad_row: what a row of files is that is no JSON object: an 'error', or left out, counted and listed ('skip').
       cache_dir: directory of remembered checksums and counts; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
@@ -89,12 +100,16 @@ def register_instructions(
     if add_bos is None:
         add_bos = form == "decoder" and getattr(vocabulary, "adds_bos", False)
     tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=True)
+    _check_origins(name, train, held_out, tfds_sets or {}, hf_sets or {}, columns or {})
     sets = _Sets(
         data_dir=_expanded(data_dir),
         templates_dir=_expanded(templates_dir or data_dir),
         tfds_sets=tfds_sets or {},
+        hf_sets=hf_sets or {},
+        columns=columns or {},
         tokeniser=Tokeniser(vocabulary, form, separator, add_bos, inputs_eos),
         validation_fraction=validation_fraction,
+        on_bad_row=on_bad_row,
         cache_dir=cache_dir,
     )
     sources: list[tuple[Source, dict[str, str]]] = []
@@ -132,6 +147,30 @@ def _check_sets(
                     raise ValueError(
                         f"{name}: the set {each!r} is in {owners[each]} and in {owner}; remove one"
                     )
+
+
+def _check_origins(
+    name: str,
+    train: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[str]],
+    tfds_sets: Mapping[str, str],
+    hf_sets: Mapping[str, str],
+    columns: Mapping[str, Columns],
+) -> None:
+    known = {each for groups in (train, held_out) for names in groups.values() for each in names}
+    for argument, by_set in (("hf_sets", hf_sets), ("columns", columns)):
+        for each in by_set:
+            if each not in known:
+                raise ValueError(
+                    f"{name}: {argument} names the set {each!r}, which neither train nor held_out has; "
+                    f"{spelling.nearest(each, sorted(known))}"
+                )
+            if each in tfds_sets:
+                raise ValueError(
+                    f"{name}: {argument} and tfds_sets name the set {each!r}, and TFDS has its own rows; remove one"
+                )
+    for each, chosen in columns.items():
+        column_names.check(f"{name}, {each}", chosen)
 
 
 def _check_names(name: str, sources: Sequence[tuple[Source, Mapping[str, str]]]) -> None:
@@ -190,8 +229,11 @@ class _Sets:
     data_dir: pathlib.Path
     templates_dir: pathlib.Path
     tfds_sets: Mapping[str, str]
+    hf_sets: Mapping[str, str]
+    columns: Mapping[str, Columns]
     tokeniser: Tokeniser
     validation_fraction: float
+    on_bad_row: OnBadRow
     cache_dir: str | os.PathLike | None
 
     def templates(self, name: str) -> tuple[Template, ...]:
@@ -226,10 +268,22 @@ class _Sets:
             if self.validation_fraction:
                 fraction, files["validation"] = self.validation_fraction, files["train"]
         return InstructionFiles.of(
-            task, files, validation_fraction=fraction, cache_dir=self.cache_dir, encoding=encoding
+            task,
+            files,
+            validation_fraction=fraction,
+            on_bad_row=self.on_bad_row,
+            cache_dir=self.cache_dir,
+            encoding=encoding,
+            columns=self.columns.get(name),
         )
 
     def _files(self, name: str, split: str) -> list[str]:
+        if name in self.hf_sets:
+            origin = self.hf_sets[name]
+            if not hf_datasets.is_address(origin):
+                origin = str(_expanded(origin))
+            is_there = split == "train" or hf_datasets.has_split(origin, split)
+            return hf_datasets.files(origin, split) if is_there else []
         paths = sorted((self.data_dir / name).glob(f"{split}*"))
         paths = [path for path in paths if re.match(rf"{split}[-_.]", path.name)]
         for path in paths:

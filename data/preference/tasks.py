@@ -2,9 +2,8 @@
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from espalier.data.rows.records import DegenerateError, Record
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-from espalier.data.text.row_files import BadRows, Row, json_rows
+from espalier.data.text.row_files import BadRows, Row
 
 Invalid = Literal["drop", "error"]
 CACHED_AS = "data.preference.files"  # the name by which caches know the source
@@ -55,7 +54,9 @@ class _Counts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceFiles(PromptedFiles):
-    """Preference data in files of JSON lines, by split."""
+    """Preference data in files, by split."""
+
+    EXAMPLE: ClassVar[str] = records.PAIR
 
     # 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of
     # each label
@@ -137,7 +138,7 @@ class PreferenceFiles(PromptedFiles):
                 if dropped is not None:
                     dropped.add(error.reason, id)
 
-        return self._usable(piece, json_rows(piece, example=records.PAIR, bad=bad), use, bad)
+        return self._usable(piece, self._rows(piece, bad), use, bad)
 
     def _tokenised(self, record: Record) -> Iterator[_Example]:
         if self.kind == "paired" and record.label is not None:
@@ -224,7 +225,9 @@ def register_pairs(
     validation_files: str | Sequence[str] | None = None,
     invalid: Invalid = "drop",
 ) -> None:
-    """Registers a task over files of JSON lines (also .gz and .zst) in TRL's formats; see `records`.
+    """Registers a task over files of rows in TRL's formats; see `records`.
+
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face.
 
     For 'paired' data, the features are the ids `prompt`, `chosen` and `rejected`, and `margin` (one float32; 0 if
     the row has none). For 'unpaired' data, `chosen` is the completion, and `labels` (one float32) is 1 if it is
@@ -246,7 +249,7 @@ def register_pairs(
 
     Raises:
       FileNotFoundError: a pattern matches no file.
-      DataError: a matching file is not a file of JSON lines.
+      DataError: a matching file is not of rows.
       ChatTemplateError: the chat template does not exist.
       ValueError: `kind` or `invalid` has an unknown value, or the vocabulary lacks the BOS or EOS to add.
     """
@@ -260,12 +263,6 @@ def register_pairs(
         kind=kind,
         invalid=invalid,
     )
-    for path in sorted({path for paths in source.files.values() for path in paths}):
-        if not {".jsonl", ".json"} & set(pathlib.Path(path).suffixes[-2:]):
-            raise DataError(
-                f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
-                ".zst); write one JSON object per line"
-            )
     tasks.register_rows(
         source,
         origin="register_pairs",

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from espalier.data.rows.records import Record, text_of
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-from espalier.data.text.row_files import BadRows, Row, json_rows
+from espalier.data.text.row_files import BadRows, Row
 from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
@@ -30,7 +30,9 @@ INFO = "info"  # bytes of the whole row as JSON
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFiles(PromptedFiles):
-    """Prompts in files of JSON lines, by split."""
+    """Prompts in files, by split."""
+
+    EXAMPLE: ClassVar[str] = EXAMPLE
 
     def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
         """Yields the features of the examples of one piece and one split.
@@ -51,7 +53,9 @@ class PromptFiles(PromptedFiles):
             if wanted not in (None, split):
                 return
             prompt, _ = self.tokeniser(record)
-            row_json = json.dumps(row.content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            row_json = json.dumps(row.content, ensure_ascii=False, default=str).encode(
+                "utf-8", "surrogatepass"
+            )
             yield (
                 split,
                 {
@@ -61,7 +65,7 @@ class PromptFiles(PromptedFiles):
                 },
             )
 
-        return self._usable(piece, json_rows(piece, example=EXAMPLE, bad=bad), use, bad)
+        return self._usable(piece, self._rows(piece, bad), use, bad)
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         return dict.fromkeys(("prompt", INFO), ((None,), "int32"))
@@ -103,7 +107,7 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
 @with_settings(
     PromptedSettings,
     *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_bos"),
-    *("on_bad_row", "data_root", "cache_dir"),
+    *("columns", "on_bad_row", "data_root", "cache_dir"),
     validation_fraction=0.0,
     add_eos=False,
 )
@@ -114,8 +118,9 @@ def register_prompts(
     settings: PromptedSettings,
     validation_files: str | Sequence[str] | None = None,
 ) -> None:
-    """Registers a task over files of JSON lines with a "prompt", a text or messages; see the module.
+    """Registers a task over files of rows with a "prompt", a text or messages; see the module.
 
+    The files are JSON lines (also .gz and .zst), Parquet or Arrow, or data sets of Hugging Face.
     Files of preference pairs also work: a pair's prompt is the prompt, and rewards can read its completions. The
     features are `prompt`, its ids, and `info`, the row as bytes.
 

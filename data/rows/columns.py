@@ -6,12 +6,13 @@
 With columns, a row has these keys and no others. Texts of several columns are joined by blank lines, without the empty ones.
 """
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.data.text import documents
+from espalier.data.pieces import Piece
+from espalier.data.text import documents, row_files, tables
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import BadRows, Row
 
 Columns = Mapping[str, str | Sequence[str]]  # key of a row -> its column, or several
 
@@ -32,29 +33,36 @@ def check(name: str, columns: Columns | None) -> None:
         )
 
 
+def settings(columns: Columns | None) -> dict[str, Any]:
+    """Returns the columns for the digest of a source; nothing without any, so that older caches remain valid."""
+    return {} if columns is None else {"columns": sorted(map(list, columns.items()))}
+
+
 def read(
-    path: pathlib.Path, *, example: str, columns: Columns | None
-) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yields (number, place for errors, row) of a file, see `documents.read_rows`; with columns None, rows as they are.
+    piece: Piece, *, example: str, columns: Columns | None, bad: BadRows = None
+) -> Iterator[Row]:
+    """Yields the rows of a piece of a file, see `documents.read_rows`; with columns None, as they are.
 
     Raises:
       DataError: the file is malformed, has no such column, or a column to be joined holds other values than texts.
     """
     if columns is None:
-        yield from documents.read_rows(path, example=example)
+        yield from documents.read_rows(piece, example=example, bad=bad)
         return
-    names = _names(columns)
-    # Nulls of Parquet and Arrow are removed, and all rows have all columns.
-    absent = {} if path.suffix.lower() not in documents.TABLES else dict.fromkeys(names)
-    for number, where, row in documents.read_rows(path, example=example, columns=names):
-        chosen = {key: _value({**absent, **row}, key, columns[key], where) for key in columns}
-        yield number, where, {key: value for key, value in chosen.items() if value is not None}
+    for row in documents.read_rows(piece, example=example, columns=_names(columns), bad=bad):
+        try:
+            chosen = {key: _value(row.content, key, columns[key], row.where) for key in columns}
+        except DataError as error:
+            row_files.refuse(error, bad, piece.path, row.number, row.offset)
+            continue
+        content = {key: value for key, value in chosen.items() if value is not None}
+        yield row._replace(content=content)
 
 
 def _value(row: Mapping[str, Any], key: str, columns: str | Sequence[str], where: str) -> Any:
     if isinstance(columns, str):
-        return documents.value_of(row, columns, "columns", where)
-    texts = [documents.value_of(row, column, "columns", where) for column in columns]
+        return tables.value_of(row, columns, "columns", where)
+    texts = [tables.value_of(row, column, "columns", where) for column in columns]
     for column, text in zip(columns, texts, strict=True):
         if not isinstance(text, str | None):
             raise DataError(

@@ -17,10 +17,12 @@ from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import FileSource, shorten
 from espalier.data.pieces import Piece
+from espalier.data.rows import columns
+from espalier.data.rows.columns import Columns
 from espalier.data.rows.records import Message, Record
-from espalier.data.text import splits
+from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-from espalier.data.text.row_files import BadRows, OnBadRow
+from espalier.data.text.row_files import BadRows, OnBadRow, Row
 from espalier.data.tokenizers import chat_sandbox, control_tokens
 from espalier.data.tokenizers import chat_template as templates
 
@@ -230,6 +232,8 @@ class PromptedSettings:
       add_bos: begin texts, and prompts that are texts, with BOS; a chat template writes its own.
       add_eos: end texts and completions that are texts with EOS.
       prompt_eos: end prompts with EOS, as an encoder reads them.
+      columns: key of a row -> the column of the files that it is read from, or several columns whose texts are joined by
+        blank lines; a row then has these keys alone. None: the keys of the files.
       on_bad_row: what a malformed row is: an 'error', or left out, counted and listed ('skip').
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
@@ -242,6 +246,7 @@ class PromptedSettings:
     add_bos: bool = False
     add_eos: bool = True
     prompt_eos: bool = False
+    columns: Columns | None = None
     on_bad_row: OnBadRow = "error"
     data_root: str | None = None
     cache_dir: str | os.PathLike | None = None
@@ -249,9 +254,12 @@ class PromptedSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptedFiles(FileSource, abc.ABC):
-    """Rows of JSON lines with a prompt each, by split; equal prompts are in the same split."""
+    """Rows with a prompt each, by split; equal prompts are in the same split."""
+
+    EXAMPLE: ClassVar[str]  # a row as JSON, for error messages
 
     tokeniser: Tokeniser  # converts records to ids
+    columns: Columns | None = None  # of the keys of a row, see `data.rows.columns`
 
     @classmethod
     def open(cls, settings: PromptedSettings, **fields: Any) -> Self:
@@ -259,24 +267,30 @@ class PromptedFiles(FileSource, abc.ABC):
 
         Raises:
           ChatTemplateError: the chat template does not exist.
-          ValueError: the vocabulary lacks the BOS or EOS to add.
+          DataError: a file is not of rows.
+          ValueError: the vocabulary lacks the BOS or EOS to add, or `columns` is malformed.
         """
+        columns.check(fields["name"], settings.columns)
         vocabulary, add_bos = settings.vocabulary, settings.add_bos
         add_eos = settings.add_eos or settings.prompt_eos
         tasks.check_special_ids(fields["name"], vocabulary, add_bos=add_bos, add_eos=add_eos)
         template = templates.of(
             settings.chat_template, vocabulary, special_in_contents=settings.special_in_contents
         )
-        return cls.find(
+        source = cls.find(
             tokeniser=Tokeniser(
                 vocabulary, template, add_bos, settings.add_eos, settings.prompt_eos
             ),
+            columns=settings.columns,
             validation_fraction=settings.validation_fraction,
             on_bad_row=settings.on_bad_row,
             data_root=settings.data_root,
             cache_dir=settings.cache_dir,
             **fields,
         )
+        for path in sorted({path for files in source.files.values() for path in files}):
+            documents.check_rows(path, cls.EXAMPLE)
+        return source
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -297,7 +311,12 @@ class PromptedFiles(FileSource, abc.ABC):
         return {
             "vocabulary": fingerprint.vocabulary(self.tokeniser.vocabulary),
             "template": fingerprint.describe(described),
+            **columns.settings(self.columns),
         }
+
+    def _rows(self, piece: Piece, bad: BadRows) -> Iterator[Row]:
+        """Yields the rows of a piece; see `columns.read`."""
+        return columns.read(piece, example=self.EXAMPLE, columns=self.columns, bad=bad)
 
     def _id(self, path: str, line: int) -> str:
         return f"{os.path.relpath(path, self.root)}:{line}"

@@ -34,22 +34,52 @@ _UNSPACED = {
 }
 
 
+# Roles of messages {"from": role, "value": content}, as in sets that follow ShareGPT.
+_ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant"},
+}
+_FORM = '{"role": "user", "content": "..."}'
+
+
 def text_of(value: Any, key: str, where: str) -> Text:
-    """Returns a text or a tuple of messages; raises DataError, with place and key, for anything else."""
+    """Returns a text or a tuple of messages; raises DataError, with place and key, for anything else.
+
+    Messages are objects with a role, objects {"from": "human" or "gpt", "value": text}, or, as columns of nested lists hold
+    them, one object with a list of all roles and lists of the other keys.
+    """
     if isinstance(value, str):
         return value
+    if isinstance(value, dict):
+        value = _divided(value)
     if not isinstance(value, list):
         raise DataError(
-            f"{where}: {key!r} is a {type(value).__name__}; write a text, or a list of messages "
-            '{"role": "user", "content": "..."}'
+            f"{where}: {key!r} is a {type(value).__name__}; write a text, or a list of messages {_FORM}"
         )
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"{where}: message {number} of {key!r} is not of the form "
-                '{"role": "user", "content": "..."}'
-            )
-    return tuple(value)
+    return tuple(_message(each, number, key, where) for number, each in enumerate(value, 1))
+
+
+def _divided(value: dict[str, Any]) -> Any:
+    """Returns the messages of an object of lists; the object itself if it is none."""
+    columns = [column for column in value.values() if isinstance(column, list)]
+    if len(columns) < len(value) or len({len(column) for column in columns}) != 1:
+        return value
+    rows = zip(*columns, strict=True)
+    return [{key: x for key, x in zip(value, row, strict=True) if x is not None} for row in rows]
+
+
+def _message(message: Any, number: int, key: str, where: str) -> Message:
+    if isinstance(message, dict) and isinstance(message.get("role"), str):
+        return message
+    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+        raise DataError(f"{where}: message {number} of {key!r} is not of the form {_FORM}")
+    speaker, content = message["from"], message["value"]
+    if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(content, str):
+        raise DataError(
+            f"{where}: message {number} of {key!r} is from {speaker!r}, with a {type(content).__name__}; known are texts "
+            f"from {', '.join(_ROLES)}. Write messages {_FORM}"
+        )
+    return {"role": _ROLES[speaker], "content": content}
 
 
 def as_seen(value: Any) -> Any:

@@ -16,8 +16,8 @@ from espalier.common.ranges import check_choice
 from espalier.data import pieces
 from espalier.data.pieces import Mark, Piece
 from espalier.data.text import row_files, tables
-from espalier.data.text.data_error import DataError as DataError
 from espalier.data.text.row_files import COMPRESSED, MAX_BYTES, BadRows, Line, Row, piece_of
+from espalier.data.text.row_files import DataError as DataError
 from espalier.data.text.row_files import compressed as compressed
 from espalier.data.text.row_files import read_json_lines as read_json_lines
 from espalier.data.text.row_files import read_lines as read_lines
@@ -178,23 +178,31 @@ def read_rows(
     Args:
       path: the file, or a piece of it.
       example: an example of a line, for error messages.
-      columns: those that are read of Parquet and Arrow; None for all.
+      columns: those that are read of Parquet and Arrow, which each row then has, perhaps with null; None for all.
       bad: collects rows of JSON lines that cannot be used; None: they are errors.
 
     Raises:
       DataError: the file is of another kind or malformed, or lacks a column.
     """
     piece = piece_of(path)
-    kind = _kind(pathlib.Path(piece.path))
-    if kind in tables.SUFFIXES:
-        read = None if columns is None else dict.fromkeys(columns, "columns")
-        for row in tables.rows(piece, read):
-            yield row._replace(content=_without_nulls(row.content))
-    elif kind in (".jsonl", ".json"):
+    check_rows(piece.path, example)
+    if not piece.path.lower().endswith(tables.SUFFIXES):
         yield from row_files.json_rows(piece, example=example, bad=bad)
-    else:
+        return
+    read = None if columns is None else dict.fromkeys(columns, "columns")
+    for row in tables.rows(piece, read):
+        if columns is None:
+            content = _without_nulls(row.content)
+        else:
+            content = {key: _without_nulls(value) for key, value in row.content.items()}
+        yield row._replace(content=content)
+
+
+def check_rows(path: str | os.PathLike, example: str) -> None:
+    """Raises DataError if `read_rows` does not support this kind of file."""
+    if _kind(pathlib.Path(path)) not in (".jsonl", ".json", *tables.SUFFIXES):
         raise DataError(
-            f"{piece.path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst), Parquet or Arrow; "
+            f"{path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst), Parquet or Arrow; "
             f"write one object such as {example} per line"
         )
 

@@ -11,11 +11,10 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from espalier.data.pieces import Piece
-from espalier.data.text.data_error import DataError
 
 # Longest line, and longest document of a text file: a small compressed file may hold terabytes.
 MAX_BYTES = 64 << 20
@@ -23,6 +22,10 @@ COMPRESSED = (".gz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # What happens to a row that cannot be used: it is an error, or it is left out, counted and listed.
 OnBadRow = Literal["error", "skip"]
+
+
+class DataError(ValueError):
+    """A file that cannot be used as data."""
 
 
 class BadRow(NamedTuple):
@@ -36,6 +39,11 @@ class BadRow(NamedTuple):
     def __str__(self) -> str:
         where = f"{self.path}:{self.row}"
         return f"{where}:{self.offset}" if self.offset is not None else where
+
+
+def bad_rows_text(counted: Mapping[str, Any]) -> str:
+    """Returns a message about the bad rows of a source, of which `counted` has number, first ones and the file of all."""
+    return f"{counted['rows']:,} rows cannot be used and are left out, the first is {counted['first'][0]} (all: {counted['all']})"
 
 
 BadRows = list[BadRow] | None  # None: a bad row is an error
@@ -192,8 +200,7 @@ def json_rows(
                 f"a JSON {type(record).__name__} where an object is expected, such as {example}"
             )
         if problem:
-            error = DataError(f"{where}: {problem}")
-            refuse(error, bad, piece.path, number, offset)
+            refuse(DataError(f"{where}: {problem}"), bad, piece.path, number, offset)
             continue
         yield Row(number, where, record, offset)
 

@@ -9,8 +9,7 @@ from typing import Any
 from espalier.data import pieces
 from espalier.data.pieces import Piece
 from espalier.data.text import arrow_files
-from espalier.data.text.data_error import DataError
-from espalier.data.text.row_files import Row
+from espalier.data.text.row_files import DataError, Row
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH_BYTES = 64 << 20  # of a file's values in memory
@@ -159,8 +158,8 @@ def _rows(
                 f"{where}: {name!r} has a value of {column.type} that Python does not have ({error}). Write "
                 "the column again as strings"
             ) from None
-    for values in zip(*columns, strict=True):
-        yield dict(zip(batch.schema.names, values, strict=True))
+    for row in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))
 
 
 def _column(column: Any) -> list[Any]:
