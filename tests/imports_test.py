@@ -207,7 +207,15 @@ LEVELS = {
             ),
             "tokenizers",
         ),
-        ("data_source", "languages", "stream", "tasks", "text", "tokenizers.vocabularies"),
+        (
+            "counting",
+            "data_source",
+            "languages",
+            "stream",
+            "tasks",
+            "text",
+            "tokenizers.vocabularies",
+        ),
         ("rows", "text.user_data", "vision"),
         (
             *("aya23", "aya_expanse", "chats", "code_mix", "distillation", "instructions"),
