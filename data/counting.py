@@ -32,9 +32,14 @@ class ReadByPieces(abc.ABC):
     name: str
     root: str
     on_bad_row: OnBadRow
-    checksums: Mapping[str, str]
-    _counts_file: pathlib.Path
-    _counted: Mapping[str, Any]
+
+    @property
+    @abc.abstractmethod
+    def checksums(self) -> dict[str, str]: ...
+
+    @property
+    @abc.abstractmethod
+    def _counts_file(self) -> pathlib.Path: ...
 
     @abc.abstractmethod
     def _pieces_of(self, paths: Iterable[str]) -> tuple[Piece, ...]:
@@ -104,11 +109,6 @@ class ReadByPieces(abc.ABC):
         except OSError as error:  # as of counts: a cache that cannot be written costs time alone
             return {"rows": len(bad), "first": first, "all": f"not written: {error}"}
         return {"rows": len(bad), "first": first, "all": str(path)}
-
-    @property
-    def bad_rows(self) -> Mapping[str, Any]:
-        """Number of rows that cannot be used and are left out, the first ones, and the file that lists all; {} if they are errors."""
-        return self._counted["bad_rows"] if self.on_bad_row == "skip" else {}
 
     def _usable(
         self, piece: Piece, rows: Iterable[Row], use: Callable[[Row], Iterable[T]], bad: BadRows

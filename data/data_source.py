@@ -250,6 +250,11 @@ class FileSource(ReadByPieces, Counted, DataSource):
     def _settings(self) -> dict[str, Any]:
         """Returns everything else that determines the examples, as JSON, for the digest."""
 
+    @property
+    def bad_rows(self) -> Mapping[str, Any]:
+        """Number of rows that cannot be used and are left out, the first ones, and the file that lists all; {} if they are errors."""
+        return self._counted["bad_rows"] if self.on_bad_row == "skip" else {}
+
     def _split_of(self, text: str, path: str) -> str:
         if self.validation_fraction:
             held_out = splits.in_validation(text, self.validation_fraction)
