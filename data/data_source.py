@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import os
 import pathlib
@@ -26,7 +27,15 @@ from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
 from espalier.data.text import documents, hf_datasets, splits
-from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
+from espalier.data.text.row_files import (
+    BadRow,
+    BadRows,
+    DataError,
+    OnBadRow,
+    Row,
+    bad_rows_text,
+    refuse,
+)
 
 T = TypeVar("T")
 
@@ -268,9 +277,15 @@ class FileSource(Counted, DataSource):
         size = sum(piece.size for piece in every)
         desc = f"checking {self.name}"
         with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
-            read = pool.run(
-                self._read_piece, every, what=lambda piece: f"{desc}, {piece.path}", bar=bar
+            batches = pool.run(
+                self._read_pieces,
+                pieces_lib.batches(every),
+                what=lambda batch: f"{desc}, {batch[0].path}",
+                bar=bar,
+                title=desc,
+                paths=(self.root,),
             )
+        read = list(itertools.chain.from_iterable(batches))
         bad = [row for _, rows in read for row in rows or ()]
         try:
             counts = self._total(
@@ -284,13 +299,20 @@ class FileSource(Counted, DataSource):
             ) from None
         if self.on_bad_row == "skip":
             counts["bad_rows"] = self._list(bad)
+            if bad:
+                print(f"{self.name}: {bad_rows_text(counts['bad_rows'])}", file=sys.stderr)
         return counts
 
-    def _read_piece(self, piece: Piece, report: pool.Report) -> tuple[Any, BadRows]:
-        bad = self._bad_rows()
-        counts = self._count_piece(piece, bad)
-        report(piece.size)
-        return counts, bad
+    def _read_pieces(
+        self, pieces: Sequence[Piece], report: pool.Report
+    ) -> list[tuple[Any, BadRows]]:
+        """Returns the counts and the bad rows of each piece."""
+        found = []
+        for piece in pieces:
+            bad = self._bad_rows()
+            found.append((self._count_piece(piece, bad), bad))
+            report(piece.size)
+        return found
 
     def _bad_rows(self) -> BadRows:
         return [] if self.on_bad_row == "skip" else None
@@ -299,9 +321,12 @@ class FileSource(Counted, DataSource):
         """Writes all bad rows into a file beside the counts; returns their number, the first ones and the file."""
         path = self._counts_file.with_suffix(".bad_rows.jsonl")
         lines = [files_lib.json_bytes(row._asdict(), indent=None, end="\n") for row in bad]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files_lib.write(path, b"".join(lines), synced=False, shared=True)
         first = [f"{row}: {row.reason}" for row in bad[:_SHOWN_BAD_ROWS]]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files_lib.write(path, b"".join(lines), synced=False, shared=True)
+        except OSError as error:  # as of counts: a cache that cannot be written costs time alone
+            return {"rows": len(bad), "first": first, "all": f"not written: {error}"}
         return {"rows": len(bad), "first": first, "all": str(path)}
 
     @property

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -105,12 +105,25 @@ class RangedColumn(Column):
         self.all_values.gather(begins, lengths, out, at)
 
 
+class _Shards(list):
+    """The values of each shard, made when they are asked for: there may be thousands."""
+
+    def __init__(self, folder: BlockFolder, stems: Sequence[str], dtype: np.dtype):
+        super().__init__(stems)
+        self._folder, self._dtype = folder, dtype
+
+    def __getitem__(self, shard: Any) -> Any:
+        return RangedArray(self._folder, [f"{super().__getitem__(shard)}.bin"], self._dtype)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[shard] for shard in range(len(self)))
+
+
 def _column(folder: BlockFolder, stems: Sequence[str], dtype: np.dtype) -> RangedColumn:
     values = RangedArray(folder, [f"{stem}.bin" for stem in stems], dtype)
     lengths: Any = RangedArray(folder, [f"{stem}.len" for stem in stems], np.dtype("<u4"))
     starts: Any = Starts(lengths, values.bounds)
-    shards: Any = [RangedArray(folder, [f"{stem}.bin"], dtype) for stem in stems]
-    return RangedColumn(shards, values.bounds, lengths, starts, values)
+    return RangedColumn(_Shards(folder, stems, dtype), values.bounds, lengths, starts, values)
 
 
 def read_manifest(address: str) -> dict:

@@ -9,6 +9,13 @@ ignored. A run builds missing caches by itself, but stops with an error if a tas
 cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
 With --checksums it upgrades older caches, so that they can be read in place in a store.
 The rows of very large caches are planned here too, if the gin files of the run are given.
+
+With --beam_pipeline_options, Apache Beam builds them on a cluster, the same to the byte. Its workers must see the files and
+the folder of the caches, or the root of the caches is an address of an object store:
+
+  ESPALIER_CACHE=gs://BUCKET/cache espalier prepare cache --gin_file=t5x_configs/data/files.gin \\
+    --gin.FILES='"gs://BUCKET/web/*.jsonl"' --gin.MIXTURE_OR_TASK_NAME=files \\
+    --beam_pipeline_options=--runner=DataflowRunner,--project=PROJECT,--region=REGION,--temp_location=gs://BUCKET/tmp
 """
 
 import argparse
@@ -34,7 +41,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="build nothing; add checksums of blocks to the caches of these tasks, which need them to be read in place in a store",
     )
-    workers.add_flag(parser)
+    workers.add_flags(parser)
 
 
 def build_caches(
@@ -113,7 +120,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=workers.limited(_run),
+    run=workers.used(_run),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )
