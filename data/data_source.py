@@ -27,7 +27,15 @@ from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
 from espalier.data.text import documents, hf_datasets, splits
-from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
+from espalier.data.text.row_files import (
+    BadRow,
+    BadRows,
+    DataError,
+    OnBadRow,
+    Row,
+    bad_rows_text,
+    refuse,
+)
 
 T = TypeVar("T")
 
@@ -291,6 +299,8 @@ class FileSource(Counted, DataSource):
             ) from None
         if self.on_bad_row == "skip":
             counts["bad_rows"] = self._list(bad)
+            if bad:
+                print(f"{self.name}: {bad_rows_text(counts['bad_rows'])}", file=sys.stderr)
         return counts
 
     def _read_pieces(

@@ -78,7 +78,7 @@ def open_only(
         with token_cache.building_lock(parent):
             if not directory.exists():
                 directories.fetch(directory, token_cache.MANIFEST)
-    return token_cache.open_cache(directory, verify=verify)
+    return in_place.open_here(directory, verify=verify)
 
 
 def add_checksums(parent: pathlib.Path) -> None:

@@ -111,7 +111,7 @@ def open_task_cache(
                             return _not_empty(opened, task.name, split)
                         else:  # workers have written it into the store
                             directories.fetch(directory, token_cache.MANIFEST)
-    cache = token_cache.open_cache(directory, verify=verify)
+    cache = in_place.open_here(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
     return _not_empty(cache, task.name, split)

@@ -38,6 +38,7 @@ from espalier.data.cache.cache_files import (
     corrupt,
     file_entry,
     finished_shard,
+    mapped,
     writing,
 )
 from espalier.data.cache.ranged import RangedArray
@@ -317,7 +318,7 @@ def _opened(
     facts = json.loads(RangedArray(folder, [INDEX], np.dtype("u1"))[:].tobytes())
     if paths.is_remote(place):
         return arrays, facts
-    mapped: dict[str, np.ndarray] = {}
+    here: dict[str, np.ndarray] = {}
     for n, array in arrays.items():
         path = pathlib.Path(place, n)
         size = array.dtype.itemsize * len(array)
@@ -325,5 +326,5 @@ def _opened(
             raise corrupt(pathlib.Path(place), n, f"is missing, or has not {size} bytes")
         for begin in range(0, len(array) if verify else 0, _CHECKED_AT_ONCE):
             array[begin : begin + _CHECKED_AT_ONCE]  # raises for a block with another checksum
-        mapped[n] = np.asarray(np.memmap(path, array.dtype, mode="r")) if size else array[:]
-    return mapped, facts
+        here[n] = mapped(path, array.dtype)
+    return here, facts

@@ -200,7 +200,7 @@ def _write_checksums(folder: pathlib.Path, name: str) -> None:
 def side(directory: str, steps: str) -> dict[str, Any]:
     """Opens a cache and its plan, and reads a batch at each step (JSON), as a process of its own."""
     began = time.perf_counter()
-    cache = in_place.open_cache(directory)
+    cache = in_place.open_here(pathlib.Path(directory), verify=False)
     opened = time.perf_counter()
     plan = stored_plan.open_plan(cache, {"targets": LENGTH}, verify=False, **_POLICY)
     planned = time.perf_counter()
