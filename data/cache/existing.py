@@ -88,11 +88,9 @@ def add_checksums(parent: pathlib.Path) -> None:
       CacheCorruptError: a cache is damaged.
       OSError: a file cannot be read or written.
     """
-    address = directories.address_of(parent)
-    folders = [
-        *(str(folder) for folder in parent.glob("*") if (folder / token_cache.MANIFEST).exists()),
-        *(paths.join(address, name) for name in (paths.names(address) if address else [])),
-    ]
+    folders = [str(path.parent) for path in parent.glob(f"*/{token_cache.MANIFEST}")]
+    if address := directories.address_of(parent):
+        folders += [f"{address}/{name}" for name in paths.names(address)]
     for place in folders:
         try:
             with Bar(
