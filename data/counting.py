@@ -84,11 +84,9 @@ class ReadByPieces(abc.ABC):
                 print(f"{self.name}: {bad_rows_text(counts['bad_rows'])}", file=sys.stderr)
         return counts
 
-    def _read_pieces(
-        self, pieces: Sequence[Piece], report: pool.Report
-    ) -> list[tuple[Any, BadRows]]:
+    def _read_pieces(self, pieces: Sequence[Piece], report: pool.Report) -> "_Read":
         """Returns the counts and the bad rows of each piece."""
-        found = []
+        found = _Read()
         for piece in pieces:
             bad = self._bad_rows()
             found.append((self._count_piece(piece, bad), bad))
@@ -121,3 +119,11 @@ class ReadByPieces(abc.ABC):
                 refuse(error, bad, piece.path, row.number, row.offset)
                 continue
             yield from made
+
+
+class _Read(list[tuple[Any, BadRows]]):
+    """The counts and the bad rows of several pieces."""
+
+    @property
+    def sums(self) -> Mapping[str, int]:
+        return {"rows skipped": sum(len(rows or ()) for _, rows in self)}
