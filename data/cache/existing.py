@@ -78,7 +78,7 @@ def open_only(
         with token_cache.building_lock(parent):
             if not directory.exists():
                 directories.fetch(directory, token_cache.MANIFEST)
-    return token_cache.open_cache(directory, verify=verify)
+    return in_place.open_here(directory, verify=verify)
 
 
 def add_checksums(parent: pathlib.Path) -> None:
@@ -88,11 +88,9 @@ def add_checksums(parent: pathlib.Path) -> None:
       CacheCorruptError: a cache is damaged.
       OSError: a file cannot be read or written.
     """
-    address = directories.address_of(parent)
-    folders = [
-        *(str(folder) for folder in parent.glob("*") if (folder / token_cache.MANIFEST).exists()),
-        *(paths.join(address, name) for name in (paths.names(address) if address else [])),
-    ]
+    folders = [str(path.parent) for path in parent.glob(f"*/{token_cache.MANIFEST}")]
+    if address := directories.address_of(parent):
+        folders += [f"{address}/{name}" for name in paths.names(address)]
     for place in folders:
         try:
             with Bar(

@@ -20,10 +20,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 T = TypeVar("T")
-R = TypeVar("R", covariant=True)
+R = TypeVar("R")
 Report = Callable[[int], None]  # adds to what the bar counts
 
 _SHOWN_SECONDS = 0.2  # between two looks at the processes' counts
@@ -131,7 +131,7 @@ def run(
       WorkerError: a process was killed, such as when memory is exhausted.
       Exception: what a call raises.
     """
-    if _elsewhere is not None:
+    if _elsewhere is not None and items:
         return _elsewhere(function, items, title, paths, last)
     results = _in_processes(function, items, what, bar, unit, remedy)
     if last is not None:
@@ -150,7 +150,7 @@ def _in_processes(
     workers = min(size(), len(items))
     pickled = _pickled(function, items) if workers > 1 else None
     if pickled is None:
-        results = []
+        results: list[R] = []
         for item in items:
             _show(bar, len(results), len(items), unit)
             results.append(function(item, lambda count: bar.update(count)))
@@ -229,7 +229,8 @@ class _Processes:
         for channel in self._processes:
             at_work[channel] = self._hand_out(channel, next(waiting))
         while at_work:
-            for channel in connection.wait(list(at_work), _SHOWN_SECONDS):
+            for ready in connection.wait(list(at_work), _SHOWN_SECONDS):
+                channel = cast("connection.Connection", ready)
                 number = at_work.pop(channel)
                 try:
                     error, value = pickle.loads(channel.recv_bytes())
@@ -299,6 +300,7 @@ def serve(channel: int, counts: int, number: int) -> None:
         try:
             answer = (False, function(items[index], report))
         except Exception as error:
+            error.add_note(f"In a process of the pool:\n{traceback.format_exc()}")
             answer = (True, error)
         parent.send_bytes(_pickled_answer(*answer))
 

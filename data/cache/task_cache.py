@@ -107,9 +107,11 @@ def open_task_cache(
                         _build(task, split, directory, features, described, num_shards)
                         if directory.exists():
                             directories.publish(directory, token_cache.MANIFEST)
+                        elif opened := in_place.open_if_chosen(directory, read):
+                            return _not_empty(opened, task.name, split)
                         else:  # workers have written it into the store
                             directories.fetch(directory, token_cache.MANIFEST)
-    cache = token_cache.open_cache(directory, verify=verify)
+    cache = in_place.open_here(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
     return _not_empty(cache, task.name, split)

@@ -16,6 +16,7 @@ Shape suffixes: N records of a shard, S segments, R rows.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -38,6 +39,7 @@ from espalier.data.cache.cache_files import (
     corrupt,
     file_entry,
     finished_shard,
+    mapped,
     writing,
 )
 from espalier.data.cache.ranged import RangedArray
@@ -56,7 +58,7 @@ _ARRAYS = ("row_starts", "segments", "records")
 _TABLE = "plan.sums"
 # Part of the name of a plan: raise it when the same cache and policy give other files.
 _VERSION = 1
-_CHECKED_AT_ONCE = 1 << 22  # values
+_CHECKED_AT_ONCE = 1 << 19  # values
 
 
 class Field:
@@ -317,13 +319,19 @@ def _opened(
     facts = json.loads(RangedArray(folder, [INDEX], np.dtype("u1"))[:].tobytes())
     if paths.is_remote(place):
         return arrays, facts
-    mapped: dict[str, np.ndarray] = {}
+    here: dict[str, np.ndarray] = {}
     for n, array in arrays.items():
         path = pathlib.Path(place, n)
         size = array.dtype.itemsize * len(array)
         if not path.exists() or path.stat().st_size != size:
             raise corrupt(pathlib.Path(place), n, f"is missing, or has not {size} bytes")
-        for begin in range(0, len(array) if verify else 0, _CHECKED_AT_ONCE):
-            array[begin : begin + _CHECKED_AT_ONCE]  # raises for a block with another checksum
-        mapped[n] = np.asarray(np.memmap(path, array.dtype, mode="r")) if size else array[:]
-    return mapped, facts
+        if verify:
+            with concurrent.futures.ThreadPoolExecutor(blocks.THREADS) as threads:
+                check = functools.partial(_check, array)
+                list(threads.map(check, range(0, len(array), _CHECKED_AT_ONCE)))
+        here[n] = mapped(path, array.dtype)
+    return here, facts
+
+
+def _check(array: RangedArray, begin: int) -> None:
+    array[begin : begin + _CHECKED_AT_ONCE]  # raises for a block with another checksum

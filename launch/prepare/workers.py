@@ -6,7 +6,8 @@ from typing import Any
 
 from espalier.common import pipelines
 from espalier.common.pipelines import PipelineError
-from espalier.data.cache import by_beam, pool
+from espalier.data import by_beam
+from espalier.data.cache import pool
 from espalier.launch import cli
 
 

@@ -1,8 +1,8 @@
 """Eight hosts at once on this machine, each fed its rows from a cache of 1 TB that is read in place in a store 50 ms away.
 
 The store is a small server (range_store.py) of one process; every shard of the cache is a link to the same files, of real
-random tokens, which are verified as any others. The index of rows is calculated. So each row costs about as many requests as it
-has documents. Start is from a new process to the first batch. What the readers and the store need of the processor is counted
+random tokens, which are verified as any others. The index of its rows is calculated, so that a row costs about as many requests
+as it has documents; a smaller cache is read with its index in the store too. Start is from a new process to the first batch. What the readers and the store need of the processor is counted
 apart, because here they share it; hosts of a pod do not.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from espalier.data.cache import blocks, build, in_place, store
+from espalier.data.cache.cache_files import canonical
 from espalier.data.stream import rows
 from espalier.data.stream.plan import Plan, make_plan
 from espalier.data.stream.train_stream import Stream
@@ -39,6 +40,7 @@ CASE: dict[str, Any] = {
     "length": 2048,
     "packing": "concat",
     "seconds": 20.0,  # of a measurement
+    "index": "calculated",  # or "stored"
 }
 _TINY: dict[str, Any] = {
     "shards": 5,
@@ -48,6 +50,8 @@ _TINY: dict[str, Any] = {
     "length": 256,
     "seconds": 0.5,
 }
+# The smaller cache: more shards than are planned in memory, and ten times the blocks that a process keeps.
+_SMALLER = {"shards": 80, "shard_tokens": 4_000_000, "index": "stored"}
 _NAME = "cache"
 _BUCKET = "bucket"
 VOCABULARY = 2**16
@@ -59,12 +63,17 @@ def run(*, tiny: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         terabytes = write(pathlib.Path(folder), sizes) / 1e12
         packed = {**sizes, "packing": "best_fit"}
+        smaller = {**sizes, **_SMALLER, **({"shard_tokens": 10_000} if tiny else {})}
+        there = pathlib.Path(folder, "smaller")
+        write(there, smaller)
+        _open(smaller, store.open_cache(there / _BUCKET / _NAME, verify=False))  # plans its rows
         return {
             "case": sizes,
             "terabytes": terabytes,
             "all_hosts": _feed(folder, sizes, sizes["hosts"]),
             "one_host": _feed(folder, sizes, 1),
             "one_host_best_fit": _feed(folder, packed, 1),
+            "one_host_index_in_store": _feed(str(there), smaller, 1),
         }
 
 
@@ -95,10 +104,22 @@ def write(folder: pathlib.Path, sizes: Mapping[str, Any]) -> int:
                 "files": {f"{shard:05d}.{name}": entry for name, entry in entries.items()},
             }
         )
+        (there / f"{shard:05d}.json").write_bytes(canonical(shards[-1]))
     body = build._manifest("of a benchmark", {"targets": VOCABULARY}, {}, shards)
     (there / store.MANIFEST).write_bytes(build.manifest_bytes(body))
     blocks.write_index(there, blocks.groups_of(body["shards"]), of=body["content"])
     return sizes["shards"] * sum(size for size, _ in entries.values())
+
+
+def client(url: str) -> dict[str, str]:
+    """Returns the variables of a process that reads from the store."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "of-the-benchmark",
+        "AWS_SECRET_ACCESS_KEY": "hush-of-the-benchmark",  # pragma: allowlist secret
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 @contextlib.contextmanager
@@ -141,8 +162,17 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def open_stream(sizes: Mapping[str, Any], address: str) -> Stream:
-    """Returns the stream of the cache, whose index is that of one shard, repeated."""
-    cache = in_place.open_cache(address)
+    """Returns the stream of a cache that is read in place."""
+    source = _open(sizes, in_place.open_cache(address))
+    batch_size = sizes["hosts"] * sizes["rows_per_host"]
+    return Stream([source], ((0, {"text": 1.0}),), batch_size=batch_size)
+
+
+def _open(sizes: Mapping[str, Any], cache: store.Cache) -> rows.Source:
+    """Returns the rows of a cache; a calculated index is that of one shard, repeated."""
+    if sizes["index"] == "stored":
+        lengths = {"targets": sizes["length"]}
+        return rows.plan_source("text", cache, lengths, packing=sizes["packing"])
     shards = len(cache.manifest["shards"])
     lengths_N = np.fromfile(pathlib.Path(sizes["folder"], "all.targets.len"), "<u4")
     one = make_plan({"targets": lengths_N}, {"targets": sizes["length"]}, packing=sizes["packing"])
@@ -159,22 +189,14 @@ def open_stream(sizes: Mapping[str, Any], address: str) -> Stream:
         lengths={"targets": repeat(one.lengths["targets"])},
         begins={"targets": repeat(starts_N[one.records] + one.offsets, int(lengths_N.sum()))},
     )
-    source = rows.Source("text", cache, whole)
-    batch_size = sizes["hosts"] * sizes["rows_per_host"]
-    return Stream([source], ((0, {"text": 1.0}),), batch_size=batch_size)
+    return rows.Source("text", cache, whole)
 
 
 class Host:
     """One host of a training run: it reads its own rows of every global batch."""
 
     def __init__(self, url: str, sizes: Mapping[str, Any], host: int):
-        os.environ.update(
-            AWS_ENDPOINT_URL=url,
-            AWS_ACCESS_KEY_ID="of-the-benchmark",
-            AWS_SECRET_ACCESS_KEY="hush-of-the-benchmark",  # pragma: allowlist secret
-            AWS_REGION="us-east-1",
-            AWS_EC2_METADATA_DISABLED="true",
-        )
+        os.environ.update(client(url))
         self._sizes, self._step = sizes, 0
         self._rows = host * sizes["rows_per_host"], (host + 1) * sizes["rows_per_host"]
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from espalier.common.pipelines import PipelineError
-from espalier.data import pieces, tasks
-from espalier.data.cache import by_beam, task_cache
+from espalier.common.storage import paths
+from espalier.data import by_beam, pieces, tasks
+from espalier.data.cache import pool, task_cache
 from espalier.data.stream import mixing
 from espalier.data.text import user_data
 from espalier.data.tokenizers import vocabularies
@@ -47,7 +48,6 @@ def build(files, root, options, filters=()):
     (task,), _ = mixing.find_tasks("files")
     with by_beam.used(options, root):
         cache = task_cache.open_task_cache(task, "train", cache_dir=root)
-    assert not list(root.glob("pipelines/*"))
     return {path.name: path.read_bytes() for path in cache.directory.iterdir()}
 
 
@@ -75,4 +75,24 @@ def test_processes_of_the_direct_runner_also_after_a_worker_was_killed(files, tm
 def test_a_job_server(files, tmp_path, job_server):  # noqa: F811
     options = f"--runner=PortableRunner,--job_endpoint={job_server},--environment_type=LOOPBACK"
     found = build(files, tmp_path / "beam", [options])
+    assert list((tmp_path / "beam" / "pipelines").iterdir()) == []
     assert found == build(files, tmp_path / "one", [])
+
+
+@pytest.mark.beam
+@pytest.mark.parametrize("store", ["gs"], indirect=True)
+def test_workers_write_into_a_store(files, tmp_path, store):
+    root = f"{store.address}/cache"
+    copied = build(files, root, ["--runner=DirectRunner"])
+    written = paths.entries(f"{root}/tokens/files/train")
+    assert {name.partition("/")[2] for name in written} == copied.keys()
+    assert paths.entries(f"{root}/pipelines") == {}
+    assert copied == build(files, tmp_path / "one", [])
+
+
+@pytest.mark.beam
+def test_what_cannot_be_sent_to_workers_is_refused(tmp_path):
+    with by_beam.used(["--runner=DirectRunner"], tmp_path):
+        with pytest.raises(PipelineError, match="counting: it cannot be sent to workers"):
+            pool.run(lambda item, report: item, [1], what=str, bar=None, title="counting")
+        assert pool.run(len, [], what=str, bar=None) == []
