@@ -81,7 +81,7 @@ def test_a_job_server(files, tmp_path, job_server, capfd):  # noqa: F811
         file.write("{\n")
     found = build(files, tmp_path / "beam", [options], on_bad_row="skip")
     said = capfd.readouterr().err
-    assert "pipeline done, 1 rows skipped" in said and "1 row" in said
+    assert "pipeline done, 1 rows skipped" in said
     assert list((tmp_path / "beam" / "pipelines").iterdir()) == []
     assert found == build(files, tmp_path / "one", [], on_bad_row="skip")
 
