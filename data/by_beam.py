@@ -85,7 +85,7 @@ class _Work:
     def do(self, number: int) -> Mapping[str, int]:
         result = self.function(self.items[number], lambda count: None)
         self.results.write(f"{number}.pickle", pickle.dumps(result))
-        return result if isinstance(result, pool.Counts) else {}
+        return getattr(result, "sums", {})
 
 
 def _last(last: Callable[[], None], _: None) -> Mapping[str, int]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Self
@@ -93,7 +94,8 @@ def mapped(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
     # An empty file cannot be mapped. Slicing an ndarray view is twice as fast as slicing a memmap.
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    # Of a text, unlike of a path, NumPy does not look for links, which takes as long as the mapping.
+    return np.asarray(np.memmap(os.fspath(path), dtype, mode="r"))
 
 
 Record = Mapping[str, np.ndarray | bytes | str]

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, Protocol, TypeVar, cast
 
@@ -40,7 +40,11 @@ _elsewhere: Callable[..., list[Any]] | None = None
 
 
 class Counts(dict[str, int]):
-    """A result that is counts, such as {'records': 10}, which are summed and shown where it is made elsewhere."""
+    """A result that is counts, such as {'records': 10}. Where calls are made elsewhere, the `sums` of all results are shown."""
+
+    @property
+    def sums(self) -> Mapping[str, int]:
+        return self
 
 
 class WorkerError(RuntimeError):

@@ -111,6 +111,17 @@ def write(folder: pathlib.Path, sizes: Mapping[str, Any]) -> int:
     return sizes["shards"] * sum(size for size, _ in entries.values())
 
 
+def client(url: str) -> dict[str, str]:
+    """Returns the variables of a process that reads from the store."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "of-the-benchmark",
+        "AWS_SECRET_ACCESS_KEY": "hush-of-the-benchmark",  # pragma: allowlist secret
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
 @contextlib.contextmanager
 def _serving(folder: str, latency: float) -> Iterator[tuple[str, int]]:
     """Yields the address of a store of a folder, and its process."""
@@ -185,13 +196,7 @@ class Host:
     """One host of a training run: it reads its own rows of every global batch."""
 
     def __init__(self, url: str, sizes: Mapping[str, Any], host: int):
-        os.environ.update(
-            AWS_ENDPOINT_URL=url,
-            AWS_ACCESS_KEY_ID="of-the-benchmark",
-            AWS_SECRET_ACCESS_KEY="hush-of-the-benchmark",  # pragma: allowlist secret
-            AWS_REGION="us-east-1",
-            AWS_EC2_METADATA_DISABLED="true",
-        )
+        os.environ.update(client(url))
         self._sizes, self._step = sizes, 0
         self._rows = host * sizes["rows_per_host"], (host + 1) * sizes["rows_per_host"]
 

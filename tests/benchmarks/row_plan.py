@@ -2,11 +2,10 @@
 
 A cache of 10^9 generated documents and 10^12 tokens is made of hard links to a few shards, whose tokens are holes of sparse files.
 Some shards are planned, as all would be. The plan of the whole cache is then a sparse file too, with the entries of those rows
-that are read, and another process opens both and reads batches at steps that lie far apart.
+that are read, and another process opens both and reads batches at steps from 10^9 on; then one reads them in a store 50 ms away.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import resource
@@ -17,18 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common.storage import paths
 from espalier.data.cache import blocks, build, in_place, pool, store
 from espalier.data.cache.cache_files import canonical
 from espalier.data.stream import order, rows, stored_plan
 from espalier.data.stream.plan import make_plan, policy_of
 from espalier.data.stream.train_stream import Stream
-from tests.benchmarks import compare
+from tests.benchmarks import cache_in_store, compare
 
 VOCABULARY = 32_000
 LENGTH = 2048
 BATCH = 64
 _MEDIAN, _SPREAD, _LONGEST = 6.19, 1.2, 200_000  # log-normal, 1,000 tokens on average
 _TEMPLATES = 4
+_STEPS = 48
+_LATENCY = 0.05  # of the store, s
 _POLICY: dict[str, Any] = {"packing": "best_fit", "long_documents": "split", "inputs_prefix": ()}
 
 
@@ -41,7 +43,7 @@ def run(*, tiny: bool = False) -> dict:
     shards, records, planned = (70, 15_000, 70) if tiny else (15_625, 64_000, 256)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        whole = make_cache(pathlib.Path(folder, "whole"), shards, records)
+        whole = make_cache(pathlib.Path(folder, "bucket", "whole"), shards, records)
         part = make_cache(pathlib.Path(folder, "part"), planned, records)
         figures: dict[str, Any] = {"documents": whole.num_records, "tokens": whole.tokens()}
         figures["make_s"] = time.perf_counter() - began
@@ -50,10 +52,13 @@ def run(*, tiny: bool = False) -> dict:
             for workers in (1, pool.size()):
                 stack.enter_context(pool.limited(workers))
                 figures[f"plan_{workers}"] = _planned(part, shards)
-        steps = np.random.default_rng(1).integers(0, 10**9, 48).tolist()
+        steps = range(10**9, 10**9 + _STEPS)
         _sparse_plan(whole, steps)
-        side = compare.ours("row_plan", str(whole.directory), json.dumps(steps))
-        figures["read"] = compare.measured(side)
+        here = compare.ours("row_plan", str(whole.directory), steps.start)
+        figures["read"] = compare.measured(here)
+        with cache_in_store._serving(folder, _LATENCY) as (url, _):
+            there = compare.ours("row_plan", "s3://bucket/whole", steps.start)
+            figures["read_in_store"] = compare.measured(there, env=cache_in_store.client(url))
     return figures
 
 
@@ -197,10 +202,15 @@ def _write_checksums(folder: pathlib.Path, name: str) -> None:
     blocks.write_index(folder, {"plan.sums": sizes}, of=name)
 
 
-def side(directory: str, steps: str) -> dict[str, Any]:
-    """Opens a cache and its plan, and reads a batch at each step (JSON), as a process of its own."""
+def side(place: str, first_step: str) -> dict[str, Any]:
+    """Opens a cache and its plan, here or in a store, and reads batches, as a process of its own."""
     began = time.perf_counter()
-    cache = in_place.open_here(pathlib.Path(directory), verify=False)
+    in_store = paths.is_remote(place)
+    cache = (
+        in_place.open_cache(place)
+        if in_store
+        else in_place.open_here(pathlib.Path(place), verify=False)
+    )
     opened = time.perf_counter()
     plan = stored_plan.open_plan(cache, {"targets": LENGTH}, verify=False, **_POLICY)
     planned = time.perf_counter()
@@ -208,18 +218,23 @@ def side(directory: str, steps: str) -> dict[str, Any]:
     stream = Stream([source], ((0, {"whole": 1.0}),), batch_size=BATCH)
     made = time.perf_counter()
     times = []
-    for step in json.loads(steps):
+    for step in range(int(first_step), int(first_step) + _STEPS):
         before = time.perf_counter()
         filled = stream.batch(step, 0, BATCH)["decoder_segment_ids"] > 0
         times.append(time.perf_counter() - before)
         assert filled.mean() > 0.99, "the rows are not there"
-    size = sum(path.stat().st_size for path in pathlib.Path(f"{directory}.plans").rglob("*"))
     return {
         "open_cache_s": opened - began,
         "open_plan_s": planned - opened,
         "schedule_s": made - planned,
         "first_batch_ms": 1e3 * times[0],
-        "batch_ms": 1e3 * float(np.median(times)),
-        "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-        "plan_gigabytes": size / 1e9,
+        "median_batch_ms": 1e3 * float(np.median(times)),
+        "million_tokens_per_s": BATCH * LENGTH * _STEPS / 2 / sum(times[_STEPS // 2 :]) / 1e6,
+        "resident_mb": _resident_mb("VmRSS"),
+        "resident_mb_without_pages_of_files": _resident_mb("RssAnon"),
     }
+
+
+def _resident_mb(kind: str) -> float:
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition(f"{kind}:")[2].split()[0]) / 1e3

@@ -35,7 +35,7 @@ def files(tmp_path, monkeypatch):
     tasks.clear()
 
 
-def build(files, root, options, filters=()):
+def build(files, root, options, filters=(), **settings):
     """Builds the cache of the files in `root`; returns the content of its files by name."""
     user_data.register_files(
         name="files",
@@ -44,9 +44,12 @@ def build(files, root, options, filters=()):
         validation_fraction=0.0,
         filters=filters,
         cache_dir=root,
+        **settings,
     )
     (task,), _ = mixing.find_tasks("files")
     with by_beam.used(options, root):
+        if "on_bad_row" in settings:
+            assert tasks.summary()["tasks"]["files"]["bad_rows"]["rows"] == 1
         cache = task_cache.open_task_cache(task, "train", cache_dir=root)
     return {path.name: path.read_bytes() for path in cache.directory.iterdir()}
 
@@ -72,11 +75,15 @@ def test_processes_of_the_direct_runner_also_after_a_worker_was_killed(files, tm
 
 
 @pytest.mark.beam
-def test_a_job_server(files, tmp_path, job_server):  # noqa: F811
+def test_a_job_server(files, tmp_path, job_server, capfd):  # noqa: F811
     options = f"--runner=PortableRunner,--job_endpoint={job_server},--environment_type=LOOPBACK"
-    found = build(files, tmp_path / "beam", [options])
+    with open(files / "0.jsonl", "a") as file:
+        file.write("{\n")
+    found = build(files, tmp_path / "beam", [options], on_bad_row="skip")
+    said = capfd.readouterr().err
+    assert "pipeline done, 1 rows skipped" in said
     assert list((tmp_path / "beam" / "pipelines").iterdir()) == []
-    assert found == build(files, tmp_path / "one", [])
+    assert found == build(files, tmp_path / "one", [], on_bad_row="skip")
 
 
 @pytest.mark.beam

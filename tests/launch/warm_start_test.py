@@ -30,6 +30,7 @@ for name, *arguments in json.loads(sys.argv[1]):
         runpy.run_module(f"espalier.launch.{name}", run_name="__main__")
     except SystemExit as ended:
         assert not ended.code, (name, arguments)
+assert not {"boto3", "google.cloud.storage"} & set(sys.modules)  # tensorboardX would import them
 print("all ran")
 """
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from espalier.common.storage import paths
@@ -19,13 +20,20 @@ from espalier.trainers.scoring import scoring
 PROCESSES = "--runner=DirectRunner,--direct_running_mode=multi_processing,--direct_num_workers=2"
 
 
+def write(path, count):
+    """Writes rows of unequal lengths, and some blank lines."""
+    draw = random.Random(0)
+    rows = [
+        {"tokens": [5 + draw.randrange(90)] * draw.randrange(24), "id": i} for i in range(count)
+    ]
+    lines = [json.dumps(row) + ("\n\n" if row["id"] % 30 == 7 else "\n") for row in rows]
+    path.write_text("".join(lines))
+
+
 @pytest.fixture
 def flags(trained_run, tmp_path):
-    """Flags of `score` for a file of 140 rows of unequal lengths, with some blank lines."""
-    draw = random.Random(0)
-    rows = [{"tokens": [5 + draw.randrange(90)] * draw.randrange(24), "id": i} for i in range(140)]
-    lines = [json.dumps(row) + ("\n\n" if row["id"] % 30 == 7 else "\n") for row in rows]
-    (tmp_path / "x.jsonl").write_text("".join(lines))
+    """Flags of `score` for a file of 140 rows."""
+    write(tmp_path / "x.jsonl", 140)
     return [f"--checkpoint={trained_run.path}", f"--inputs={tmp_path}/x.jsonl", "--batch_size=8"]
 
 
@@ -130,22 +138,41 @@ def test_shards_in_a_store(store):
 
 @pytest.mark.beam
 @pytest.mark.multiprocess
-def test_a_pipeline_that_is_killed_goes_on_with_the_bytes_of_one_process(flags, one, tmp_path):
-    """Two processes of the direct runner are killed with the command after the first shard; the same command ends the work."""
+@pytest.mark.timeout(600)
+def test_a_pipeline_of_which_processes_are_killed_ends_with_the_bytes_of_one_process(
+    flags, one, tmp_path
+):
+    """A worker of the first start is killed, and all processes of the second one, each after one more shard."""
+    write(tmp_path / "x.jsonl", 5 * 512 - 1)  # 64 batches in a shard
     out, folder = tmp_path / "y.jsonl", tmp_path / "y.jsonl.shards"
     command = [sys.executable, "-m", "espalier.launch.score", *flags, f"--output={out}"]
     command.append(f"--beam_pipeline_options={PROCESSES}")
-    started = lambda: subprocess.Popen(  # noqa: E731
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    pipeline = started()
-    until = time.monotonic() + 200
-    while not list(folder.glob("*.0.jsonl")) and pipeline.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    os.killpg(pipeline.pid, signal.SIGKILL)  # the driver and its workers
-    assert pipeline.wait() != 0 and not out.exists()
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.0.jsonl")}
-    assert kept
-    assert started().wait(timeout=250) == 0
+
+    def started(until_shards):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, start_new_session=True, **quiet)
+        until = time.monotonic() + 150
+        while len(done()) < until_shards and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return process
+
+    def done():
+        return {path: path.stat().st_mtime_ns for path in folder.glob("*.0.jsonl")}
+
+    first = started(1)
+    workers = [
+        child
+        for child in psutil.Process(first.pid).children(recursive=True)
+        if "sdk_worker_main" in " ".join(child.cmdline()) and "python" in child.cmdline()[0]
+    ]
+    assert len(workers) == 2
+    workers[0].kill()
+    assert first.wait(timeout=150) == 2 and not out.exists()
+    kept = done()
+    second = started(len(kept) + 1)
+    os.killpg(second.pid, signal.SIGKILL)
+    assert second.wait() != 0 and not out.exists()
+    assert kept and kept.items() <= done().items()  # nothing was made again
+    assert started(6).wait(timeout=150) == 0
     assert out.read_bytes() == one() and not folder.exists()
