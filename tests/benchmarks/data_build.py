@@ -61,7 +61,14 @@ def _one_kind(folder: str, kind: str, rounds: int, workers: Sequence[int]) -> di
         for side in sides
     }
     calls["library_1"] = lambda: _measure(folder, kind, "library", 1)
-    reports = compare.alternate(calls, rounds)
+    return figures(kind, compare.alternate(calls, rounds), workers)
+
+
+def figures(
+    kind: str, reports: Mapping[str, Sequence[compare.Report]], workers: Sequence[int]
+) -> dict[str, Any]:
+    """Returns ratios of all sides, and what they were calculated from."""
+    sides = ("ours", *PEERS[kind])
     digests = {
         r["made"] for name, rs in reports.items() for r in rs if not name.startswith("library")
     }

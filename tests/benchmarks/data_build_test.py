@@ -10,6 +10,7 @@ import pytest
 from tests.benchmarks import compare, data_build
 from tests.benchmarks.data import build_peers
 
+RECORDED = compare.ROOT / "docs" / "benchmarks" / "data_build.json"
 TEXTS = [
     *(f"def f{i}(x):\n    return x + {i}  # a comment, and {i * 7} more\n" for i in range(80)),
     "Prose, with an umlaut: Zürich, and 漢字.",
@@ -88,6 +89,9 @@ def test_figures_are_ratios_of_all_sides_and_tell_differing_tokens(monkeypatch):
     monkeypatch.setattr(compare, "measured", lambda command: facts)
     figures = data_build.run(rounds=2)
     made = figures["huggingface"]
+    recorded = json.loads(RECORDED.read_bytes())["figures"]
+    assert made.keys() >= recorded["huggingface"].keys()  # of one worker
+    assert figures["sentencepiece"].keys() == recorded["sentencepiece"].keys()
     assert made["speed_over_datatrove_2"]["median"] == 3.0
     assert made["processor_time_of_datasets_1"]["median"] == 0.5
     assert made["ours_2_workers_over_1"]["median"] == 2.0
