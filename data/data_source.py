@@ -8,11 +8,11 @@ import abc
 import dataclasses
 import functools
 import glob
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -20,12 +20,12 @@ import numpy as np
 from espalier.common import files as files_lib
 from espalier.common.bars import Bar
 from espalier.common.ranges import check_choice
-from espalier.common.storage import mirror, paths
+from espalier.common.storage import paths
 from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
-from espalier.data.text import documents, hf_datasets, splits
+from espalier.data.text import documents, hf_datasets, splits, tables
 from espalier.data.text.data_error import DataError
 from espalier.data.text.row_files import BadRow, BadRows, OnBadRow, Row, refuse
 
@@ -70,12 +70,10 @@ class Counted(abc.ABC):
 
     @functools.cached_property
     def _counted(self) -> dict[str, Any]:
-        if self._counts_file.is_file():
-            counted = json.loads(self._counts_file.read_text(encoding="utf-8"))
-            if self._suffices(counted):
-                return counted
-        counted = self._count()
-        cache.remember(self._counts_file, counted)
+        counted = cache.recall(self._counts_file)
+        if counted is None or not self._suffices(counted):
+            counted = self._count()
+            cache.remember(self._counts_file, counted, shared=True)
         return counted
 
     def _suffices(self, counted: Mapping[str, Any]) -> bool:
@@ -96,8 +94,10 @@ class FileSource(Counted, DataSource):
     # split -> its files, in order. If a fraction is held out, both splits have the same files
     files: Mapping[str, tuple[str, ...]]
     validation_fraction: float  # share of examples held out, by the hash of a text
-    root: str  # directory to which the ids of examples are relative
+    root: str  # directory to which the ids of examples are relative, see `paths.as_path`
     cache: str  # directory that stores checksums and counts
+    # the objects of a store among the files, which are read where they are: address -> its size and version
+    objects: Mapping[str, paths.Entry] = dataclasses.field(default_factory=dict)
     # whether a row that cannot be used is an error, or is left out, counted and listed
     on_bad_row: OnBadRow = "error"
 
@@ -111,14 +111,21 @@ class FileSource(Counted, DataSource):
         files: Mapping[str, Sequence[str]],
         *,
         validation_fraction: float = 0.0,
+        objects: Mapping[str, paths.Entry] = MappingProxyType({}),
         cache_dir: str | os.PathLike | None = None,
         **fields: Any,
     ) -> Self:
-        """Returns the source of the files of each split; `fields` are fields of the subclass."""
-        folders = [os.path.dirname(path) for paths in files.values() for path in paths]
+        """Returns the source of the files of each split; `fields` are fields of the subclass, for `objects` see there."""
+        every = {path for each in files.values() for path in each}
+        folders = [os.path.dirname(paths.as_path(path)) for path in every]
         return cls(
             name=name,
-            files={split: tuple(paths) for split, paths in files.items()},
+            files={split: tuple(each) for split, each in files.items()},
+            objects={
+                path: objects.get(path) or paths.entry(path)
+                for path in sorted(every)
+                if paths.is_remote(path)
+            },
             validation_fraction=validation_fraction,
             root=os.path.commonpath(folders),
             cache=str(cache.cache_dir("files", override=cache_dir)),
@@ -144,22 +151,34 @@ class FileSource(Counted, DataSource):
             raise ValueError(
                 f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
             )
-        paths = {"train": _expand(name, "files", files, data_root)}
+        found = {"train": _expand(name, "files", files, data_root)}
         if validation_files is None and _have_validation(files, data_root):
             validation_files = files
         if validation_files is not None:
             validation_fraction = 0.0
-            paths["validation"] = _expand(
+            found["validation"] = _expand(
                 name, "validation_files", validation_files, data_root, split="validation"
             )
-            if both := sorted(set(paths["train"]) & set(paths["validation"])):
+            if both := sorted(set(found["train"]) & set(found["validation"])):
                 raise ValueError(
                     f"{name}: {shorten(both)} is matched by files and by validation_files; make the "
                     "patterns disjoint"
                 )
         elif validation_fraction:
-            paths["validation"] = paths["train"]
-        return cls.of(name, paths, validation_fraction=validation_fraction, **fields)
+            found["validation"] = found["train"]
+        objects = {
+            path: entry
+            for each in found.values()
+            for path, entry in each.items()
+            if entry is not None
+        }
+        return cls.of(
+            name,
+            {split: tuple(each) for split, each in found.items()},
+            objects=objects,
+            validation_fraction=validation_fraction,
+            **fields,
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -167,11 +186,30 @@ class FileSource(Counted, DataSource):
 
     @functools.cached_property
     def _digests(self) -> fingerprint.FileDigests:
-        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
-        every = sorted({path for paths in self.files.values() for path in paths})
-        digests.read(every, [path for path in every if self._is_by_line(path)])
-        digests.save()
+        memory = pathlib.Path(self.cache) / "file_digests.json"
+        digests = fingerprint.FileDigests(memory, self.objects)
+        every = sorted({path for each in self.files.values() for path in each})
+        large = [x for x in map(self._whole, every) if x.size > pieces_lib.BLOCK_BYTES]
+        digests.read(
+            every,
+            [path for path in every if self._is_by_line(path)],
+            {
+                x.path: functools.partial(tables.groups, x)
+                for x in large
+                if documents.is_table(x.path)
+            },
+        )
         return digests
+
+    def _whole(self, path: str) -> Piece:
+        """Returns a file as one piece."""
+        if (entry := self.objects.get(path)) is not None:
+            return Piece(path, size=entry.size, version=entry.version)
+        return Piece(path, size=os.path.getsize(path))
+
+    def relative(self, path: str) -> str:
+        """Returns the name of a file in ids and digests."""
+        return os.path.relpath(paths.as_path(path), self.root)
 
     @functools.cached_property
     def checksums(self) -> dict[str, str]:
@@ -183,17 +221,17 @@ class FileSource(Counted, DataSource):
         """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
         return self._divided(self.files[split])
 
-    def _divided(self, paths: Iterable[str]) -> tuple[Piece, ...]:
+    def _divided(self, files: Iterable[str]) -> tuple[Piece, ...]:
         return tuple(
             piece
-            for path in paths
+            for path in files
             for piece in documents.divided(
-                path, self._digests.marks, document_per=self._document_per
+                self._whole(path), self._digests, document_per=self._document_per
             )
         )
 
     def _is_by_line(self, path: str) -> bool:
-        return documents.is_by_line(pathlib.Path(path), document_per=self._document_per)
+        return documents.is_by_line(path, document_per=self._document_per)
 
     @property
     def _document_per(self) -> str:
@@ -204,8 +242,8 @@ class FileSource(Counted, DataSource):
     def digest(self) -> str:
         """SHA-256 over everything that determines the examples and their order."""
         files = {
-            split: [[os.path.relpath(path, self.root), self.checksums[path]] for path in paths]
-            for split, paths in self.files.items()
+            split: [[self.relative(path), self.checksums[path]] for path in each]
+            for split, each in self.files.items()
         }
         content = {
             "validation_fraction": self.validation_fraction,
@@ -360,20 +398,23 @@ def named_sets(
 
 def _expand(
     name: str, argument: str, patterns: Patterns, data_root: str | None, split: str = "train"
-) -> tuple[str, ...]:
-    """Returns all files that match, sorted, without duplicates and directories; of data sets those of a split."""
-    files: set[str] = set()
+) -> dict[str, paths.Entry | None]:
+    """Returns all files that match, sorted, without directories, with the entries of objects; of data sets those of a split."""
+    files: dict[str, paths.Entry | None] = {}
+    matches: Mapping[str, paths.Entry | None]
     for pattern, full in _absolute(patterns, data_root).items():
         if hf_datasets.is_address(full) or not glob.has_magic(full) and hf_datasets.is_set(full):
-            matches = hf_datasets.files(full, split)
+            matches = dict.fromkeys(hf_datasets.files(full, split))
         elif paths.is_remote(full):
-            matches = mirror.local_files(paths.matches(full))
+            matches = paths.matches(full)
+            hf_datasets.check_outside(list(matches))
         else:
             found = glob.glob(full, recursive=True)
             sets = [path for path in found if os.path.isdir(path) and hf_datasets.is_set(path)]
-            matches = [path for path in found if os.path.isfile(path)]
-            hf_datasets.check_outside(matches)
-            matches += [path for each in sets for path in hf_datasets.files(each, split)]
+            plain = [path for path in found if os.path.isfile(path)]
+            hf_datasets.check_outside(plain)
+            of_sets = (path for each in sets for path in hf_datasets.files(each, split))
+            matches = dict.fromkeys([*plain, *of_sets])
         if not matches:
             raise FileNotFoundError(
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
@@ -383,8 +424,8 @@ def _expand(
     if not files:
         raise ValueError(f"{name}: {argument} is empty; give a glob such as 'data/*.jsonl.zst'")
     for path in sorted(files):
-        documents.check_suffix(pathlib.Path(path))
-    return tuple(sorted(files))
+        documents.check_suffix(path)
+    return dict(sorted(files.items()))
 
 
 def _have_validation(files: Patterns, data_root: str | None) -> bool:
