@@ -84,7 +84,9 @@ peers: .venv-peers/.installed
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install -q --upgrade pip
-	.venv-peers/bin/pip install -q 'torch>=2.4' 'transformers>=5.0' gguf jinja2 sentencepiece protobuf 'trl>=1.16' 'mergekit>=0.1.5' 'kronfluence>=1.0.1' 'bergson>=2.5'
+	.venv-peers/bin/pip install -q 'torch>=2.4' 'transformers>=5.0' gguf jinja2 sentencepiece protobuf 'trl>=1.16' 'mergekit>=0.1.5' 'kronfluence>=1.0.1' 'bergson>=2.5' \
+	  'datasets>=5.2' 'datatrove>=0.10' orjson
+	.venv-peers/bin/pip uninstall -q -y torchaudio  # bergson declares it, and imports it nowhere; with a newer torch, transformers cannot be imported beside it
 	@touch $@
 
 # kvpress holds transformers below 5.3, so it has an environment of its own.

@@ -139,7 +139,15 @@ EXTRAS = {
         "gcp-storage-emulator>=2026.7",
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
-    "peers": ["torch>=2.4", "transformers>=5.0", "kronfluence>=1.0.1", "bergson>=2.5"],
+    "peers": [
+        "torch>=2.4",
+        "transformers>=5.0",
+        "kronfluence>=1.0.1",
+        "bergson>=2.5",
+        "datasets>=5.2",
+        "datatrove>=0.10",
+        "orjson>=3.10",  # of datatrove's reader
+    ],
 }
 
 setup(

@@ -26,8 +26,7 @@ from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint, pool
 from espalier.data.pieces import Piece
 from espalier.data.text import documents, hf_datasets, splits, tables
-from espalier.data.text.data_error import DataError
-from espalier.data.text.row_files import BadRow, BadRows, OnBadRow, Row, refuse
+from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
 
 T = TypeVar("T")
 
@@ -185,21 +184,41 @@ class FileSource(Counted, DataSource):
         return tuple(self.files)
 
     @functools.cached_property
-    def _digests(self) -> fingerprint.FileDigests:
-        memory = pathlib.Path(self.cache) / "file_digests.json"
-        digests = fingerprint.FileDigests(memory, self.objects)
-        every = sorted({path for each in self.files.values() for path in each})
-        large = [x for x in map(self._whole, every) if x.size > pieces_lib.BLOCK_BYTES]
-        digests.read(
-            every,
-            [path for path in every if self._is_by_line(path)],
-            {
-                x.path: functools.partial(tables.groups, x)
-                for x in large
-                if documents.is_table(x.path)
-            },
+    def checksums(self) -> dict[str, str]:
+        """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
+        return {path: digest for path, (digest, _) in self._scanned.items()}
+
+    def pieces(self, split: str) -> tuple[Piece, ...]:
+        """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
+        return self._pieces_of(self.files[split])
+
+    def _pieces_of(self, files: Iterable[str]) -> tuple[Piece, ...]:
+        return tuple(piece for path in files for piece in self._scanned[path][1])
+
+    @functools.cached_property
+    def _scanned(self) -> dict[str, tuple[str, tuple[Piece, ...]]]:
+        """File -> its checksum and its pieces, which other processes are given with the source."""
+        files = dict.fromkeys(path for each in self.files.values() for path in each)
+        wholes = [self._whole(path) for path in files]
+        digests = fingerprint.FileDigests(
+            pathlib.Path(self.cache) / "file_digests.json", self.objects
         )
-        return digests
+        unit = self._document_per
+        grouped = {
+            whole.path: functools.partial(tables.groups, whole)
+            for whole in wholes
+            if whole.size > pieces_lib.BLOCK_BYTES and documents.is_table(whole.path)
+        }
+        digests.read(
+            files, [x for x in files if documents.is_by_line(x, document_per=unit)], grouped
+        )
+        return {
+            whole.path: (
+                digests.digest(whole.path),
+                documents.divided(whole, digests, document_per=unit),
+            )
+            for whole in wholes
+        }
 
     def _whole(self, path: str) -> Piece:
         """Returns a file as one piece."""
@@ -210,28 +229,6 @@ class FileSource(Counted, DataSource):
     def relative(self, path: str) -> str:
         """Returns the name of a file in ids and digests."""
         return os.path.relpath(paths.as_path(path), self.root)
-
-    @functools.cached_property
-    def checksums(self) -> dict[str, str]:
-        """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
-        every = (path for paths in self.files.values() for path in paths)
-        return {path: self._digests.digest(path) for path in every}
-
-    def pieces(self, split: str) -> tuple[Piece, ...]:
-        """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
-        return self._divided(self.files[split])
-
-    def _divided(self, files: Iterable[str]) -> tuple[Piece, ...]:
-        return tuple(
-            piece
-            for path in files
-            for piece in documents.divided(
-                self._whole(path), self._digests, document_per=self._document_per
-            )
-        )
-
-    def _is_by_line(self, path: str) -> bool:
-        return documents.is_by_line(path, document_per=self._document_per)
 
     @property
     def _document_per(self) -> str:
@@ -304,7 +301,7 @@ class FileSource(Counted, DataSource):
         """Returns what `_count` returns, of all pieces in the order of the files; raises DataError."""
 
     def _count(self) -> dict[str, Any]:
-        every = self._divided(self.checksums)
+        every = self._pieces_of(self.checksums)
         size = sum(piece.size for piece in every)
         desc = f"checking {self.name}"
         with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
@@ -431,7 +428,9 @@ def _expand(
 def _have_validation(files: Patterns, data_root: str | None) -> bool:
     """Returns whether all are data sets that have a split for validation."""
     every = _absolute(files, data_root).values()
-    return bool(every) and all(hf_datasets.has_split(path, "validation") for path in every)
+    return bool(every) and all(
+        not glob.has_magic(path) and hf_datasets.has_split(path, "validation") for path in every
+    )
 
 
 def _absolute(patterns: Patterns, data_root: str | None) -> dict[str, str]:

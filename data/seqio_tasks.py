@@ -21,7 +21,6 @@ from espalier.data.tokenizers import vocabulary as vocabularies
 CACHED_AS = "data.tasks"  # the name by which caches know `prepend_bos`
 _BYTES_PER_PART = 32_000_000  # of source files, as stored (possibly compressed)
 _RECORDS_PER_PART = 20_000
-_MAX_PARTS = 64
 
 _given: dict[str, Any] = {}  # what `hand_over` has registered: name -> SeqIO's task or mixture
 _modules: dict[str, str] = {}  # name of a task that users register -> the module that does it
@@ -199,7 +198,7 @@ class SeqioTask:
         if self.source.supports_arbitrary_sharding:
             examples = self.source.num_input_examples(split) or 0
             count = max(count, -(-examples // _RECORDS_PER_PART))
-        return parts(split, min(count, _MAX_PARTS))
+        return parts(split, count)
 
     def records(self, split: str, pieces: Sequence[Piece] | None = None) -> Iterator[Record]:
         """Yields the preprocessed examples of parts, or of all, untrimmed, in source order.
@@ -211,6 +210,7 @@ class SeqioTask:
             yield from self._part(split, part)
 
     def _part(self, split: str, part: Piece) -> Iterator[Record]:
+        cpu_tensorflow.load()
         import seqio
 
         info = None if part.end == 1 else seqio.ShardInfo(index=part.begin, num_shards=part.end)

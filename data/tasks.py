@@ -303,7 +303,7 @@ def summary() -> dict[str, Any]:
             "documents": {split: source.num_input_examples(split) for split in source.splits},
             **{
                 key: counts
-                for key in ("dropped", "noted")
+                for key in ("dropped", "noted", "bad_rows")
                 if (counts := getattr(source, key, None))
             },
             **{key: value for key, value in facts.items() if key not in ("task", "source")},
@@ -339,3 +339,8 @@ def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield rows.notice("dropped", share, f"{task}: {Tally(dropped)}, {share:.1%} of all rows")
     if noted:
         yield "noted", f"{task}: {Tally(noted)}"
+    if (bad := facts.get("bad_rows", {})).get("rows"):
+        text = f"{task}: {bad['rows']:,} rows cannot be used and are left out, first {bad['first'][0]} (all: {bad['all']})"
+        yield rows.notice(
+            "bad_rows", bad["rows"] / (bad["rows"] + sum(facts["documents"].values())), text
+        )

@@ -48,13 +48,14 @@ _PROGRAM = re.compile("^if __name__ == ", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The flags and the loaded configuration of a command; a call calls the entry function.
+    """The flags, the loaded configuration and the words of a command; a call calls the entry function.
 
     Its arguments are from the configuration; keywords win over it.
     """
 
     flags: argparse.Namespace
     config: "Configuration"
+    words: Sequence[str] = ()
 
     def __call__(self, **overrides: Any) -> Any:
         assert self.config.entry is not None
@@ -92,13 +93,11 @@ def main(
     """
     program = program_name(f"espalier.launch.{command}" if command else entry.partition(":")[0])
     usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
-    parser = make_parser(doc, program, usage=usage)
-    _add_gin_flags(parser)
-    if extra_flags is not None:
-        extra_flags(parser)
+    parser = _gin_parser(doc, program, usage, extra_flags)
     if any(action.dest == "checkpoint" and action.required for action in parser._actions):
         parser.usage = usage.replace("--gin_file=FILE", "--checkpoint=DIR")
-    flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    flags, bindings = _parse(parser, words)
 
     def call() -> Any:
         if (
@@ -121,32 +120,45 @@ def main(
             return start_work()
 
     def start_work() -> Any:
-        from espalier.launch.config import gin_config
-
+        options = {"unused": unused, "part": part, "arguments": arguments}
         with stages.stage("reading the configuration"):
             defaults = list(default_files(flags)) if default_files else []
-            search_paths = ",".join(flags.gin_search_paths).split(",")
-            config = gin_config.load(
-                flags.gin_file,
-                bindings,
-                list(filter(None, search_paths)),
-                entry=entry,
-                unused=unused,
-                defaults=defaults,
-                part=part,
-                arguments=arguments,
-            )
+            config = _configuration(entry, flags, bindings, defaults=defaults, **options)
         if flags.coordinator_address:
             hosts.check_start(config.text)
         for warning in config.warnings:
             # Files of another entry point have bindings without effect here, which is expected.
             if warning.place.source not in defaults:
                 print(f"warning: {warning}", file=sys.stderr)
-        start = Start(flags, config)
+        start = Start(flags, config, words)
         with config.in_use():
             return start() if run is None else run(start)
 
     return status_of(call)
+
+
+def start_of(
+    words: Sequence[str],
+    entry: str,
+    *,
+    extra_flags: Callable[[argparse.ArgumentParser], None],
+    default_files: Callable[[argparse.Namespace], Sequence[str]],
+    **options: Any,
+) -> Start:
+    """Returns the `Start` of a command's words in another process, which does a part of its work; arguments as of `main`."""
+    flags, bindings = _parse(_gin_parser("", "worker", None, extra_flags), list(words))
+    defaults = list(default_files(flags))
+    config = _configuration(entry, flags, bindings, defaults=defaults, **options)
+    return Start(flags, config, words)
+
+
+def _configuration(
+    entry: str, flags: argparse.Namespace, bindings: Sequence[str], **options: Any
+) -> "Configuration":
+    from espalier.launch.config import gin_config
+
+    paths = list(filter(None, ",".join(flags.gin_search_paths).split(",")))
+    return gin_config.load(flags.gin_file, bindings, paths, entry=entry, **options)
 
 
 def run_command(
@@ -405,6 +417,19 @@ def program_name(module: str) -> str:
     module = module.removesuffix(".__main__")
     name = module.removeprefix("espalier.launch.")
     return f"{CONSOLE} {name}" if name != module and "." not in name else f"python -m {module}"
+
+
+def _gin_parser(
+    doc: str,
+    program: str,
+    usage: str | None,
+    extra_flags: Callable[[argparse.ArgumentParser], None] | None,
+) -> argparse.ArgumentParser:
+    parser = make_parser(doc, program, usage=usage)
+    _add_gin_flags(parser)
+    if extra_flags is not None:
+        extra_flags(parser)
+    return parser
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

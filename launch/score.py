@@ -13,20 +13,33 @@ one. The model's START_TOKEN comes before the first token; if it is None, the fi
 log-probability. With --adapter, which is repeatable, all rows follow for
 each, with its "adapter". Finished rows are in y.jsonl.partial until all are finished; /dev/stdout, a pipe or a
 device gets each row at once.
+
+With --beam_pipeline_options the workers of an Apache Beam pipeline score shards of the rows, each with the model read once; the
+output is the same. Shards are in y.jsonl.shards until all are finished, and the same command continues after those that are there.
 """
 
+import argparse
+
+from espalier.common import pipelines
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.load import load_run
 
 
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    load_run.add_row_flags(parser)
+    pipelines.add_flag(parser)
+
+
 def _run(start: cli.Start) -> None:
-    from espalier.launch.inference import score
+    from espalier.launch.inference import score, shards
 
-    score.score(start(), **setting_flags.given(start.flags, score.score))
+    pipeline = shards.pipeline(start, "espalier.launch.inference.score:scorer_of")
+    given = setting_flags.given(start.flags, score.score)
+    score.score(start(), **given, pipeline=pipeline)
 
 
-main = load_run.command(__doc__, "score", _run, load_run.add_row_flags)
+main = load_run.command(__doc__, "score", _run, _add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -225,7 +225,8 @@ class BlockFolder:
                             request,
                             f"the {len(parts[-1]):,} bytes from byte {damaged:,} on do not match their checksum",
                         )
-                time.sleep(_PAUSE_SECONDS * 2**again)
+                else:
+                    time.sleep(_PAUSE_SECONDS * 2**again)
                 request.start()
             raise AssertionError
         except BaseException:

@@ -39,15 +39,22 @@ def address_of(directory: pathlib.Path) -> str | None:
     return f"{scheme}://{'/'.join(names)}"
 
 
+def is_published(directory: pathlib.Path, marker: str) -> bool:
+    """Returns whether a folder is complete in the store; raises StoreError."""
+    address = address_of(directory)
+    return address is not None and paths.exists(paths.join(address, marker))
+
+
 def fetch(directory: pathlib.Path, marker: str) -> bool:
     """Copies a folder from the store if it is complete there; returns whether it did.
 
     Raises:
       StoreError: the store refuses, or cannot be reached.
     """
-    address = address_of(directory)
-    if address is None or not paths.exists(paths.join(address, marker)):
+    if not is_published(directory, marker):
         return False
+    address = address_of(directory)
+    assert address is not None
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{secrets.token_hex(6)}")
     try:
@@ -120,7 +127,11 @@ def cache_dir(*parts: str, override: str | os.PathLike | None = None) -> pathlib
 
 
 def build_directory(
-    target: pathlib.Path, build: Callable[[pathlib.Path], None], *, expected: Sequence[str]
+    target: pathlib.Path,
+    build: Callable[[pathlib.Path], None],
+    *,
+    expected: Sequence[str],
+    in_place: bool = False,
 ) -> None:
     """Builds a directory that exists complete or not at all, even after a power cut.
 
@@ -129,14 +140,18 @@ def build_directory(
     all inputs. An existing directory that lacks one of the `expected` files is replaced.
 
     In a cache of an object store, a directory that another host has built is copied; otherwise this host builds it for all.
+    With `in_place` it is in the store only, where it is read.
     """
     marker = expected[-1]
-    if fetch(target, marker):
+    find = is_published if in_place else fetch
+    if find(target, marker):
         return
     with building(target):
-        if not fetch(target, marker):
+        if not find(target, marker):
             _build_here(target, build, expected)
             publish(target, marker)
+            if in_place:
+                shutil.rmtree(target)
 
 
 def _build_here(

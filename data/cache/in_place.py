@@ -9,17 +9,24 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import pathlib
+import shutil
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from espalier.common.storage import paths
 from espalier.data.cache import blocks, store
+from espalier.data.cache import cache_dir as directories
 from espalier.data.cache.block_folder import BlockFolder
 from espalier.data.cache.cache_files import CacheCorruptError, Column, corrupt, feature_dtype
 from espalier.data.cache.ranged import RangedArray
 
+# How a cache of a store is read: 'copy' it to this machine first, read it 'in_place', or 'auto': by its size.
+ReadCache = Literal["auto", "copy", "in_place"]
+COPIED_BYTES = 10e9  # at most, by 'auto': a minute at 200 MB/s; of the free disk, at most half
 _WINDOW = 256  # blocks of lengths that are held at a time
 
 
@@ -109,11 +116,6 @@ def read_manifest(address: str) -> dict:
     return store.parse_manifest(paths.read(paths.join(address, store.MANIFEST)), address)
 
 
-def size_of(manifest: dict) -> int:
-    """Returns the bytes of the files of a cache."""
-    return sum(size for shard in manifest["shards"] for size, _ in shard["files"].values())
-
-
 def open_cache(address: str | os.PathLike, manifest: dict | None = None) -> store.Cache:
     """Opens a cache of a store, or of this machine, to be read in place.
 
@@ -148,6 +150,52 @@ def open_cache(address: str | os.PathLike, manifest: dict | None = None) -> stor
                 f"Token cache {address}: the manifest has wrong counts of feature {feature!r}."
             )
     return store.Cache(address, manifest["fingerprint"], manifest["content"], columns, manifest)
+
+
+def open_if_chosen(directory: pathlib.Path, how: ReadCache) -> store.Cache | None:
+    """Opens the cache of a store in place, if that is how it is to be read; prints which, and why.
+
+    Args:
+      directory: the folder of its copy on this machine.
+      how: see `ReadCache`.
+
+    Returns:
+      None if the cache is to be copied, is copied already, or is not in the store.
+
+    Raises:
+      as `open_cache`.
+    """
+    address = directories.address_of(directory)
+    if address is None or how == "copy" or (how == "auto" and directory.exists()):
+        return None
+    try:
+        manifest = read_manifest(address)
+    except FileNotFoundError:
+        return None
+    size = sum(size for shard in manifest["shards"] for size, _ in shard["files"].values())
+    if how == "in_place":
+        reason = "READ_CACHE = 'in_place'"
+    else:
+        free = _free_bytes(directory)
+        if size <= min(COPIED_BYTES, free / 2):
+            return None
+        reason = f"{size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free here"
+        if size < free / 2 and not paths.exists(paths.join(address, blocks.INDEX)):
+            print(
+                f"copying the token cache {address} ({reason}): it has no checksums of blocks to be read in place "
+                "(`espalier prepare cache --checksums` makes them)",
+                file=sys.stderr,
+            )
+            return None
+    print(f"reading the token cache {address} in place ({reason})", file=sys.stderr)
+    return open_cache(address, manifest)
+
+
+def _free_bytes(path: pathlib.Path) -> int:
+    """Returns the free bytes where a path is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def add_checksums(place: str | os.PathLike, bar: Callable[[int], Any] = lambda size: None) -> bool:

@@ -22,8 +22,9 @@ from typing import Literal
 import numpy as np
 
 from espalier.common import files
+from espalier.common.storage import paths
 from espalier.data import pieces
-from espalier.data.cache import build
+from espalier.data.cache import blocks, build, cache_dir
 from espalier.data.cache.build import FORMAT, MANIFEST, manifest_bytes
 from espalier.data.cache.build import digest as digest  # of settings, as of descriptions
 from espalier.data.cache.cache_files import (
@@ -54,6 +55,11 @@ class Cache:
     content: str  # hash of the checksums of all its files, which identifies its content
     columns: dict[str, Column]  # the values of each feature
     manifest: dict  # totals and the description behind the fingerprint
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it is read in place, in a store, by ranges."""
+        return isinstance(self.directory, str)
 
     @property
     def num_records(self) -> int:
@@ -198,3 +204,14 @@ def remove(directory: pathlib.Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def remove_plans(directory: str | os.PathLike) -> None:
+    """Deletes the row plans of a cache, here and in the store; they are made again when they are needed."""
+    plans = f"{os.fspath(directory)}.plans"  # see data/stream/stored_plan.py
+    local = pathlib.Path(cache_dir.local_root(plans))
+    shutil.rmtree(local, ignore_errors=True)
+    if address := cache_dir.address_of(local):
+        # The indices first: without one, nothing is a plan.
+        names = sorted(paths.entries(address), key=lambda name: not name.endswith(blocks.INDEX))
+        paths.delete(*(paths.join(address, name) for name in names))

@@ -19,11 +19,13 @@ from urllib.parse import quote
 
 from espalier.common.ranges import check_choice
 from espalier.data import pieces, seqio_tasks
-from espalier.data.cache import build, description, fingerprint, pool
+from espalier.data.cache import build, description, existing, fingerprint, in_place, pool
 from espalier.data.cache import cache_dir as directories
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.task import Task
+
+_FORMER_SHARDS = 64  # the most that a cache once had
 
 
 def caches_path(name: str, split: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -39,6 +41,8 @@ def open_task_cache(
     cache_dir: str | os.PathLike | None = None,
     changed: token_cache.Changed = "refuse",
     verify: bool = True,
+    read: in_place.ReadCache = "auto",
+    use_cached: bool = False,
 ) -> token_cache.Cache:
     """Opens the cache of a task's split; builds it with a progress bar if it is missing.
 
@@ -48,16 +52,23 @@ def open_task_cache(
         cache_dir: the root of all caches.
         changed: what to do if the existing caches were built from different inputs: 'refuse',
             'build' another cache beside them, or 'replace' them (and a damaged cache).
-        verify: check every byte against its checksum.
+        verify: check every byte against its checksum; blocks that are read in place always are.
+        read: whether a cache in a store is copied to this machine or read in place.
+        use_cached: open the one cache that there is, without looking at the task's source; see `existing.open_only`.
 
     Raises:
         CacheMismatchError: the task has changed since its cache was built.
         CacheCorruptError: the cache is damaged.
+        FileNotFoundError: with `use_cached`, there is no cache.
         ValueError: the task has no such split, or the split has no records.
     """
     check_choice("changed", changed, token_cache.Changed)
+    check_choice("read_cache", read, in_place.ReadCache)
     if not isinstance(task, Task | seqio_tasks.SeqioTask):
         task = seqio_tasks.SeqioTask(task)
+    if use_cached:
+        parent, features = caches_path(task.name, split, cache_dir), description.features_of(task)
+        return existing.open_only(parent, features, read=read, verify=verify)
     if split not in task.splits:
         raise ValueError(
             f"Task {task.name!r} has no split {split!r}; it has {', '.join(sorted(task.splits))}."
@@ -75,13 +86,20 @@ def open_task_cache(
     now = {**described, "features": features}
     if not directory.exists():
         directory = _of_seqio(parent, now) or directory
+    if not directory.exists() and num_shards > _FORMER_SHARDS:
+        former = parent / build.fingerprint(described, features, _FORMER_SHARDS)[:16]
+        directory = former if former.exists() else directory
+    if changed != "replace" and (opened := in_place.open_if_chosen(directory, read)):
+        return _not_empty(opened, task.name, split)
     # An existing cache is read without the lock, so that a read-only cache of another user works.
     if changed == "replace" or not directory.exists():
         with token_cache.building_lock(parent):
             if changed == "replace":
                 _remove_others(parent, directory)
             if not directory.exists():  # another process may have built it meanwhile
-                with _shared_build(directory) as complete:
+                with _shared_build(directory, read) as complete:
+                    if isinstance(complete, token_cache.Cache):
+                        return _not_empty(complete, task.name, split)
                     if not complete:
                         _compare(parent, now, num_shards, changed)
                         _build(task, split, directory, features, described, num_shards)
@@ -89,24 +107,35 @@ def open_task_cache(
     cache = token_cache.open_cache(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
-        raise ValueError(f"Task {task.name!r} has no records in split {split!r}.")
+    return _not_empty(cache, task.name, split)
+
+
+def _not_empty(cache: token_cache.Cache, task: str, split: str) -> token_cache.Cache:
+    if not cache.num_records:
+        raise ValueError(f"Task {task!r} has no records in split {split!r}.")
     return cache
 
 
 @contextlib.contextmanager
-def _shared_build(directory: pathlib.Path) -> Iterator[bool]:
+def _shared_build(
+    directory: pathlib.Path, read: in_place.ReadCache = "auto"
+) -> Iterator[bool | token_cache.Cache]:
     """Copies the cache if its root is in a store that has it, else holds the store's lock; yields whether it was copied.
+
+    A cache that another host has built while this one waited for the lock, and that is read in place, is yielded itself.
 
     Raises:
         CacheCorruptError: the cache in the store is damaged.
     """
     marker = token_cache.MANIFEST
     with contextlib.ExitStack() as stack:
-        complete = directories.fetch(directory, marker)
+        complete: bool | token_cache.Cache = directories.fetch(directory, marker)
         if not complete:
             stack.enter_context(directories.building(directory))
-            complete = directories.fetch(directory, marker)
-        if complete:
+            complete = in_place.open_if_chosen(directory, read) or directories.fetch(
+                directory, marker
+            )
+        if complete is True:
             try:
                 token_cache.open_cache(directory)
             except CacheCorruptError as error:
@@ -118,18 +147,8 @@ def _shared_build(directory: pathlib.Path) -> Iterator[bool]:
         yield complete
 
 
-def _manifests(parent: pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
-    """Yields (directory, manifest) of each cache; the manifest is {} if the cache is damaged."""
-    for directory in sorted(parent.iterdir()) if parent.exists() else ():
-        if directory.is_dir() and not directory.suffix:
-            try:
-                yield directory, token_cache.read_manifest(directory)
-            except CacheCorruptError:
-                yield directory, {}
-
-
 def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
-    for other, _ in list(_manifests(parent)):
+    for other, _ in list(existing.manifests(parent)):
         if other == directory:
             try:
                 token_cache.open_cache(other)
@@ -138,20 +157,18 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
                 pass
         token_cache.remove(other)
         directories.remove_in_store(other, token_cache.MANIFEST)
+        token_cache.remove_plans(other)
     for address, _ in list(directories.others_in_store(parent, token_cache.MANIFEST)):
         directories.remove_in_store(parent / address.rpartition("/")[2], token_cache.MANIFEST)
+        token_cache.remove_plans(address)
 
 
 def _described(parent: pathlib.Path) -> Iterator[tuple[str, dict, int]]:
     """Yields place, description with features, and number of shards of each intact cache, here and in the store."""
-    manifests: list[tuple[object, dict]] = list(_manifests(parent))
-    for address, raw in directories.others_in_store(parent, token_cache.MANIFEST):
-        with contextlib.suppress(CacheCorruptError):
-            manifests.append((address, token_cache.parse_manifest(raw, parent)))
-    for place, manifest in manifests:
+    for place, manifest in existing.everywhere(parent).items():
         if manifest:
             described = {**manifest["description"], "features": manifest["features"]}
-            yield str(place), described, len(manifest["shards"])
+            yield place, described, len(manifest["shards"])
 
 
 def _of_seqio(parent: pathlib.Path, now: dict) -> pathlib.Path | None:

@@ -150,7 +150,7 @@ def plan_chats(
         )
     rows.check_features(name, opened, ("targets", rows.LOSS_WEIGHTS), _REMEDY)
     length = feature_lengths["targets"]
-    full_N = opened.columns["targets"].lengths.astype(np.int64)
+    full_N = np.asarray(opened.columns["targets"].lengths, np.int64)
     size_N = np.minimum(full_N, length)
     learnt_N = _sums(opened.columns[rows.LOSS_WEIGHTS], 1, size_N)
     long_N = full_N > length
@@ -192,10 +192,11 @@ def plan_chats(
 def _sums(column: Column, begin: int, end_N: np.ndarray) -> np.ndarray:
     """Returns the sum of the values [begin, end) of each record, float64 [N]."""
     sums_N = np.zeros(len(end_N))
-    shard_N = np.searchsorted(column.bounds, column.starts, side="right") - 1
+    starts_N = np.asarray(column.starts)
+    shard_N = np.searchsorted(column.bounds, starts_N, side="right") - 1
     for index, shard in enumerate(column.shards):
         here_N = (shard_N == index) & (end_N > begin)
-        start = column.starts[here_N] - column.bounds[index]
+        start = starts_N[here_N] - column.bounds[index]
         totals = np.concatenate([[0], np.cumsum(shard, dtype=np.float64)])
         sums_N[here_N] = totals[start + end_N[here_N]] - totals[start + begin]
     return sums_N

@@ -25,6 +25,7 @@ from espalier.data.rows import columns as column_names
 from espalier.data.rows.columns import Columns
 from espalier.data.text import documents, hf_datasets
 from espalier.data.text.documents import DataError
+from espalier.data.text.row_files import OnBadRow
 from espalier.data.text.tfds_source import TfdsSource
 
 ORIGIN = "register_instructions"
@@ -49,6 +50,7 @@ def register_instructions(
     separator: str = "\n",
     add_bos: bool | None = None,
     inputs_eos: bool = True,
+    on_bad_row: OnBadRow = "error",
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
     r"""Registers a task for each template of each dataset, and the mixture `name` of those that are trained.
@@ -84,6 +86,7 @@ def register_instructions(
       separator: between input and answer of a decoder.
       add_bos: begin a decoder's input with BOS; None: if the tokenizer does.
       inputs_eos: end the inputs of an encoder with EOS. T0 was trained without.
+      on_bad_row: what a row of files is that is no JSON object: an 'error', or left out, counted and listed ('skip').
       cache_dir: directory of remembered checksums and counts; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
@@ -107,6 +110,7 @@ def register_instructions(
         columns=columns or {},
         tokeniser=Tokeniser(vocabulary, form, separator, add_bos, inputs_eos),
         validation_fraction=validation_fraction,
+        on_bad_row=on_bad_row,
         cache_dir=cache_dir,
     )
     sources: list[tuple[Source, dict[str, str]]] = []
@@ -230,6 +234,7 @@ class _Sets:
     columns: Mapping[str, Columns]
     tokeniser: Tokeniser
     validation_fraction: float
+    on_bad_row: OnBadRow
     cache_dir: str | os.PathLike | None
 
     def templates(self, name: str) -> tuple[Template, ...]:
@@ -267,6 +272,7 @@ class _Sets:
             task,
             files,
             validation_fraction=fraction,
+            on_bad_row=self.on_bad_row,
             cache_dir=self.cache_dir,
             encoding=encoding,
             columns=self.columns.get(name),

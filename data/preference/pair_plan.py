@@ -104,7 +104,7 @@ def plan_pairs(
             f"max_length is {max_length} and task_feature_lengths['targets'] is {row_length}: max_length must be "
             f"at least 2, and a row needs 2 x (max_length{more}) positions. Lower max_length, or lengthen the rows."
         )
-    full = {f: opened.columns[f].lengths.astype(np.int64) for f in FEATURES}
+    full = {f: np.asarray(opened.columns[f].lengths, np.int64) for f in FEATURES}
     check_prompts(name, opened, full["prompt"] >= read_only)
     room_N = max_length - full["prompt"]
     if inputs_length is not None:

@@ -37,7 +37,7 @@ class PairSource(rows.Source):
     @property
     def has_margins(self) -> bool:
         margins = self.cache.columns.get("margin")
-        return margins is not None and any(shard.any() for shard in margins.shards)
+        return margins is not None and any(np.any(np.asarray(shard)) for shard in margins.shards)
 
     def ids(self, pair: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the truncated ids of prompt, chosen and rejected of a pair of the plan; int32."""

@@ -79,7 +79,7 @@ class _PairRows(RowStream):
             for s in self._sources
         ]
 
-    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+    def read_batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the batch of `step`: the columns of `pair_rows.read_rows` and one more.
 
         `chosen_tokens_per_pair`, float32 [hi - lo], is the same in every row: the number of tokens of chosen

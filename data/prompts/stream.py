@@ -82,7 +82,7 @@ class PromptStream(Stream):
     def steps_for_epochs(self, epochs: float) -> int:
         return super().steps_for_epochs(epochs) * self.updates
 
-    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+    def read_batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the batch of `step`.
 
         Returns:
@@ -156,7 +156,7 @@ def _plan_source(
     """Returns a source with a row for each prompt that fits into one."""
     remedy = " Register prompts with data.prompts.tasks.register_prompts."
     rows.check_features(name, opened, ("prompt", INFO), remedy)
-    read = opened.columns["prompt"].lengths.astype(np.int64) + int(start_token is not None)
+    read = np.asarray(opened.columns["prompt"].lengths, np.int64) + int(start_token is not None)
     rows.check_prompts(name, opened, read > 0)
     fits = read <= max_length
     if not fits.any():

@@ -10,7 +10,7 @@ Shape suffixes: N records, P pieces of records, S segments (pieces in row order)
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from espalier.common.ranges import check_choice
 
 Packing = Literal["best_fit", "concat", "examples"]
 LongDocuments = Literal["split", "truncate", "drop"]
+LOSS_WEIGHTS = "loss_weights"  # the feature that weighs each target token
 MAX_SEGMENTS = 64
 _OPEN_ROWS = 32  # rows that still accept records when several features are packed together
 
@@ -27,9 +28,11 @@ _OPEN_ROWS = 32  # rows that still accept records when several features are pack
 class Plan:
     """Rows as ranges of segments: row r holds segments `row_starts[r]` to `row_starts[r + 1]`.
 
+    The arrays are in memory, or files that are read in place (data/stream/stored_plan.py).
+
     Attributes:
         row_starts: int64 [R + 1].
-        records: uint32 [S], the record of each segment.
+        records: `record_dtype` [S], the record of each segment.
         offsets: uint32 [S], the segment's first token within its record; above 0, the segment
             continues a record.
         lengths: feature -> uint32 [S], tokens of each segment; only 'targets' for language models.
@@ -38,7 +41,10 @@ class Plan:
         counts: numbers of records, empty_records (skipped: no targets), long_records (longer than a
             row), cut_segments (start inside a record) and dropped_tokens.
         first: key of `counts` -> id of the first record counted there, of those that are dropped or truncated.
+        first_long: number of the first record that is longer than a row; None without any.
         inputs_prefix: ids before the inputs of every record, which `lengths` count.
+        begins: feature -> int64 [S], the index in the column of each segment's first token; empty for a plan in memory,
+            for which they are computed.
     """
 
     row_starts: np.ndarray
@@ -50,7 +56,9 @@ class Plan:
     long_documents: str
     counts: dict[str, int]
     first: dict[str, str] = dataclasses.field(default_factory=dict)
+    first_long: int | None = None
     inputs_prefix: tuple[int, ...] = ()
+    begins: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -59,8 +67,7 @@ class Plan:
     @property
     def policy(self) -> list:
         """The settings that determine which records lie in which row, as JSON."""
-        prefix = [list(self.inputs_prefix)] if self.inputs_prefix else []
-        return [self.row_lengths, self.packing, self.long_documents, *prefix]
+        return policy_of(self.row_lengths, self.packing, self.long_documents, self.inputs_prefix)
 
     def tokens(self, feature: str = "targets") -> int:
         return int(self.lengths[feature].sum(dtype=np.int64))
@@ -68,6 +75,22 @@ class Plan:
     def fill(self, feature: str = "targets") -> float:
         """Returns the share of the feature's positions that hold tokens, over all rows."""
         return self.tokens(feature) / max(1, self.num_rows * self.row_lengths[feature])
+
+
+def policy_of(
+    row_lengths: Mapping[str, int],
+    packing: str,
+    long_documents: str,
+    inputs_prefix: Sequence[int] = (),
+) -> list:
+    """Returns the settings of `make_plan` as JSON, which stands in the fingerprints of streams."""
+    prefix = [list(inputs_prefix)] if inputs_prefix else []
+    return [dict(row_lengths), packing, long_documents, *prefix]
+
+
+def record_dtype(records: int) -> np.dtype:
+    """Returns the dtype of the numbers of this many records: of 32 bits, if these are enough."""
+    return np.dtype("<u4" if records <= 2**32 else "<i8")
 
 
 def make_plan(
@@ -108,6 +131,7 @@ def make_plan(
         full["inputs"] = full["inputs"] + len(inputs_prefix)
     make = _plan_single if len(row_lengths) == 1 else _plan_tuples
     too_long = np.any([full[f] > row_lengths[f] for f in row_lengths], axis=0)
+    first_long = int(too_long.argmax()) if too_long.any() else None
     planned = full
     if long_documents == "drop":
         planned = {feature: np.where(too_long, 0, sizes) for feature, sizes in full.items()}
@@ -116,7 +140,7 @@ def make_plan(
     return Plan(
         row_starts=row_starts,
         # 32 bits: a plan should stay small beside the tokens it describes.
-        records=records.astype(np.uint32),
+        records=records.astype(record_dtype(len(too_long))),
         offsets=offsets.astype(np.uint32),
         lengths={feature: size.astype(np.uint32) for feature, size in sizes.items()},
         row_lengths=dict(row_lengths),
@@ -129,8 +153,32 @@ def make_plan(
             "cut_segments": int((offsets > 0).sum()),
             "dropped_tokens": sum(int(x.sum()) for x in full.values()) - num_planned,
         },
+        first_long=first_long,
         inputs_prefix=tuple(inputs_prefix),
     )
+
+
+def check_loss_weights(
+    where: str, targets_N: np.ndarray, lengths_N: np.ndarray, values: Iterable[np.ndarray]
+) -> None:
+    """Raises ValueError if records have loss weights of a wrong number or value.
+
+    Args:
+        where: what has them, for the message.
+        targets_N: number of the targets of each record.
+        lengths_N: number of its weights.
+        values: the weights, in any number of arrays.
+    """
+    targets_N, lengths_N = np.asarray(targets_N), np.asarray(lengths_N)
+    differ = np.flatnonzero(lengths_N != targets_N)
+    if len(differ):
+        record = int(differ[0])
+        raise ValueError(
+            f"{where} has {lengths_N[record]} values for the {targets_N[record]} targets of record {record}: every target "
+            "needs one, BOS and EOS too (make the weights after they are added)."
+        )
+    if not all(np.all((part >= 0) & (part < np.inf)) for part in map(np.asarray, values)):
+        raise ValueError(f"{where} has values that are negative or not finite.")
 
 
 def _check_prefix(row_lengths: Mapping[str, int], count: int) -> None:

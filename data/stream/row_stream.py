@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from espalier.data.cache import store
-from espalier.data.stream import order, rows
+from espalier.data.stream import ahead, order, rows
 
 Batch = dict[str, np.ndarray]
 # Part of every fingerprint: raise it when the same settings produce different batches.
@@ -95,6 +95,8 @@ class RowStream(Iterable, abc.ABC):
         self._cross_document_attention = cross_document_attention
         self._start_token = start_token
         self._vocabulary = rows.shared_vocabulary(self._sources)
+        in_place = any(source.cache.in_place for source in self._sources)
+        self._ahead = ahead.Ahead(self.read_batch) if in_place else None
 
     @property
     def length(self) -> int:
@@ -107,6 +109,11 @@ class RowStream(Iterable, abc.ABC):
         return tuple(source.name for source in self._sources)
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Returns rows [lo, hi) of the batch of `step`; those of caches in a store are read ahead of the steps."""
+        read = self._ahead.get if self._ahead else self.read_batch
+        return read(step, lo, hi)
+
+    def read_batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the batch of `step`, with the columns of `rows.read_rows`."""
         source_B, _, row_B = self._locate(step, lo, hi)
         return rows.read_rows(
@@ -117,18 +124,20 @@ class RowStream(Iterable, abc.ABC):
             start_token=self._start_token,
         )
 
-    def documents(self, step: int, lo: int, hi: int) -> list[dict]:
-        """Returns source, epoch, plan row and documents of rows [lo, hi) of the batch of `step`."""
+    def places(self, step: int, lo: int, hi: int) -> list[dict]:
+        """Returns source, epoch and plan row of rows [lo, hi) of the batch of `step`."""
+        located = (array.tolist() for array in self._locate(step, lo, hi))
         return [
-            {
-                "source": self._sources[source].name,
-                "epoch": epoch,
-                "row": row,
-                "documents": self._sources[source].documents(row),
-            }
-            for source, epoch, row in zip(
-                *(array.tolist() for array in self._locate(step, lo, hi)), strict=True
-            )
+            {"source": self._sources[source].name, "epoch": epoch, "row": row}
+            for source, epoch, row in zip(*located, strict=True)
+        ]
+
+    def documents(self, step: int, lo: int, hi: int) -> list[dict]:
+        """Returns `places` of rows [lo, hi) of the batch of `step`, with their documents."""
+        by_name = {source.name: source for source in self._sources}
+        return [
+            {**place, "documents": by_name[place["source"]].documents(place["row"])}
+            for place in self.places(step, lo, hi)
         ]
 
     def summary(self) -> dict:

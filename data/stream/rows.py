@@ -11,11 +11,11 @@ import numpy as np
 
 from espalier.data.cache import fingerprint
 from espalier.data.cache.store import Cache, digest
-from espalier.data.stream.plan import Plan, make_plan
+from espalier.data.stream import stored_plan
+from espalier.data.stream.plan import LOSS_WEIGHTS, Plan, check_loss_weights, make_plan
 
 Notice = tuple[str, str]  # name and text
 MANY = 0.05  # the share of dropped records above which a notice is a warning
-LOSS_WEIGHTS = "loss_weights"  # the feature that weighs each target token
 NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
 
@@ -41,6 +41,13 @@ class Source:
         if row == NO_ROW:
             return range(0)
         return range(*self.plan.row_starts[row : row + 2].tolist())
+
+    def begins(self, feature: str, segment_S: np.ndarray) -> np.ndarray:
+        """Returns the index in the feature's column of the first token of segments, int64 [S]."""
+        if self.plan.begins:
+            return self.plan.begins[feature][segment_S]
+        starts_N = self.cache.columns[feature].starts
+        return starts_N[self.plan.records[segment_S]] + self.plan.offsets[segment_S]
 
     def documents(self, row: int) -> list[dict]:
         """Returns the documents of one row: id, record in the cache, and sizes in tokens."""
@@ -104,15 +111,20 @@ def plan_source(
     packing: str = "best_fit",
     long_documents: str = "split",
     inputs_prefix: Sequence[int] = (),
+    verify: bool = True,
 ) -> Source:
     """Returns a source with planned rows, made from an opened token cache without SeqIO.
+
+    The rows of large caches are planned once and stored, see data/stream/stored_plan.py.
 
     Args:
         feature_lengths: {'targets': tokens per row}, or with 'inputs' as well.
         packing, long_documents, inputs_prefix: see `data.stream.plan.make_plan`.
+        verify: check every byte of a stored plan on this machine.
 
     Raises:
         ValueError: the cache lacks a feature, has invalid loss weights, or holds no target tokens.
+        CacheCorruptError: a stored plan is damaged.
     """
     if set(feature_lengths) not in ({"targets"}, {"inputs", "targets"}):
         raise ValueError(
@@ -127,14 +139,24 @@ def plan_source(
             f"Source {name!r}: inputs and targets were tokenised with different vocabularies (sizes {sizes}), but a model "
             "has one table of tokens: give both features one vocabulary."
         )
-    _check_loss_weights(name, opened)
-    planned = make_plan(
-        {feature: opened.columns[feature].lengths for feature in feature_lengths},
-        feature_lengths,
-        packing=packing,
-        long_documents=long_documents,
-        inputs_prefix=inputs_prefix,
-    )
+    policy = {
+        "packing": packing,
+        "long_documents": long_documents,
+        "inputs_prefix": tuple(inputs_prefix),
+    }
+    where = f"Source {name!r}: feature {LOSS_WEIGHTS!r}"
+    weighted = LOSS_WEIGHTS in opened.columns
+    if weighted and opened.manifest["features"][LOSS_WEIGHTS] != "float32":
+        raise ValueError(f"{where} must be declared with a floating dtype, such as tf.float32.")
+    if stored_plan.is_needed(opened):  # it checks the loss weights of each shard as it plans it
+        planned = stored_plan.open_plan(opened, feature_lengths, verify=verify, **policy)
+    else:
+        if weighted:
+            weights = opened.columns[LOSS_WEIGHTS]
+            counts_N = (np.asarray(c.lengths) for c in (opened.columns["targets"], weights))
+            check_loss_weights(where, *counts_N, map(np.asarray, weights.shards))
+        lengths = {feature: opened.columns[feature].lengths for feature in feature_lengths}
+        planned = make_plan(lengths, feature_lengths, **policy)
     if not planned.num_rows:
         if planned.counts["long_records"]:
             raise ValueError(
@@ -142,12 +164,8 @@ def plan_source(
                 f"{planned.counts['long_records']} are longer than {dict(feature_lengths)} tokens: raise TASK_FEATURE_LENGTHS."
             )
         raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
-    if long_documents != "split" and planned.counts["long_records"]:
-        sizes = {f: opened.columns[f].lengths.astype(np.int64) for f in feature_lengths}
-        if inputs_prefix:
-            sizes["inputs"] = sizes["inputs"] + len(inputs_prefix)
-        too_long = np.any([sizes[f] > length for f, length in feature_lengths.items()], axis=0)
-        first = {"long_records": opened.name_of(int(too_long.argmax()))}
+    if long_documents != "split" and planned.first_long is not None:
+        first = {"long_records": opened.name_of(planned.first_long)}
         planned = dataclasses.replace(planned, first=first)
     return Source(name, opened, planned)
 
@@ -168,26 +186,6 @@ def check_prompts(name: str, opened: Cache, has_tokens_N: np.ndarray) -> None:
             f"Source {name!r}: the prompt of {opened.name_of(int(has_tokens_N.argmin()))} is empty, and "
             "start_token=None adds no token before it. Set start_token, or add_bos=True of the task."
         )
-
-
-def _check_loss_weights(name: str, opened: Cache) -> None:
-    """Raises ValueError if the cache has loss weights of a wrong dtype, length or value."""
-    weights = opened.columns.get(LOSS_WEIGHTS)
-    if weights is None:
-        return
-    where = f"Source {name!r}: feature {LOSS_WEIGHTS!r}"
-    if opened.manifest["features"][LOSS_WEIGHTS] != "float32":
-        raise ValueError(f"{where} must be declared with a floating dtype, such as tf.float32.")
-    differ = np.flatnonzero(weights.lengths != opened.columns["targets"].lengths)
-    if len(differ):
-        record = int(differ[0])
-        raise ValueError(
-            f"{where} has {weights.lengths[record]} values for the "
-            f"{opened.columns['targets'].lengths[record]} targets of record {record}: every target "
-            "needs one, BOS and EOS too (make the weights after they are added)."
-        )
-    if not all(np.all((shard >= 0) & (shard < np.inf)) for shard in weights.shards):
-        raise ValueError(f"{where} has values that are negative or not finite.")
 
 
 def shared_vocabulary(sources: Sequence[Source]) -> dict:
@@ -254,14 +252,15 @@ def read_rows(
     weights = np.zeros(tokens["targets"].shape, np.float32)
     continued = []
     for index in np.unique(source_B[row_B != NO_ROW]):
-        plan, columns = sources[index].plan, sources[index].cache.columns
+        source, plan = sources[index], sources[index].plan
+        columns = source.cache.columns
         here_B = np.flatnonzero((source_B == index) & (row_B != NO_ROW))
         row_S, ordinal_S, segment_S = segments(plan, row_B[here_B])
-        record_S, offset_S = plan.records[segment_S], plan.offsets[segment_S]
+        offset_S = plan.offsets[segment_S]
         first_S = np.arange(len(row_S)) - ordinal_S  # the first segment of the same row
         for feature, length in lengths.items():
             size_S = plan.lengths[feature][segment_S].astype(np.int64)
-            begin_S = columns[feature].starts[record_S] + offset_S
+            begin_S = source.begins(feature, segment_S)
             before_S = np.cumsum(size_S) - size_S
             place_S = before_S - before_S[first_S]
             at_S = here_B[row_S] * length + place_S

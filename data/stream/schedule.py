@@ -37,6 +37,7 @@ _MIN_PERIOD = 2**16
 _MAX_PERIOD = 2**20
 _RELATIVE_ERROR = 1e-3
 _CANDIDATES = 4096
+_MOST_ROWS = 2**62  # that positions in 64 bits count
 
 
 def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
@@ -186,8 +187,8 @@ class Schedule:
 
     def locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (source index, position in the source) of rows [lo, hi) of the batch of `step`."""
-        phase = self._phase(step)
-        slots = (step - phase.start) * self.batch_size + np.arange(lo, hi, dtype=np.int64)
+        phase, before = self._phase(step)
+        slots = before + np.arange(lo, hi, dtype=np.int64)
         periods, places = np.divmod(slots, phase.shares.sum())
         sources = phase.sources[places]
         positions = phase.base[sources] + periods * phase.shares[sources] + phase.earlier[places]
@@ -195,18 +196,21 @@ class Schedule:
 
     def used(self, step: int) -> np.ndarray:
         """Returns the rows of each source used before `step`, including `first_rows`."""
-        phase = self._phase(step)
-        return phase.base + phase.used((step - phase.start) * self.batch_size)
+        phase, before = self._phase(step)
+        return phase.base + phase.used(before)
 
     def shares(self, step: int) -> np.ndarray:
         """Returns the row shares at `step`, exactly as scheduled; they sum to 1."""
-        shares = self._phase(step).shares
+        shares = self._phase(step)[0].shares
         return shares / shares.sum()
 
-    def _phase(self, step: int) -> _Phase:
-        if step < 0:
-            raise ValueError(f"Step {step} is negative.")
-        return self._phases[bisect.bisect_right(self.starts, step) - 1]
+    def _phase(self, step: int) -> tuple[_Phase, int]:
+        """Returns the phase of a step, and the rows from its beginning up to the step."""
+        if not 0 <= step < _MOST_ROWS // self.batch_size:
+            most = f"below {_MOST_ROWS // self.batch_size:,}, from which on 64 bits do not count the rows"
+            raise ValueError(f"Step {step:,} must not be negative, and {most}.")
+        phase = self._phases[bisect.bisect_right(self.starts, step) - 1]
+        return phase, (step - phase.start) * self.batch_size
 
 
 def row_limits(max_epochs: MaxEpochs | None, rows: Mapping[str, int]) -> dict[str, int]:
@@ -297,7 +301,7 @@ def _reached(
     low, high = start, start + 1
     while not beyond(high).any():
         low, high = high, start + 2 * (high - start)
-        if last is not None and low >= last:
+        if (last is not None and low >= last) or high >= _MOST_ROWS // schedule.batch_size:
             return None
     while high - low > 1:
         middle = (low + high) // 2

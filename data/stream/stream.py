@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
-from espalier.data.cache import store
+from espalier.data.cache import pool, store
+from espalier.data.cache.in_place import ReadCache
 from espalier.data.stream import mixing, plan, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
@@ -29,7 +30,10 @@ _UNIMAX_EPOCHS = 4.0  # repeated that often, tokens are nearly worth new ones
 # Settings of the order of rows, which the class of the stream takes.
 _OF_ORDER = ("batch_size", "seed", "interleaving", "on_cap", "positions")
 # Settings of all held-out streams, of all training streams, and those with which a mixture's tasks are weighed.
-HELD_OUT = ("batch_size", "split", "cache_dir", "changed_cache", "verify_cache")
+HELD_OUT = (
+    *("batch_size", "split", "cache_dir", "changed_cache", "verify_cache"),
+    *("read_cache", "use_cached", "workers"),
+)
 TRAINING = (*HELD_OUT, "seed", "interleaving", "max_epochs", "on_cap", "positions")
 WEIGHTS = ("weights", "temperature", "max_tokens", "phases")
 
@@ -62,9 +66,13 @@ class StreamSettings:
     cache_dir: str | os.PathLike | None = None
     changed_cache: store.Changed = "refuse"
     verify_cache: bool = True
+    workers: Size | None = None
+    read_cache: ReadCache = "auto"
+    use_cached: bool = False
 
     def __post_init__(self):
         check_choice("weights", self.weights, mixing.Weights)
+        check_choice("read_cache", self.read_cache, ReadCache)
         if self.phases is not None and (self.weights != "rates" or self.temperature != 1.0):
             raise ValueError("phases set the weights: remove the settings weights and temperature.")
         if self.max_tokens is not None and self.weights != "tokens":
@@ -80,13 +88,16 @@ class StreamSettings:
             task_cache,  # imports SeqIO, which a stream over caches does not need
         )
 
-        return task_cache.open_task_cache(
-            task,
-            self.split,
-            cache_dir=self.cache_dir,
-            changed=self.changed_cache,
-            verify=self.verify_cache,
-        )
+        with pool.limited(self.workers):
+            return task_cache.open_task_cache(
+                task,
+                self.split,
+                cache_dir=self.cache_dir,
+                changed=self.changed_cache,
+                verify=self.verify_cache,
+                read=self.read_cache,
+                use_cached=self.use_cached,
+            )
 
     def shares_of(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Returns {task: its weight} by the numbers of their tokens."""
@@ -187,6 +198,11 @@ def make_stream(
         changed_cache: what to do if a task has changed since its cache was built: 'refuse',
             'build' a second cache, or 'replace' the first.
         verify_cache: check every byte of the caches against its checksum.
+        workers: processes that build missing caches; None for one on each core.
+        read_cache: how a cache in a store is read: 'copy' it to this machine, read it 'in_place' by the parts that rows need,
+            or 'auto': in place if it has more than 10 GB or half of the free disk.
+        use_cached: open the one cache of each task that there is, without looking at its source, which may have changed or be
+            gone; several caches are an error.
 
     Raises:
         ValueError: the data cannot be streamed with these settings.
@@ -194,7 +210,7 @@ def make_stream(
     return open_mixture(
         mixture_or_task_name,
         settings,
-        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        _planner(settings, task_feature_lengths, packing, long_documents, inputs_prefix),
         Stream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
@@ -226,7 +242,7 @@ def make_eval_stream(
     return open_held_out(
         task,
         settings,
-        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        _planner(settings, task_feature_lengths, packing, long_documents, inputs_prefix),
         EvalStream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
@@ -320,6 +336,7 @@ def open_held_out(
 
 
 def _planner(
+    settings: StreamSettings,
     feature_lengths: Mapping[str, int],
     packing: str,
     long_documents: str,
@@ -331,4 +348,5 @@ def _planner(
         packing=packing,
         long_documents=long_documents,
         inputs_prefix=inputs_prefix,
+        verify=settings.verify_cache,
     )

@@ -98,7 +98,7 @@ class DenoisingStream:
                 "A task weighs its tokens, which have no place in inputs and targets: use tasks without loss_weights."
             )
         parts: dict[str, list[np.ndarray]] = {"inputs": [], "targets": []}
-        rows = self._texts.documents(step, lo, hi)
+        rows = self._texts.places(step, lo, hi)
         for tokens_N, real_N, row in zip(
             texts["decoder_target_tokens"], real_BN, rows, strict=True
         ):

@@ -22,7 +22,7 @@ from espalier.data.rows.files import ExactSplit
 from espalier.data.rows.records import DegenerateError
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-from espalier.data.text.row_files import BadRows, Row
+from espalier.data.text.row_files import BadRows, OnBadRow, Row
 
 # Part of the digest of a source: raise it when the same rows become other examples.
 VERSION = 1
@@ -159,13 +159,14 @@ def register_examples(
     inputs_key: str = "inputs",
     targets_key: str = "targets",
     inputs_eos: bool = True,
+    on_bad_row: OnBadRow = "error",
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
     """Registers a task over files of inputs with targets: JSON lines (also .gz and .zst) or Parquet.
 
-    The features are the ids `inputs` and `targets`, and `loss_weights` of the targets. Malformed rows are an error. Rows
-    from which nothing can be learnt are dropped and counted by reason.
+    The features are the ids `inputs` and `targets`, and `loss_weights` of the targets. Malformed rows are an error, see
+    `on_bad_row`. Rows from which nothing can be learnt are dropped and counted by reason.
 
     Args:
       name: name of the task.
@@ -176,6 +177,7 @@ def register_examples(
         in one split. 0 makes no validation split.
       inputs_key, targets_key: keys of a row.
       inputs_eos: end inputs that are texts with EOS. Targets that are texts always end with it.
+      on_bad_row: what a malformed row is: an 'error', or left out, counted and listed ('skip').
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
 
@@ -189,6 +191,7 @@ def register_examples(
         files=files,
         validation_files=validation_files,
         validation_fraction=validation_fraction,
+        on_bad_row=on_bad_row,
         data_root=data_root,
         cache_dir=cache_dir,
         vocabulary=vocabulary,

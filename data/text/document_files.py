@@ -89,7 +89,8 @@ class DocumentFiles(FileSource):
 
     def _settings(self) -> dict[str, Any]:
         format = dataclasses.asdict(self.format)
-        del format["max_document_bytes"]  # It refuses documents, and changes none.
+        if self.on_bad_row == "error":
+            del format["max_document_bytes"]  # It refuses documents, and changes none.
         content: dict[str, Any] = {
             "reading": documents.VERSION,
             "holding_out": splits.VERSION,

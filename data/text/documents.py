@@ -18,8 +18,8 @@ from espalier.data.cache.file_digests import FileDigests
 from espalier.data.pieces import Piece
 from espalier.data.text import row_files, tables
 from espalier.data.text.arrow_files import Group
-from espalier.data.text.data_error import DataError as DataError
 from espalier.data.text.row_files import COMPRESSED, MAX_BYTES, BadRows, Line, Row, piece_of
+from espalier.data.text.row_files import DataError as DataError
 from espalier.data.text.row_files import compressed as compressed
 from espalier.data.text.row_files import read_json_lines as read_json_lines
 from espalier.data.text.row_files import read_lines as read_lines

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from espalier.common.storage import paths
-from espalier.data.text.data_error import DataError
+from espalier.data.text.row_files import DataError
 
 SCHEME = "hf://"
 _STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from espalier.common.storage import paths, ranges
 from espalier.data.pieces import Piece
-from espalier.data.text.data_error import DataError
 
 # Longest line, and longest document of a text file: a small compressed file may hold terabytes.
 MAX_BYTES = 64 << 20
@@ -24,6 +23,10 @@ COMPRESSED = (".gz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # What happens to a row that cannot be used: it is an error, or it is left out, counted and listed.
 OnBadRow = Literal["error", "skip"]
+
+
+class DataError(ValueError):
+    """A file that cannot be used as data."""
 
 
 class BadRow(NamedTuple):

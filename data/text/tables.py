@@ -10,8 +10,7 @@ from espalier.data import pieces
 from espalier.data.pieces import Piece
 from espalier.data.text import arrow_files
 from espalier.data.text.arrow_files import Group
-from espalier.data.text.data_error import DataError
-from espalier.data.text.row_files import Row
+from espalier.data.text.row_files import DataError, Row
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH_BYTES = 64 << 20  # of a file's values in memory

@@ -14,6 +14,7 @@ from espalier.data.stream import mixing
 from espalier.data.text import corpus as corpus_lib
 from espalier.data.text import document_files, documents, tfds_source
 from espalier.data.text.document_filters import DocumentFilter
+from espalier.data.text.row_files import OnBadRow
 from espalier.data.text.sources import names
 
 
@@ -87,6 +88,7 @@ def register_files(
     max_document_bytes: int = documents.MAX_BYTES,
     data_root: str | None = None,
     filters: Sequence[DocumentFilter] = (),
+    on_bad_row: OnBadRow = "error",
     add_bos: bool = False,
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,
@@ -121,6 +123,7 @@ def register_files(
         max_document_bytes=max_document_bytes,
         data_root=data_root,
         filters=filters,
+        on_bad_row=on_bad_row,
         cache_dir=cache_dir,
     )
     several = source if isinstance(source, document_files.DocumentSets) else None

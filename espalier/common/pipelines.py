@@ -1,4 +1,4 @@
-"""Steps of independent work over a whole corpus: in processes of this machine, or on a cluster by Apache Beam.
+"""Steps of independent work over a whole corpus, by a pipeline of Apache Beam: on a cluster, or in processes of this machine.
 
 A step does one piece of work for each of its elements, such as writing one shard, and begins when the step before it has ended.
 Results go to files, never through the pipeline. A cluster may do an element twice, at the same time or after a worker was lost, and
@@ -7,14 +7,14 @@ completes the result (a manifest) is the last one, with one element. Apache Beam
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
-import multiprocessing
 import os
 import platform
 import re
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -59,46 +59,47 @@ class Step:
 def run(
     steps: Sequence[Step],
     *,
-    beam_options: Sequence[str] = (),
-    workers: int = 1,
+    beam_options: Sequence[str],
     progress: Callable[[], str] | None = None,
 ) -> dict[str, int]:
-    """Does all steps, one after the other, and returns the sums of their counts.
+    """Does all steps by a pipeline, one after the other; prints and returns the sums of their counts.
 
     Args:
       steps: the steps.
-      beam_options: options of a pipeline, see `parsed_options`; empty for processes of this machine.
-      workers: number of processes without a pipeline; 1 for this process alone.
+      beam_options: options of the pipeline, see `parsed_options`.
       progress: returns how far the work is, which is said every ten seconds.
 
     Raises:
       PipelineError: Apache Beam is not installed, an option is unknown, the pipeline failed, or a worker has other versions or
         does not see a path.
-      Exception: what the work raises, if there is no pipeline.
     """
-    if beam_options:
-        return _beam_counts(steps, beam_options, progress)
-    total: Counter[str] = Counter()
+    flags = checked_options(beam_options)
+    beam = apache_beam()
+    # The runners of this machine show all that workers log.
+    quiet = ["--default_sdk_harness_log_level=ERROR"] if is_local(flags) else []
+    options = beam.options.pipeline_options.PipelineOptions([*quiet, *flags])
+    pipeline = beam.Pipeline(runner=_runner(options), options=options)
+    done = None
     for step in steps:
-        with stages.stage(progress or step.name):
-            for counts in _in_processes(step, workers):
-                total.update(counts)
-    return dict(total)
-
-
-def _in_processes(step: Step, workers: int) -> Iterator[Mapping[str, int]]:
-    if min(workers, len(step.elements)) <= 1:
-        yield from map(step.work, step.elements)
-        return
-    context = multiprocessing.get_context("spawn")  # JAX and TensorFlow have threads
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(step.work, element) for element in step.elements]
+        done = _add(beam, pipeline, step, done)
+    text = ", then ".join(f"{step.name} ({len(step.elements):,})" for step in steps)
+    print(f"pipeline {' '.join(flags)}: {text}", file=sys.stderr, flush=True)
+    if not is_local(flags) and (shared := _of_machine(steps)):
+        print(f"every worker must see {', '.join(shared)}", file=sys.stderr, flush=True)
+    with stages.stage(progress or (lambda: f"pipeline: {text}")):
         try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            result = pipeline.run()
+            state = result.wait_until_finish()
+        except Exception as error:
+            raise PipelineError(
+                _problem("".join(traceback.format_exception_only(error)))
+            ) from error
+    if state not in ("DONE", None):
+        raise PipelineError(f"the pipeline ended in state {state}; its runner's log says why")
+    counts = _counters(beam, result)
+    text = "".join(f", {n:,} {name}" for name, n in counts.items())
+    print(f"pipeline done{text}", file=sys.stderr, flush=True)
+    return counts
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -192,33 +193,6 @@ def _exits_as_errors() -> Iterator[None]:
         raise PipelineError("--beam_pipeline_options: a value is not valid, see above") from None
 
 
-def _beam_counts(
-    steps: Sequence[Step], texts: Sequence[str], progress: Callable[[], str] | None
-) -> dict[str, int]:
-    flags = checked_options(texts)
-    beam = apache_beam()
-    options = beam.options.pipeline_options.PipelineOptions(flags)
-    pipeline = beam.Pipeline(runner=_runner(options), options=options)
-    done = None
-    for step in steps:
-        done = _add(beam, pipeline, step, done)
-    text = ", then ".join(f"{step.name} ({len(step.elements):,})" for step in steps)
-    print(f"pipeline {' '.join(flags)}: {text}", flush=True)
-    if not is_local(flags) and (shared := _of_machine(steps)):
-        print(f"every worker must see these paths: {', '.join(shared)}", flush=True)
-    with stages.stage(progress or (lambda: f"pipeline: {text}")):
-        try:
-            result = pipeline.run()
-            state = result.wait_until_finish()
-        except Exception as error:
-            raise PipelineError(_problem(str(error))) from error
-    if state not in ("DONE", None):
-        raise PipelineError(f"the pipeline ended in state {state}; its runner's log says why")
-    counts = _counters(beam, result)
-    print("pipeline done" + "".join(f", {n:,} {name}" for name, n in counts.items()), flush=True)
-    return counts
-
-
 def _runner(options: Any) -> Any:
     """Returns the runner, or None for Beam's choice by name.
 
@@ -310,4 +284,9 @@ def _problem(text: str) -> str:
     text = re.sub(r" \[while running '.*?'\]", "", text.replace("\\n", "\n"))
     own = re.findall(r"^(?:espalier\.[\w.]+|ValueError|OSError): (.+)$", text, re.MULTILINE)
     lines = list(filter(None, map(str.strip, text.splitlines())))
-    return f"the pipeline failed: {[*lines, *own][-1] if lines else 'its runner gives no reason'}"
+    if own:
+        return f"the pipeline failed: {own[-1]}"
+    reason = lines[-1] if lines else "its runner gives no reason"
+    return (
+        f"the pipeline failed ({reason}). What is done is kept: the same command goes on after it"
+    )

@@ -1,6 +1,7 @@
 """Files of rows that commands read and write: JSON lines, one object each."""
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import os
@@ -29,6 +30,12 @@ def local(path: str, flag: str) -> pathlib.Path:
     if not os.path.isfile(file):
         raise RowFileError(f"--{flag}={path}: there is no such file.")
     return pathlib.Path(file)
+
+
+def digest(path: str, flag: str) -> str:
+    """Returns the SHA-256 of a file that a flag names."""
+    with open(local(path, flag), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, dict[str, Any]]]:
@@ -109,9 +116,14 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
         for _ in iterator:
             pass
         return
+    write_lines(path, map(line, itertools.chain(first, iterator)))
+
+
+def write_lines(path: str, lines: Iterable[bytes]) -> None:
+    """Writes blocks of whole lines as `write` writes rows."""
     with output_files.opened(path) as whole, documents.compressed(whole, path) as file:
-        for row in itertools.chain(first, iterator):
-            file.write(_line(row))
+        for block in lines:
+            file.write(block)
             if file is whole:
                 file.flush()
 
@@ -121,7 +133,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     output_files.write(path, files.json_bytes(value, indent=2, end="\n", allow_nan=False))
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def line(row: Any) -> bytes:
+    """Returns a row as the line of a file."""
     return files.json_bytes(row, indent=None, end="\n")
 
 
@@ -136,12 +149,12 @@ class ResumedRows:
         self._file, self._sync = file, sync
         self.rows: list[tuple[str, dict[str, Any]]] = []
         size = 0
-        for number, line in enumerate(file, 1):
+        for number, text in enumerate(file, 1):
             place = f"{path}, line {number}"
-            row = files.json_object(line)
-            cut = not line.endswith(b"\n")
+            row = files.json_object(text)
+            cut = not text.endswith(b"\n")
             # A stop cuts a row short. A file of something else that ends without a line break is left alone.
-            if cut and line.startswith(b"{") and (row is None or number > 1):
+            if cut and text.startswith(b"{") and (row is None or number > 1):
                 break
             if cut or row is None:
                 problem = (
@@ -150,7 +163,7 @@ class ResumedRows:
                 raise RowFileError(
                     f"{place} {problem}: delete the line to make the row again, or give another path."
                 )
-            size += len(line)
+            size += len(text)
             self.rows.append((place, row))
         if writer:
             file.truncate(size)
@@ -187,7 +200,7 @@ class ResumedRows:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row and flushes it."""
-        self._file.write(_line(row))
+        self._file.write(line(row))
         self._file.flush()
         if self._sync:
             os.fsync(self._file.fileno())

@@ -1,15 +1,21 @@
 """Scores rows with a run's model: the log-probability of each token."""
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from espalier.launch.inference import row_files
-from espalier.launch.load import side_by_side
+from espalier.common.storage import output_files
+from espalier.data.text import documents
+from espalier.launch.inference import row_files, shards
+from espalier.launch.load import load_run, side_by_side
 from espalier.launch.load.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
+from espalier.trainers.decoding.buckets import BATCHES_SORTED
 from espalier.trainers.scoring.scoring import Row, Scorer
 
 
@@ -22,12 +28,17 @@ def score(
     params: str = "auto",
     adapter: Sequence[str] = (),
     batch_size: int = 8,
+    pipeline: shards.Pipeline | None = None,
 ) -> None:
     """Writes the rows of the file `inputs` with their scores to `output`; see launch/load/load_run.py for `params`.
 
-    With directories of adapters, the rows with each of them follow one another, with its "adapter".
+    With directories of adapters, the rows with each of them follow one another, with its "adapter". A pipeline writes the same
+    bytes: its workers have the same batches, if `batch_size` is a multiple of the devices of each.
     """
     row_files.check_output(output, compressed=True, others={"inputs": inputs})
+    if pipeline is not None:
+        _score_by(pipeline, checkpoint, inputs, output, adapter, batch_size)
+        return
     placed_rows = row_files.read(inputs, example=EXAMPLE)
     loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
     with loads as runs:
@@ -35,19 +46,13 @@ def score(
         rows = [scored_row(run, row, where) for where, row in placed_rows]
         sums: dict[str | None, float] = {}
         began = time.perf_counter()
-        scorer = None
 
         def scored() -> Iterator[dict[str, Any]]:
-            nonlocal scorer
-            for name, run in runs:
-                scorer = _scorer(run, batch_size, len(rows), scorer)
+            for name, own in _streams(runs, placed_rows, rows, batch_size, len(rows), []):
                 sums[name] = 0.0
-                for (_, row), logp_T in zip(placed_rows, scorer.stream(rows), strict=True):
-                    logprobs = logp_T.tolist()
-                    total = sum(logprobs)
-                    sums[name] += total
-                    named = {} if name is None else {"adapter": name}
-                    yield {**row, **named, "logprobs": logprobs, "sum": total}
+                for row in own:
+                    sums[name] += row["sum"]
+                    yield row
 
         primary = jax.process_index() == 0
         row_files.write(output, scored(), writer=primary)
@@ -61,13 +66,104 @@ def score(
         )
 
 
-def _scorer(run: LoadedRun, batch_size: int, rows: int, earlier: Scorer | None) -> Scorer:
-    """Returns the earlier scorer with a run's parameters if it is of the same model, else another."""
-    if earlier is not None and earlier.model is run.model:
-        earlier.use(run.params)
-        return earlier
-    size = run.batch_size(batch_size, rows)
-    return Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+_Placed = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def _streams(
+    runs: Sequence[tuple[str | None, LoadedRun]],
+    placed: _Placed,
+    rows: Sequence[Row],
+    batch_size: int,
+    total: int,
+    made: list[Scorer],
+) -> Iterator[tuple[str | None, Iterator[dict[str, Any]]]]:
+    """Yields for each adapter its name and the rows with their scores.
+
+    Args:
+      runs: see `side_by_side.load`.
+      placed, rows: the rows of the file, and as the model reads them.
+      batch_size: rows at a time, at most.
+      total: number of rows of the file, of which `rows` may be a part.
+      made: scorers of earlier calls, which are used again; new ones are appended.
+    """
+    for name, run in runs:
+        scorer = _scorer(run, run.batch_size(batch_size, total), made)
+        yield name, _named(name, placed, scorer.stream(rows))
+
+
+def _named(
+    name: str | None, placed: _Placed, scored: Iterator[np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    named = {} if name is None else {"adapter": name}
+    for (_, row), logp_T in zip(placed, scored, strict=True):
+        logprobs = logp_T.tolist()
+        yield {**row, **named, "logprobs": logprobs, "sum": sum(logprobs)}
+
+
+def _scorer(run: LoadedRun, size: int, made: list[Scorer]) -> Scorer:
+    """Returns a scorer with a run's parameters: the one of the same model, whose programs stay, or else another."""
+    for scorer in made:
+        if scorer.model is run.model:
+            scorer.use(run.params)
+            return scorer
+    made.append(Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding))
+    return made[-1]
+
+
+def _score_by(
+    pipeline: shards.Pipeline,
+    checkpoint: str,
+    inputs: str,
+    output: str,
+    adapter: Sequence[str],
+    batch_size: int,
+) -> None:
+    """Writes the scores that workers of a pipeline compute."""
+    if batch_size < 1:
+        raise LoadError(f"--batch_size={batch_size} must be at least 1.")
+    if output_files.is_stream(output):
+        raise row_files.RowFileError(
+            f"--output={output} is no file, beside which a pipeline has its shards: give a file."
+        )
+    began = time.perf_counter()
+    local = row_files.local(inputs, "inputs")
+    record = {
+        "words": pipeline.words,
+        "checkpoint": load_run.place(checkpoint),
+        "inputs": row_files.digest(inputs, "inputs"),
+    }
+    done = pipeline.made(
+        output,
+        documents.read_json_lines(local, example=EXAMPLE),
+        size=shards.size_of(BATCHES_SORTED * batch_size, os.fspath(local)),
+        streams=max(1, len(adapter)),
+        record=record,
+        reads=(checkpoint, *adapter),
+    )
+    row_files.write_lines(output, done.joined())
+    done.remove()
+    seconds = time.perf_counter() - began
+    print(f"{done.rows:,} rows of {done.count:,} shards in {seconds:.1f} s", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def scorer_of(words: Sequence[str], all_shards: shards.Shards) -> Iterator[shards.Scorer]:
+    """Context manager: yields what scores a shard, with the model that is loaded once; see `shards.Work`."""
+    start = load_run.start_of(words, load_run.add_row_flags)
+    flags = start.flags
+    loads = side_by_side.load(
+        start(), flags.checkpoint, flags.adapter, params=flags.params, encoder_decoders=True
+    )
+    made: list[Scorer] = []
+    with start.config.in_use(), loads as runs:
+
+        def score(part: Sequence[Any]) -> Iterator[Iterator[dict[str, Any]]]:
+            placed = [(f"{flags.inputs}, line {number}", row) for number, row in part]
+            rows = [scored_row(runs[0][1], row, where) for where, row in placed]
+            streams = _streams(runs, placed, rows, flags.batch_size, all_shards.rows, made)
+            return (own for _, own in streams)
+
+        yield score
 
 
 def row_of(run: LoadedRun, inputs: Sequence[int], targets: Sequence[int]) -> Row:

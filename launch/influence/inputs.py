@@ -104,9 +104,11 @@ class Source:
     module: Sequence[Name] = ()
     max_documents: int | None = None
 
-    def of(self, run: LoadedRun, length: int) -> "Documents":
-        """Returns the documents as a model reads them, at most `length` tokens of each."""
-        return Documents(run=run, length=length, source=self)
+    def of(
+        self, run: LoadedRun, length: int, part: Sequence[tuple[int, Any]] | None = None
+    ) -> "Documents":
+        """Returns the documents as a model reads them, at most `length` tokens of each; see `Documents` for a part of them."""
+        return Documents(run=run, length=length, source=self, part=part)
 
     def import_mixtures(self) -> None:
         """Imports the modules of a mixture; raises LoadError for settings of a mixture without one."""
@@ -131,6 +133,7 @@ class Documents:
       run: the model that reads them.
       length: tokens that are read of each; the rest is cut off.
       source: which documents these are.
+      part: (line, row) of some documents of the file, which are read in place of it; None for all.
       cut: number of documents that were cut, of the last iteration.
       repeated: (place, place of the first) of documents with the tokens of an earlier one, of the last iteration.
     """
@@ -138,6 +141,7 @@ class Documents:
     run: LoadedRun
     length: int
     source: Source
+    part: Sequence[tuple[int, Any]] | None = None
     cut: int = 0
     repeats: int = 0
     repeated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -151,7 +155,7 @@ class Documents:
             raise LoadError(f"--max_documents={self.limit} must be at least 1.")
         if self.path is None:
             _check_mixture(self.run, self.mixture, self.split)
-        else:
+        elif self.part is None:
             self._file = row_files.local(self.path, "documents")
 
     def __iter__(self) -> Iterator[Row]:
@@ -170,7 +174,7 @@ class Documents:
         """Yields {"document": number, "text": decoded tokens} of those wanted documents that come without a text."""
         without = set(wanted)
         if self.path is not None:
-            rows = enumerate(row for _, row in itertools.islice(self._lines(), self.limit))
+            rows = enumerate(row for _, row in itertools.islice(self.lines(), self.limit))
             without = {i for i, row in rows if i in without and "text" not in row}
         if without:
             for i, row in enumerate(self):
@@ -180,7 +184,7 @@ class Documents:
     def record(self) -> dict[str, Any]:
         """Returns what identifies the documents: the digest of the file, or of the tokens of a mixture, which are read once."""
         if self.path is not None:
-            own = digest(self.path, "documents")
+            own = row_files.digest(self.path, "documents")
             return {"path": paths.absolute(self.path), "sha256": own, "limit": self.limit}
         tokens = hashlib.sha256()
         for row in self:
@@ -194,7 +198,7 @@ class Documents:
             own = [task.num_input_examples(self.split) for task in _tasks(self.mixture)]
             known = [] if None in own else [sum(own)]
             return min([*known, *([] if self.limit is None else [self.limit])], default=None)
-        return sum(1 for _ in itertools.islice(self._lines(), self.limit))
+        return sum(1 for _ in itertools.islice(self.lines(), self.limit))
 
     def notes(self) -> list[str]:
         """Returns sentences about documents that were cut, and repeated ones, of the last iteration."""
@@ -210,7 +214,10 @@ class Documents:
             )
         return notes
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields (number, row) of the lines of the file."""
+        if self.part is not None:
+            return iter(self.part)
         return document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
 
     def _placed(self) -> Iterator[tuple[str, Row]]:
@@ -228,7 +235,7 @@ class Documents:
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         if self.path is not None:
-            for number, row in self._lines():
+            for number, row in self.lines():
                 yield f"{self.path}, line {number}", row
             return
         for i, example in enumerate(_examples(self.mixture, self.split, self.length)):
@@ -319,12 +326,6 @@ def texts(run: LoadedRun, row: Row) -> list[str]:
 def write_sample(path: pathlib.Path, rows: list[Row]) -> None:
     """Writes the first documents that factors were fitted on, which refinements and measurements use."""
     path.write_text(json.dumps([dataclasses.asdict(row) for row in rows]) + "\n")
-
-
-def digest(path: str, flag: str) -> str:
-    """Returns the SHA-256 of a file that a flag names."""
-    with open(row_files.local(path, flag), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_sample(path: pathlib.Path) -> list[Row]:

@@ -58,6 +58,7 @@ class Method:
 
     name: ClassVar[str]
     needs_factors = False
+    by_document: ClassVar[bool] = True  # whether a document's scores depend on no other document
     # What only gradients can have.
     per_layer = False
     token_scores = 0
@@ -79,6 +80,7 @@ class Bm25(Method):
     """Shared tokens by BM25."""
 
     name = "bm25"
+    by_document = False
 
     def scorer(self, scan: Scan) -> Any:
         from espalier.launch.influence import scorers

@@ -65,6 +65,8 @@ def opened(
         raise RowFileError(f"--out={out} is a whole bucket: give a name in it, {out}/NAME.")
     parent, _, name = out.rpartition("/") if beside else (out, "", "")
     kind = ".beside" if beside else ""  # folders of this machine must not lie in each other
+    if beside:
+        without = [*without, f"{name}.shards"]  # of a pipeline, whose workers write them
     try:
         held = StoreLock(f"{out}.lock")
     except HeldError as error:

@@ -7,28 +7,37 @@ Example, after `espalier influence fit` wrote /tmp/factors:
 A query is {"prompt": "...", "completion": "..."}. Row i of the output has "scores", one for each query, and "norm", the norm of
 the gradient of document i; a positive score means that the document makes the completion more probable. A stopped scan
 continues when the same command runs again. The queries' gradients are in scores.jsonl.queries, and the top and bottom documents
-of each query in scores.jsonl.top.json. --method=bm25 needs the extra `influence` (pip install 'espalier-lm[influence]').
+of each query in scores.jsonl.top.json. With --beam_pipeline_options the workers of an Apache Beam pipeline score the documents, in
+shards beside the output, which stay when it is stopped; the scores are the same. --method=bm25 needs the extra `influence` (pip
+install 'espalier-lm[influence]').
 """
 
 import argparse
+import contextlib
+import functools
+import itertools
 import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common import pipelines
 from espalier.common.storage import paths
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import File, Folder
-from espalier.launch.inference import row_files
+from espalier.launch.inference import row_files, shards
 from espalier.launch.influence import inputs, methods, outputs
 from espalier.launch.load import load_run
 from espalier.launch.load.load_run import LoadError, RunConfig
 
 _FILES = ("factors", "queries", "out")
 _SIZES = ("top", "length", "batch_size")
+_NOT_COUNTED = [
+    "documents that were cut, or that repeat an earlier one, are not counted by a pipeline"
+]
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +53,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     setting_flags.add(group, inputs.Source)
     methods.add_flags(group)
     setting_flags.add(group, score, names=_SIZES)
+    pipelines.add_flag(parser)
 
 
 def _default_files(flags: argparse.Namespace) -> Sequence[str]:
@@ -67,8 +77,29 @@ def _run(start: cli.Start) -> None:
         params=flags.params,
         source=source,
         method=methods.of_flags(flags),
+        pipeline=shards.pipeline(start, "espalier.launch.influence.score:scorer_of"),
         **setting_flags.given(flags, score, (*_FILES, *_SIZES)),
     )
+
+
+@contextlib.contextmanager
+def scorer_of(words: Sequence[str], all_shards: shards.Shards) -> Iterator[shards.Scorer]:
+    """Context manager: yields what scores a shard, with the model and the queries that are read once; see `shards.Work`."""
+    del all_shards
+    start = load_run.start_of(words, _add_flags, files=_default_files)
+    flags = start.flags
+    given = setting_flags.given(flags, _scan)
+    source = inputs.Source(**setting_flags.given(flags, inputs.Source))
+    opened = _scan(start(), **given, source=source, part=())
+    with start.config.in_use(), opened as scan:
+        scored = methods.of_flags(flags).scorer(scan)
+        scored.prepare(outputs.local(outputs.queries_folder(flags.out)), {})
+
+        def score(part: Sequence[Any]) -> Iterator[Iterator[dict[str, Any]]]:
+            scan.source.part = part
+            yield scored.stream(0)
+
+        yield score
 
 
 def score(
@@ -84,6 +115,7 @@ def score(
     top: int = 100,
     length: int | None = None,
     batch_size: int = 8,
+    pipeline: shards.Pipeline | None = None,
 ) -> None:
     """Writes the scores of documents to `out`, or continues there.
 
@@ -99,6 +131,7 @@ def score(
       top: number of top and bottom documents of each query in OUT.top.json.
       length: tokens that are read of each document; those of the factors if not set.
       batch_size: documents at a time.
+      pipeline: scores the documents, after this process has prepared the queries; the scores are the same.
 
     Raises:
       LoadError: settings or rows that do not fit, or scores of other settings in `out`.
@@ -112,35 +145,30 @@ def score(
         )
     if top < 1:
         raise LoadError(f"--top={top} must be at least 1.")
-    fitted = outputs.read(factors) if factors else None
-    if length is None and fitted is not None:
-        length = int(fitted["length"])
-    with (
-        config.load(checkpoint, params=params, encoder_decoders=True) as run,
-        outputs.opened(out, beside=True) as (path, push),
-    ):
-        size = inputs.length_of(run, length)
-        rows = inputs.read_queries(run, queries, size)
-        documents = source.of(run, size)
-        scan = methods.Scan(
-            **{"config": config, "checkpoint": checkpoint, "params": params, "run": run},
-            **{"rows": rows, "source": documents, "factors": factors, "fitted": fitted},
-            batch_size=run.batch_size(batch_size, 1 << 30),
-        )
+    if pipeline is not None:
+        _check_pipeline(source, method)
+    opened = _scan(
+        config,
+        **{"checkpoint": checkpoint, "params": params, "queries": queries, "source": source},
+        **{"factors": factors, "length": length, "batch_size": batch_size},
+    )
+    with opened as scan, outputs.opened(out, beside=True) as (path, push):
+        documents = scan.source
         record = {
             "method": method.name,
             "queries": {
                 "path": paths.absolute(queries),
-                "sha256": inputs.digest(queries, "queries"),
+                "sha256": row_files.digest(queries, "queries"),
             },
             "documents": documents.record(),
-            "length": size,
+            "length": documents.length,
             "per_layer": method.per_layer,
             **method.record(),
         }
         scored = method.scorer(scan)
         began = time.perf_counter()
-        count = _write(path, scored, record | scored.record, out=out, push=push)
+        made = None if pipeline is None else functools.partial(_made, pipeline, scan, out)
+        count = _write(path, scored, record | scored.record, out=out, push=push, made=made)
         seconds = time.perf_counter() - began
         writer = agreement.is_primary()
         if writer:
@@ -154,15 +182,60 @@ def score(
             row_files.write(outputs.tokens_file(path), rows_of_tokens, writer=writer)
         push()
     if writer:
-        for note in [*documents.notes(), *scored.notes()]:
+        for note in [*(_NOT_COUNTED if pipeline else documents.notes()), *scored.notes()]:
             print(note)
-        print(f"{count:,} documents scored for {len(rows)} queries in {seconds:.1f} s: {out}")
+        print(f"{count:,} documents scored for {len(scan.rows)} queries in {seconds:.1f} s: {out}")
+
+
+@contextlib.contextmanager
+def _scan(
+    config: RunConfig,
+    *,
+    checkpoint: str,
+    queries: str,
+    source: inputs.Source,
+    factors: str | None = None,
+    params: str = "auto",
+    length: int | None = None,
+    batch_size: int = 8,
+    part: Sequence[tuple[int, Any]] | None = None,
+) -> Iterator[methods.Scan]:
+    """Context manager: loads the model and the queries; arguments as of `score`, and as of `inputs.Documents`."""
+    fitted = outputs.read(factors) if factors else None
+    if length is None and fitted is not None:
+        length = int(fitted["length"])
+    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
+        size = inputs.length_of(run, length)
+        yield methods.Scan(
+            **{"config": config, "checkpoint": checkpoint, "params": params, "run": run},
+            **{"factors": factors, "fitted": fitted},
+            rows=inputs.read_queries(run, queries, size),
+            source=source.of(run, size, part),
+            batch_size=run.batch_size(batch_size, 1 << 30),
+        )
+
+
+def _check_pipeline(source: inputs.Source, method: methods.Method) -> None:
+    if not method.by_document:
+        raise LoadError(
+            f"--method={method.name} scores all documents together, in one process: remove --beam_pipeline_options."
+        )
+    if source.documents is None:
+        raise LoadError(
+            "--mixture is read by one process: give --documents=FILE, or remove --beam_pipeline_options."
+        )
 
 
 def _write(
-    path: str, scored: Any, record: Mapping[str, Any], *, out: str, push: Callable[[], None]
+    path: str,
+    scored: Any,
+    record: Mapping[str, Any],
+    *,
+    out: str,
+    push: Callable[[], None],
+    made: Callable[[Mapping[str, Any]], shards.Shards] | None,
 ) -> int:
-    """Writes the rows that a file does not have yet, and returns the number of all; see `outputs.opened`."""
+    """Writes the rows that a file does not have yet, and returns the number of all; see `outputs.opened` and `_made`."""
     import jax
 
     from espalier.trainers.influence import files
@@ -184,6 +257,8 @@ def _write(
         )
     scored.prepare(folder, record)
     push()
+    if made is not None:
+        return _write_made(path, scored.source.count(), lambda: made(record), push)
     pushed = time.monotonic()
     with row_files.resumed(path, writer=writer) as rows:
         count = len(rows.rows)
@@ -195,6 +270,38 @@ def _write(
                 push()
                 pushed = time.monotonic()
     return count
+
+
+def _write_made(
+    path: str, total: int, made: Callable[[], shards.Shards], push: Callable[[], None]
+) -> int:
+    """Writes the rows of shards, unless all rows are there; returns their number."""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if sum(1 for _ in file) == total:
+                return total
+    done = made()
+    row_files.write_lines(path, done.joined())
+    push()
+    done.remove()
+    return done.rows
+
+
+def _made(
+    pipeline: shards.Pipeline, scan: methods.Scan, out: str, record: Mapping[str, Any]
+) -> shards.Shards:
+    """Returns the shards that workers of a pipeline have written."""
+    from espalier.trainers.decoding.buckets import BATCHES_SORTED
+
+    documents = scan.source
+    file = row_files.local(documents.path or "", "documents")
+    return pipeline.made(
+        out,
+        itertools.islice(documents.lines(), documents.limit),
+        size=shards.size_of(BATCHES_SORTED * scan.batch_size, os.fspath(file)),
+        record={"scores": record},
+        reads=[outputs.queries_folder(out), *([scan.factors] if scan.factors else [])],
+    )
 
 
 main = load_run.command(__doc__, "influence score", _run, _add_flags, files=_default_files)

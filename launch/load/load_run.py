@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # flags are parsed before gin is imported
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 
 OWN = "t5x_configs/runs/load_run.gin"  # of every command that reads a model
+_ENTRY = "espalier.launch.load.load_run:RunConfig"
+_UNUSED = {"VOCABULARY": "None"}
 PARAMS = ("auto", "raw", "ema")
 CacheDtype = Literal["int8", "bfloat16", "float16", "float32"]  # of cached keys and values
 SpecialTokens = Literal["texts", "everywhere", "nowhere"]
@@ -104,16 +106,27 @@ def command(
       files: as `default_files` of `cli.main`.
       without_model: whether the command may need no model.
     """
-    unused = {"VOCABULARY": "None", **({"MODEL": "None"} if without_model else {})}
+    unused = {**_UNUSED, **({"MODEL": "None"} if without_model else {})}
     return cli.gin_command(
         doc,
-        "espalier.launch.load.load_run:RunConfig",
+        _ENTRY,
         command=name,
         extra_flags=add_flags,
         run=run,
         unused=unused,
         default_files=files,
     )
+
+
+def start_of(
+    words: Sequence[str],
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    *,
+    files: Callable[[argparse.Namespace], Sequence[str]] = default_files,
+) -> cli.Start:
+    """Returns the `Start` of the words of a `command` that is under way in another process."""
+    options: dict[str, Any] = {"unused": _UNUSED, "default_files": files}
+    return cli.start_of(words, _ENTRY, extra_flags=add_flags, **options)
 
 
 def trusting_command(
@@ -232,8 +245,8 @@ def configuration_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "Configur
 
     return gin_config.load(
         list(gin_file),
-        entry="espalier.launch.load.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
+        entry=_ENTRY,
+        unused=_UNUSED,
         defaults=list(files_of(checkpoint, gin_file)),
     )
 

@@ -7,16 +7,18 @@ Example: the English prose and docstrings of installed packages as bytes, under 
 The gin files and bindings of a training command work unchanged; settings that do not concern its data are
 ignored. A run builds missing caches by itself, but stops with an error if a task has changed since its
 cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
+The rows of very large caches are planned here too, if the gin files of the run are given.
 """
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from espalier.data.cache import task_cache
-from espalier.data.stream import mixing
+from espalier.data.cache import store, task_cache
+from espalier.data.stream import mixing, rows, stored_plan, stream
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +27,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="delete caches of these tasks that are damaged or out of date",
     )
+    workers.add_flag(parser)
 
 
 def build_caches(
@@ -34,6 +37,7 @@ def build_caches(
     splits: Sequence[str] = ("train", "validation"),
     cache_dir: str | os.PathLike | None = None,
     replace: bool = False,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, int]]:
     """Builds the token caches of every task of a mixture, and prints their sizes.
 
@@ -43,6 +47,8 @@ def build_caches(
       splits: splits to build, for the tasks that have them.
       cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
       replace: whether to delete caches of these tasks that are damaged or out of date.
+      plan: arguments of `data.stream.rows.plan_source`, with which a run plans its rows. Plans that would be made when the
+        first run starts, those of very large caches, are made now. None makes none.
 
     Returns:
       Target tokens by task and split.
@@ -72,7 +78,20 @@ def build_caches(
         print(
             f"{task.name:20s} {split:12s} {cache.num_records:10,d} {count:14,d}  {cache.directory}"
         )
+        if plan is not None and stored_plan.is_needed(cache):
+            if replace:
+                store.remove_plans(cache.directory)
+            planned = rows.plan_source(task.name, cache, **plan).plan
+            print(f"{planned.num_rows:,} rows of {planned.row_lengths} are planned")
     return tokens
+
+
+def _run(start: cli.Start) -> Any:
+    names = ("task_feature_lengths", "packing", "long_documents", "inputs_prefix")
+    plan: dict[str, Any] = start.config.bound_to(stream.make_stream, *names)
+    lengths = plan.pop("task_feature_lengths", None)
+    given: dict[str, Any] = {"plan": {"feature_lengths": lengths, **plan}} if lengths else {}
+    return start(**given, **({"replace": True} if start.flags.replace else {}))
 
 
 main = cli.gin_command(
@@ -80,7 +99,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=lambda start: start(replace=True) if start.flags.replace else start(),
+    run=workers.limited(_run),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 from espalier.data import tasks as registered
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 SHOWN_BYTES = 300_000  # bytes of each task for measuring bytes per token
 
@@ -56,6 +57,8 @@ main = cli.gin_command(
     __doc__,
     "espalier.launch.prepare.vocabulary:make_vocabulary",
     command="prepare vocabulary",
+    extra_flags=workers.add_flag,
+    run=workers.limited(lambda start: start()),
     default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
     part=True,
 )

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,24 @@ def write_llama(
 def prompts(case: Mapping[str, Any], batch: int, length: int) -> list[list[int]]:
     """Returns random prompts, the same on both sides."""
     return np.random.default_rng(1).integers(3, case["vocab_size"], (batch, length)).tolist()
+
+
+def byte_level_bpe(texts: Iterable[str], size: int, end: str) -> Any:
+    """Returns a byte-level BPE tokenizer of `size` ids, trained on texts; the first id is the special token `end`."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 class RandomRows:

@@ -5,6 +5,7 @@ prints its reports as lines of JSON: one at its end (`measured`), or one for eac
 """
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 
 from espalier.common.stages import duration
 
@@ -26,6 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONTENDED = 0.3  # cores busy with other programs; above this, wall times are unreliable
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
 _TELL_SECONDS = 10.0
+_PR_SET_CHILD_SUBREAPER = 36  # Linux
 K, T = TypeVar("K"), TypeVar("T")
 Report = dict[str, Any]
 
@@ -64,20 +67,44 @@ def measured(command: list[str], *, env: Mapping[str, str] | None = None) -> Rep
     Raises:
       PeerError: the process failed.
     """
+    output, use = timed(command, env=env)
+    report = json.loads(output.strip().splitlines()[-1])
+    return {**report, "process_cpu_s": use["process_cpu_s"], "other_load": use["other_load"]}
+
+
+def timed(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> tuple[str, Report]:
+    """Runs a command; returns its output, and {'wall_s', 'process_cpu_s', 'other_load' (cores)}, its children included.
+
+    Raises:
+      PeerError: the process failed.
+    """
     variables = _variables(env) | {"BENCH_PROCESS_START": repr(time.time())}
     before, busy = time.perf_counter(), _busy_seconds()
     used = _used_by_children()
-    process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    with _orphans_adopted():
+        process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        wall = time.perf_counter() - before
     if process.returncode:
         status = f"ended with status {process.returncode}"  # negative: the signal that ended it
         raise PeerError(f"{' '.join(command)} {status}:\n{process.stderr[-2000:]}")
-    wall = time.perf_counter() - before
     cpu = _used_by_children() - used
-    other_seconds = (_busy_seconds() - busy) - cpu
-    report = json.loads(process.stdout.strip().splitlines()[-1])
-    report["process_cpu_s"] = cpu
-    report["other_load"] = round(max(0.0, other_seconds) / wall, 2)
-    return report
+    other = round(max(0.0, _busy_seconds() - busy - cpu) / wall, 2)
+    return process.stdout, {"wall_s": wall, "process_cpu_s": cpu, "other_load": other}
+
+
+@contextlib.contextmanager
+def _orphans_adopted() -> Iterator[None]:
+    """Waits on exit for processes whose parent ended before them, such as forkservers: else their time counts nowhere."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    before = {child.pid for child in psutil.Process().children()}
+    try:
+        yield
+    finally:
+        for child in psutil.Process().children():
+            if child.pid not in before:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(child.pid, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def _used_by_children() -> float:

@@ -128,7 +128,8 @@ def _write(
 
     model = pathlib.Path(folder, "model")
     text = _text()
-    tokenizer = _tokenizer(text, sizes["vocab_size"])
+    lines = text.splitlines(keepends=True)
+    tokenizer = case.byte_level_bpe(lines, sizes["vocab_size"], "</s>")
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     config = case.hf_config(
         {},
@@ -160,24 +161,6 @@ def _text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def _tokenizer(text: str, size: int) -> Any:
-    """Returns a byte-level BPE tokenizer of a text."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return tokenizer
 
 
 def _requests(text: str, documents: int, prompts: int, new_tokens: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Steps of work over a corpus: the same result in one process, in several, and by Apache Beam (`make test-beam`)."""
+"""Steps of work over a corpus, by pipelines of Apache Beam (`make test-beam`)."""
 
 import contextlib
 import dataclasses
@@ -53,18 +53,6 @@ class Squares:
 
 
 COUNTS = {"squares": 6, "digits": 8, "sums": 1}
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_step_begins_when_the_one_before_has_ended(tmp_path, workers):
-    assert pipelines.run(Squares(str(tmp_path)).steps(), workers=workers) == COUNTS
-    assert (tmp_path / "sum.txt").read_text() == "55"
-
-
-def test_processes_raise_the_error_of_the_work(tmp_path):
-    step = Step("fail", Squares(str(tmp_path)).fail, range(2))
-    with pytest.raises(ValueError, match=r"file_\d.jsonl, line 7: malformed"):
-        pipelines.run([step], workers=2)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +110,17 @@ def test_options_that_beam_does_not_have_are_refused(options, message):
 
 
 @beam
-def test_processes_of_the_direct_runner(tmp_path):
-    folder = str(tmp_path)
-    assert pipelines.run(Squares(folder).steps(), beam_options=[PROCESSES]) == COUNTS
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of Beam's
+def test_a_pipeline_goes_on_after_one_whose_worker_was_killed(tmp_path, capfd):
+    steps = Squares(str(tmp_path), kills=True).steps()
+    with pytest.raises(PipelineError, match="the same command goes on"):
+        pipelines.run(steps, beam_options=[PROCESSES])
+    assert not (tmp_path / "sum.txt").exists()
+    capfd.readouterr()
+    assert pipelines.run(steps, beam_options=[PROCESSES]) == COUNTS
     assert (tmp_path / "sum.txt").read_text() == "55"
+    assert "write squares (6), then add them (1)\n" in (said := capfd.readouterr().err)
+    assert "pipeline done, 8 digits, 6 squares, 1 sums\n" in said
 
 
 @beam

@@ -15,7 +15,8 @@ from espalier.data.instructions import tasks as instructions
 from espalier.data.preference import tasks as preference
 from espalier.data.prompts import tasks as prompts
 from espalier.data.t5 import examples as t5
-from espalier.data.text import user_data
+from espalier.data.text import document_files, user_data
+from espalier.data.tokenizers import vocabularies
 
 # Combining and astral characters, line ends, NUL, the replacement character, SentencePiece's space and its stand-in, byte
 # order marks, white space alone, and the spellings of special tokens.
@@ -49,6 +50,27 @@ def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def train(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the path of a SentencePiece model of 500 pieces, trained on the texts."""
+    texts = [f"{text} {n} the quick brown fox" for n in range(30) for text in HARD]
+    path = _write(folder / "corpus.jsonl", [{"text": text} for text in texts])
+    corpus = document_files.find(
+        name="corpus", files=path, validation_fraction=0.0, cache_dir=folder / "cache"
+    )
+    made = vocabularies.sentencepiece(
+        **{"corpus": corpus, "size": 500, "character_coverage": 0.98},
+        cache_dir=folder / "cache",
+    )
+    return pathlib.Path(made.sentencepiece_model_file)
+
+
+def register_text(folder: pathlib.Path, vocabulary: Any, **settings: Any) -> None:
+    """Registers the task of texts, whose files `register` has written; `settings` of `register_files`."""
+    settings = {"name": "text", "validation_fraction": 0.2, **settings}
+    files = {"files": str(folder / settings["name"] / "*.jsonl"), "cache_dir": folder / "cache"}
+    user_data.register_files(vocabulary=vocabulary, **{**files, **settings})
+
+
 def register(folder: pathlib.Path, vocabulary: Any, kinds: list[str] | None = None) -> list[str]:
     """Registers the tasks, with files in a folder, and returns their names. `vocabulary` has BOS and EOS but for bytes."""
     cache, template = folder / "cache", folder / "template.jinja"
@@ -61,14 +83,11 @@ def register(folder: pathlib.Path, vocabulary: Any, kinds: list[str] | None = No
         for number, text in enumerate(texts)
     ]
 
-    def text(name: str, **settings: Any) -> None:
-        rows = [[{"text": each} for each in texts[part::2]] for part in (0, 1)]
+    def write_text(name: str, **settings: Any) -> None:
         for part in (0, 1):
-            _write(folder / name / f"{part}.jsonl", rows[part])
-        user_data.register_files(
-            **{"name": name, "files": str(folder / name / "*.jsonl"), "vocabulary": vocabulary},
-            **{"validation_fraction": 0.2, "cache_dir": cache, **settings},
-        )
+            rows = [{"text": text} for text in texts[part::2]]
+            _write(folder / name / f"{part}.jsonl", rows)
+        register_text(folder, vocabulary, name=name, **settings)
 
     def of_rows(register: Callable[..., None], name: str, rows: list, **settings: Any) -> None:
         path = _write(folder / f"{name}.jsonl", rows)
@@ -104,8 +123,8 @@ def register(folder: pathlib.Path, vocabulary: Any, kinds: list[str] | None = No
         )
 
     every = {
-        "text": lambda: text("text"),
-        "text_bos": lambda: text("text_bos", add_bos=bos, add_eos=False),
+        "text": lambda: write_text("text"),
+        "text_bos": lambda: write_text("text_bos", add_bos=bos, add_eos=False),
         "chats": lambda: of_rows(
             chats.register_chats,
             "chats",

@@ -26,6 +26,42 @@ def test_large_ranges_need_no_table():
     assert [int(order.permute(np.array([x]), size, 7)[0]) for x in some] == rows.tolist()
 
 
+def inverse(y, size, key):
+    """The place of a row, by the network backwards in whole numbers of any size."""
+    half = (max(size - 1, 1).bit_length() + 1) // 2
+    mask, word = 2**half - 1, 2**64 - 1
+
+    def mix(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+        return x ^ (x >> 31)
+
+    while True:
+        left, right = y >> half, y & mask
+        for i in reversed(range(6)):
+            round_key = mix((key + (i + 1) * 0x9E3779B97F4A7C15) & word)
+            left, right = right ^ (mix((left + round_key) & word) & mask), left
+        y = (left << half) | right
+        if y < size:
+            return y
+
+
+@pytest.mark.parametrize("size", [1000, 5 * 10**8, 2**32 + 1, 2**40, 10**12, 2**61 + 3])
+def test_every_row_of_a_large_range_has_one_place(size):
+    rng = np.random.default_rng(0)
+    for key in (5, 2**64 - 3):
+        rows = rng.integers(0, size, 300)
+        rows[:2] = 0, size - 1
+        places = np.array([inverse(row, size, key) for row in rows.tolist()])
+        assert places.max() < size
+        np.testing.assert_array_equal(order.permute(places, size, key), rows)
+    if size > 10**8:  # neighbours: no two at one row, and spread over the range
+        rows = order.permute(np.arange(size - 200_000, size), size, 1)
+        assert len(np.unique(rows)) == 200_000 and rows.min() >= 0 and rows.max() < size
+        counts = np.histogram(rows.astype(float), 16, (0, float(size)))[0]
+        assert np.abs(counts - 12_500).max() < 5 * np.sqrt(12_500)
+
+
 def test_small_ranges_reach_every_permutation():
     seen = {
         tuple(order.permute(np.arange(3), 3, order.hash64("k", i)).tolist()) for i in range(200)

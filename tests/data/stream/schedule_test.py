@@ -49,6 +49,32 @@ def test_many_sources_stay_within_about_one_row_of_their_share():
         assert np.abs(dealt.cumsum(axis=0) - wanted).max() < 1.05
 
 
+def test_counts_are_exact_at_steps_of_billions():
+    """Ten trillion rows: sums, shares and places, in whole numbers of any size."""
+    batch_size, change = 4096, 10**9 + 7
+    phases = [(0, [0.7, 0.3, 0.0]), (change, [0.2, 0.3, 0.5])]
+    made = schedule.Schedule(phases, sources=("a", "b", "c"), batch_size=batch_size)
+    for step in (change - 1, change, 3 * 10**9 + 1):
+        used = made.used(step).tolist()
+        assert sum(used) == step * batch_size
+        wanted = [Fraction(0)] * 3
+        for (start, _), end in zip(phases, (change, max(step, change)), strict=True):
+            shares = made._phases[made.starts.index(start)].shares.tolist()
+            slots = (min(end, step) - start) * batch_size if step > start else 0
+            wanted = [w + Fraction(q * slots, sum(shares)) for w, q in zip(wanted, shares, strict=True)]  # fmt: skip
+        assert max(abs(u - w) for u, w in zip(used, wanted, strict=True)) < 3
+        sources, positions = made.locate(step, 0, batch_size)
+        for source, before in enumerate(used):
+            here = positions[sources == source].tolist()
+            assert here == list(range(before, before + len(here)))
+    with pytest.raises(ValueError, match="64 bits do not count the rows"):
+        made.locate(2**62, 0, 1)
+    # A cap that no run reaches ends the search for the step that reaches it.
+    phases = [(0, {"a": 1.0})]
+    make = lambda found: schedule.Schedule([(0, [1.0])], sources=("a",), batch_size=8)  # noqa: E731
+    assert schedule.redistribute(phases, {"a": 2**63 - 1}, make) == (phases, [], None)
+
+
 def test_closed_form_equals_counting_through_phases_and_periods():
     """(source, position) by arithmetic against a loop over every slot of three phases."""
     batch_size = 24

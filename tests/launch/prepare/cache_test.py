@@ -7,7 +7,8 @@ import seqio
 import tensorflow as tf
 
 from espalier.data import tasks
-from espalier.data.stream import stream
+from espalier.data.cache import store
+from espalier.data.stream import stored_plan, stream
 from espalier.launch import cli
 from espalier.launch.config import gin_config
 from espalier.launch.prepare import cache as command
@@ -100,6 +101,41 @@ def test_takes_the_training_command_and_parts_of_it(tmp_path, run, capsys):
     assert "Nearest: TRAIN_STEPS" in capsys.readouterr().err
     assert run(MODEL, RUN, "--gin.MIXTURE_OR_TASK_NAME=files") == cli.USAGE_ERROR
     assert "macro 'TASKS' has no value" in capsys.readouterr().err
+
+
+def test_rows_of_very_large_caches_are_planned_for_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stored_plan, "IN_MEMORY", 0)
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "some text " * 60}) + "\n")
+    data = (
+        DATA,
+        f"--gin.FILES='{tmp_path}/a.jsonl'",
+        "--gin.VOCABULARY=@vocabularies.byte()",
+        "--gin.MIXTURE_OR_TASK_NAME=files",
+        "--gin.VALIDATION_FRACTION=0",
+    )
+    assert command.main(data) == 0
+    (cache,) = (tmp_path / "cache").glob("tokens/files/train/*/manifest.json")
+    plans = cache.parent.with_name(f"{cache.parent.name}.plans")
+    assert not plans.exists()  # the rows of the run are not known
+    lengths = "--gin.TASK_FEATURE_LENGTHS={'targets': 50}"
+    packing = "--gin.stream.make_stream.packing='concat'"
+    assert command.main((*data[:1], RUN, *data[1:], lengths, packing)) == 0
+    assert "rows of {'targets': 50} are planned" in capsys.readouterr().out
+    (index,) = plans.glob("*/plan.json")
+    # The run finds the plan; a damaged one is made again with --replace.
+    opened = store.open_cache(cache.parent)
+    how = {"packing": "concat", "long_documents": "split", "inputs_prefix": ()}
+    monkeypatch.setattr(stored_plan, "_make", None)
+    made = stored_plan.open_plan(opened, {"targets": 50}, **how)
+    monkeypatch.undo()
+    monkeypatch.setattr(stored_plan, "IN_MEMORY", 0)
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
+    index.write_text("{}")
+    assert command.main((*data[:1], RUN, *data[1:], lengths, packing)) == cli.USAGE_ERROR
+    assert "plan.json" in capsys.readouterr().err
+    assert command.main((*data[:1], RUN, *data[1:], lengths, packing, "--replace")) == 0
+    assert stored_plan.open_plan(opened, {"targets": 50}, **how).num_rows == made.num_rows
 
 
 @pytest.mark.parametrize(

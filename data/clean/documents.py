@@ -1,0 +1,289 @@
+"""Documents of files, filtered and without near-duplicates, as shards of JSON lines: in processes of one machine or by Apache Beam.
+
+The steps, whose elements are independent of each other, are: filter the documents of each file and sketch those that stay; compare
+those with equal keys, for each band; decide in the order of the corpus, as in one process; write a shard for each file; and
+write `counts.json`, which completes the output. What is there already is not made again.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from espalier.common import pipelines
+from espalier.common.bars import Bar
+from espalier.common.pipelines import Step
+from espalier.common.storage import output_files, paths
+from espalier.data.cache import pool
+from espalier.data.clean.near_duplicates import Search
+from espalier.data.clean.result_folder import ResultFolder, together
+from espalier.data.text import dedup, document_filters, documents
+from espalier.data.text.document_files import DocumentFiles
+from espalier.data.text.document_filters import Sieve
+from espalier.data.text.documents import DataError, Document
+
+COUNTS = "counts.json"  # completes the output
+DUPLICATES = (
+    "near-duplicates"  # name of the count of dropped documents, beside those of the filters
+)
+EMPTY = "empty"
+_STARTED = "documents.json"  # what the output is made of
+_WORK = "work"  # folder of what the steps leave for each other, which goes at the end
+_PART_BYTES = 64 << 30  # of files for each part of a band: about 20 million documents
+
+
+class OutputMismatchError(ValueError):
+    """The output's folder holds something else."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cleaning:
+    """Documents and where they go.
+
+    Attributes:
+      source: the documents: those of its split `train`, with its filters.
+      output: folder or address of the shards; they are numbered as the files, in their order.
+      keys: further keys or columns that the rows keep, dotted for nested ones.
+      threshold: least resemblance of near-duplicates, of which the first is kept; None keeps all.
+    """
+
+    source: DocumentFiles
+    output: str
+    keys: tuple[str, ...] = ()
+    threshold: float | None = 0.8
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"near_duplicates is {self.threshold}; it must be in (0, 1], or None to keep them"
+            )
+
+    def run(self, beam_options: Sequence[str] = ()) -> dict[str, Any]:
+        """Makes the output, or what is missing of it, and returns its counts: 'read', 'dropped' by reason, and 'kept'.
+
+        Args:
+          beam_options: of a pipeline; empty for processes of this machine.
+
+        Raises:
+          OutputMismatchError: the output is of other files or settings.
+          DataError: a file is malformed, or was changed meanwhile.
+          PipelineError: the pipeline failed.
+        """
+        self._start()
+        if not self._output.has(COUNTS):
+            run = functools.partial(pipelines.run, beam_options=beam_options)
+            (run if beam_options else _in_processes)(self.steps())
+        self._work.delete()
+        return self._output.json(COUNTS)
+
+    def steps(self) -> list[Step]:
+        """Returns the steps that make the output."""
+        files, seen = range(len(self._files)), (self.source.root, self.output)
+        search = [
+            Step("filter documents", self.filter_file, files, seen),
+            Step("number documents", self.number, [None], seen),
+            Step("compare near-duplicates", self.compare, self._search.elements, seen),
+            Step("decide on duplicates", self.decide, [None], seen),
+        ]
+        return [
+            *(search if self.threshold is not None else []),
+            Step("write shards", self.write_shard, files, seen),
+            Step("add counts", self.finish, [None], seen),
+        ]
+
+    def filter_file(self, file: int) -> Mapping[str, int]:
+        """Writes which documents of a file the filters keep, and their sketches."""
+        name = f"{file:05d}.filtered.json"
+        if not self._work.has(name):
+            sieve, places, sketches = _Sieve(self.source.filters), [], []
+            for place, document in enumerate(self._read(file, sieve.keys)):
+                if sieve.keeps(document):
+                    places.append(place)
+                    sketches.append(dedup.sketch(dedup.shingles(document.text)))
+            self._search.put(file, np.array(sketches, np.uint64).reshape(-1, dedup.SKETCH))
+            self._work.write(f"{file:05d}.places", np.array(places, np.int64).tobytes())
+            self._work.write_json(name, sieve.counts())
+        return {"documents filtered": self._work.json(name)["read"]["documents"]}
+
+    def number(self, _: None) -> Mapping[str, int]:
+        names = [f"{file:05d}.filtered.json" for file in range(len(self._files))]
+        self._search.number(
+            [counts["kept"]["documents"] for counts in together(self._work.json, names)]
+        )
+        return {}
+
+    def compare(self, element: tuple[int, int]) -> Mapping[str, int]:
+        self._search.compare(element)
+        return {}
+
+    def decide(self, _: None) -> Mapping[str, int]:
+        return {f"documents dropped ({DUPLICATES})": self._search.decide()}
+
+    def write_shard(self, file: int) -> Mapping[str, int]:
+        """Writes the documents of a file that stay, and then its counts."""
+        name = f"{file:05d}.json"
+        if not self._work.has(name):
+            sieve, kept = _Sieve(self.source.filters), Counter(documents=0, bytes=0)
+            target = self._output.of(f"{file:05d}.jsonl.zst")
+            with (
+                output_files.opened(target, keep=False) as opened,
+                documents.compressed(opened, target) as stream,
+            ):
+                for document in self._staying(file, sieve):
+                    stream.write(self._row(document))
+                    kept.update(documents=1, bytes=len(document.text.encode()))
+            counts = sieve.counts()
+            if self.threshold is not None:
+                counts = self._work.json(f"{file:05d}.filtered.json")
+                counts["dropped"][DUPLICATES] = _difference(counts["kept"], [kept])
+                counts["kept"] = kept
+            self._work.write_json(name, counts)
+        counts = self._work.json(name)["kept"]
+        return {f"{unit} kept": count for unit, count in counts.items()}
+
+    def finish(self, _: None) -> Mapping[str, int]:
+        """Writes the counts of all files, which completes the output."""
+        read, kept, dropped = Counter[str](), Counter[str](), dict[str, Counter[str]]()
+        names = [f"{file:05d}.json" for file in range(len(self._files))]
+        for counts in together(self._work.json, names):
+            read.update(counts["read"])
+            kept.update(counts["kept"])
+            for name, count in counts["dropped"].items():
+                dropped.setdefault(name, Counter()).update(count)
+        self._output.write_json(COUNTS, {"read": read, "dropped": dropped, "kept": kept})
+        return {}
+
+    def _staying(self, file: int, sieve: "_Sieve") -> Iterator[Document]:
+        if self.threshold is None:
+            keys = tuple(dict.fromkeys((*sieve.keys, *self.keys)))
+            yield from filter(sieve.keeps, self._read(file, keys))
+            return
+        places = np.frombuffer(self._work.read(f"{file:05d}.places"), np.int64)
+        staying = set(np.delete(places, self._search.duplicates_of(file)).tolist())
+        for place, document in enumerate(self._read(file, self.keys)):
+            if place in staying:
+                yield document
+
+    def _read(self, file: int, keys: Sequence[str]) -> Iterator[Document]:
+        path, source = self._files[file], self.source
+        name = os.path.relpath(path, source.root)
+        yield from documents.read(pathlib.Path(path), source.format, name=name, metadata=keys)
+        if _state(path) != self._states[file]:
+            raise DataError(
+                f"{path} was changed while its documents were read: delete {self.output}, and start again"
+            )
+
+    def _row(self, document: Document) -> bytes:
+        row: dict[str, Any] = {"id": document.id, "text": document.text}
+        for key in self.keys:
+            *outer, last = key.split(".")
+            inner = functools.reduce(lambda inner, part: inner.setdefault(part, {}), outer, row)
+            inner[last] = document.metadata[key]
+        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+
+    @property
+    def _files(self) -> Sequence[str]:
+        return self.source.files["train"]
+
+    @functools.cached_property
+    def _states(self) -> list[list]:
+        """What is known of each file, which workers compare: with the pickle they get those of the start."""
+        return [_state(path) for path in self._files]
+
+    @property
+    def _output(self) -> ResultFolder:
+        return ResultFolder(self.output)
+
+    @property
+    def _work(self) -> ResultFolder:
+        return ResultFolder(self._output.of(_WORK))
+
+    @functools.cached_property
+    def _search(self) -> Search:
+        parts = max(sum(size for size, _ in self._states) // _PART_BYTES, 1)
+        return Search(self._work, len(self._files), parts, self.threshold or 1.0)
+
+    def _start(self) -> None:
+        """Writes what the output is made of, or compares it with what is there."""
+        settings = {
+            "files": [
+                [path, *state] for path, state in zip(self._files, self._states, strict=True)
+            ],
+            "format": dataclasses.asdict(self.source.format),
+            # A filter keeps what its settings have read of its files: workers need not have these.
+            "filters": document_filters.described(self.source.filters),
+            "keys": self.keys,
+            "near_duplicates": self.threshold,
+            "versions": pipelines.versions(),
+        }
+        self._work.make()
+        if self._output.has(_STARTED):
+            before, now = self._output.json(_STARTED), json.loads(json.dumps(settings))
+            if changed := [key for key in now if before.get(key) != now[key]]:
+                raise OutputMismatchError(
+                    f"{self.output} holds documents of other {', '.join(changed)}: give another output, or delete this one"
+                )
+            return
+        if found := [name for name in self._output.names() if name != _WORK]:
+            raise OutputMismatchError(
+                f"{self.output} is not empty ({found[0]} is there): give another output, or delete what is there"
+            )
+        self._output.write_json(_STARTED, settings)
+
+
+class _Sieve:
+    """The filters of a source, and what is empty; counts what is read and dropped."""
+
+    def __init__(self, filters: Sequence[document_filters.DocumentFilter]):
+        self._sieve = Sieve(filters)
+        self.keys = self._sieve.keys
+        self._read, self._empty = Counter(documents=0, bytes=0), 0
+
+    def keeps(self, document: Document) -> bool:
+        self._read.update(documents=1, bytes=len(document.text.encode()))
+        if not document.text:
+            self._empty += 1
+            return False
+        return self._sieve.keeps(document.text, document.metadata)
+
+    def counts(self) -> dict[str, Any]:
+        dropped = {EMPTY: {"documents": self._empty, "bytes": 0}, **self._sieve.dropped}
+        kept = _difference(self._read, dropped.values())
+        return {"read": dict(self._read), "dropped": dropped, "kept": kept}
+
+
+def _difference(total: Mapping[str, int], parts: Any) -> dict[str, int]:
+    return {unit: count - sum(part[unit] for part in parts) for unit, count in total.items()}
+
+
+def _in_processes(steps: Sequence[Step]) -> None:
+    for step in steps:
+        with Bar(desc=step.name, total=len(step.elements), file=sys.stderr) as bar:
+            pool.run(
+                functools.partial(_reported, step.work),
+                step.elements,
+                what=lambda element, name=step.name: f"{name}, number {element}",  # type: ignore[misc]
+                bar=bar,
+                remedy="What is done is kept: the same command goes on after it.",
+            )
+
+
+def _reported(work: Any, element: Any, report: pool.Report) -> None:
+    work(element)
+    report(1)
+
+
+def _state(path: str) -> list:
+    """Returns the size of a file, and what changes with its content."""
+    if paths.is_remote(path):
+        entry = paths.entry(path)
+        return [entry.size, entry.version]
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]

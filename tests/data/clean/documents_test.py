@@ -1,0 +1,232 @@
+"""Cleaned documents against a few lines of Python over all documents in memory, by one process, two, and Apache Beam."""
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pyarrow
+import pytest
+
+from espalier.common.pipelines import PipelineError
+from espalier.data.cache import pool
+from espalier.data.clean import documents
+from espalier.data.clean.documents import Cleaning, OutputMismatchError
+from espalier.data.text import dedup, document_files
+from espalier.data.text.decontamination import Overlap
+from espalier.data.text.document_filters import DocumentFilter, Metadata
+from espalier.data.text.documents import DataError
+from tests.common.pipelines_test import PROCESSES
+
+SECRET = " ".join(f"question{i} of the evaluation" for i in range(10))
+FILTERS = ("lang", "overlap with test.jsonl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KilledAt(DocumentFilter):
+    """Keeps everything; the first process that comes to the document is killed."""
+
+    text: str
+    marker: str
+
+    def __call__(self, document):
+        if document["text"] == self.text and not os.path.exists(self.marker):
+            open(self.marker, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+
+def words(rng, count=120):
+    return ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows with copies and chains of near-duplicates over all files, empty ones, other languages and text of a test set."""
+    rng = np.random.default_rng(0)
+    texts = []
+    for _ in range(40):
+        texts.append(words(rng))
+        for _ in range(rng.integers(4)):
+            text = list(texts[-1])
+            for place in rng.integers(len(text), size=rng.integers(5)):
+                text[place] = "other"
+            texts.append(text)
+    texts = [" ".join(text) for text in texts]
+    texts += ["", "", f"{texts[0]} {SECRET}", f"{SECRET} {' '.join(words(rng))}"]
+    order = rng.permutation(len(texts))
+    return [
+        {"text": texts[i], "lang": "de" if i % 7 == 3 else "en", "meta": {"n": int(i)}}
+        for i in order
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, rows):
+    """A folder of three files, one of them compressed, and a test set."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number, suffix in enumerate(("", "", ".gz")):
+        lines = "".join(json.dumps(row) + "\n" for row in divided(rows)[number]).encode()
+        data = gzip.compress(lines) if suffix else lines
+        (source / f"{number}.jsonl{suffix}").write_bytes(data)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": SECRET}) + "\n")
+    return tmp_path
+
+
+def divided(rows):
+    return rows[:70], rows[70:75], rows[75:]
+
+
+def cleaning(folder, output, *, filters=None, **settings):
+    if filters is None:
+        test_set = str(folder / "test.jsonl")
+        filters = [Metadata(key="lang", keep=["en"]), Overlap(evaluation_set=test_set)]
+    source = document_files.find(
+        name="documents",
+        files=str(folder / "source" / "*"),
+        validation_fraction=0,
+        filters=filters,
+        cache_dir=folder / "cache",
+    )
+    return Cleaning(source=source, output=str(folder / output), **settings)
+
+
+def content(output):
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
+
+
+def shard(output, number):
+    raw = (output / f"{number:05d}.jsonl.zst").read_bytes()
+    lines = pyarrow.CompressedInputStream(io.BytesIO(raw), "zstd").read().decode()
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def sized(rows):
+    return {"documents": len(rows), "bytes": sum(len(row["text"]) for row in rows)}
+
+
+def expected(rows, threshold):
+    """Rows of each shard, and the counts, by all documents in memory."""
+    placed = [
+        {"id": f"{number}.jsonl{'.gz' * (number == 2)}:{line}", **row}
+        for number, part in enumerate(divided(rows))
+        for line, row in enumerate(part, start=1)
+    ]
+    german = [row for row in placed if row["text"] and row["lang"] == "de"]
+    overlapping = [row for row in placed if SECRET in row["text"] and row["lang"] == "en"]
+    left = [row for row in placed if row["text"] and row not in german and row not in overlapping]
+    earlier = dedup.near_duplicates([row["text"] for row in left], threshold=threshold)
+    kept = [row for row, of in zip(left, earlier, strict=True) if of is None]
+    assert len(german) > 5 and overlapping and len(left) - len(kept) > 20
+    dropped = {
+        "empty": sized([row for row in placed if not row["text"]]),
+        **dict(zip(FILTERS, (sized(german), sized(overlapping)), strict=True)),
+        "near-duplicates": sized([row for row in left if row not in kept]),
+    }
+    shards = [[row for row in kept if row["id"].startswith(str(number))] for number in range(3)]
+    for row in kept:
+        del row["lang"]
+    return shards, {"read": sized(placed), "dropped": dropped, "kept": sized(kept)}
+
+
+def test_one_process_and_two_keep_what_stays_in_memory(folder, rows):
+    shards, counts = expected(rows, 0.8)
+    with pool.limited(1):
+        assert cleaning(folder, "one", keys=("meta.n",)).run() == counts
+    assert [shard(folder / "one", number) for number in range(3)] == shards
+    assert json.loads((folder / "one" / "counts.json").read_text()) == counts
+    with pool.limited(2):
+        cleaning(folder, "two", keys=("meta.n",)).run()
+    assert content(folder / "two") == content(folder / "one")
+    assert sorted(content(folder / "one"))[-2:] == ["counts.json", "documents.json"]
+
+
+def test_without_a_threshold_near_duplicates_stay(folder, rows):
+    with pool.limited(1):
+        counts = cleaning(folder, "out", threshold=None).run()
+    _, with_duplicates = expected(rows, 0.8)
+    dropped = with_duplicates["dropped"].pop("near-duplicates")
+    assert counts["dropped"] == with_duplicates["dropped"]
+    total = {unit: with_duplicates["kept"][unit] + dropped[unit] for unit in dropped}
+    assert counts["kept"] == total
+    assert sum(len(shard(folder / "out", number)) for number in range(3)) == total["documents"]
+
+
+def test_keys_in_parts_and_few_sketches_at_a_time_give_the_same(folder, monkeypatch):
+    with pool.limited(1):
+        cleaning(folder, "one").run()
+        monkeypatch.setattr(documents, "_PART_BYTES", 10_000)
+        monkeypatch.setattr("espalier.data.clean.near_duplicates._ROWS", 3)
+        assert len(cleaning(folder, "parts")._search.elements) > dedup.BANDS
+        cleaning(folder, "parts").run()
+    assert content(folder / "parts") == content(folder / "one")
+
+
+@pytest.mark.parametrize("done", [1, 3, 5])
+def test_an_interrupted_run_goes_on(folder, done):
+    with pool.limited(1):
+        cleaning(folder, "one").run()
+        first = cleaning(folder, "out")
+        first._start()
+        documents._in_processes(first.steps()[:done])
+        cleaning(folder, "out").run()
+    assert content(folder / "out") == content(folder / "one")
+
+
+def test_an_output_of_something_else_is_refused(folder):
+    with pool.limited(1):
+        cleaning(folder, "out").run()
+        with pytest.raises(OutputMismatchError, match="documents of other near_duplicates: give"):
+            cleaning(folder, "out", threshold=0.9).run()
+        with open(folder / "source" / "0.jsonl", "a") as file:
+            file.write('{"text": "more", "lang": "en"}\n')
+        with pytest.raises(OutputMismatchError, match="documents of other files: give"):
+            cleaning(folder, "out").run()
+    with pytest.raises(OutputMismatchError, match=r"is not empty \(0.jsonl is there\)"):
+        cleaning(folder, "source").run()
+    with pytest.raises(ValueError, match="near_duplicates is 80"):
+        cleaning(folder, "out", threshold=80)
+
+
+def test_bad_files_are_one_error(folder):
+    with open(folder / "source" / "1.jsonl", "a") as file:
+        file.write("{\n")
+    with pool.limited(2), pytest.raises(DataError, match="1.jsonl, line 6: malformed JSON"):
+        cleaning(folder, "out").run()
+    begun = cleaning(folder, "later", filters=[])
+    begun._start()
+    with open(folder / "source" / "0.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(DataError, match="0.jsonl was changed while its documents were read"):
+        begun.filter_file(0)
+
+
+@pytest.mark.beam
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of Beam's
+def test_apache_beam_gives_the_same_also_after_a_worker_was_killed(folder, rows):
+    _, counts = expected(rows, 0.8)
+    with pool.limited(1):
+        cleaning(folder, "one").run()
+    kill = KilledAt(text=rows[-1]["text"], marker=str(folder / "killed"))
+    filters = [*cleaning(folder, "beam").source.filters, kill]
+    killed = cleaning(folder, "beam", filters=filters)
+    with pytest.raises(PipelineError, match="goes on after it"):
+        killed.run([PROCESSES])
+    assert not (folder / "beam" / "counts.json").exists()
+    counts["dropped"]["KilledAt"] = {"documents": 0, "bytes": 0}
+    assert killed.run([PROCESSES]) == counts
+    for number in range(3):
+        name = f"{number:05d}.jsonl.zst"
+        assert (folder / "beam" / name).read_bytes() == (folder / "one" / name).read_bytes()
+
+
+@pytest.mark.beam
+def test_a_malformed_line_is_the_error_of_a_pipeline(folder):
+    with open(folder / "source" / "1.jsonl", "a") as file:
+        file.write("{\n")
+    with pytest.raises(PipelineError, match="failed: .*1.jsonl, line 6: malformed JSON"):
+        cleaning(folder, "out").run(["--runner=DirectRunner"])
