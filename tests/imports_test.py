@@ -27,7 +27,7 @@ CLOSURES = {
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
-    "espalier": (11, 1_685),
+    "espalier": (12, 1_855),
     "model": (80, 14_332),
     "trainers": (111, 18_249),
     "data": (110, 20_800),
