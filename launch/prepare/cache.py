@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from espalier.data import tasks as registry
 from espalier.data.cache import existing, store, task_cache
 from espalier.data.stream import mixing, rows, stored_plan, stream
 from espalier.launch import cli
@@ -103,7 +104,15 @@ def build_caches(
                 store.remove_plans(cache.directory)
             planned = rows.plan_source(task.name, cache, **plan).plan
             print(f"{planned.num_rows:,} rows of {planned.row_lengths} are planned")
+    _tell_bad_rows(members)
     return tokens
+
+
+def _tell_bad_rows(members: Sequence[Any]) -> None:
+    """Prints what is left out, if rows that cannot be used are. Where no run has counted them yet, the files are read again."""
+    if any(getattr(task.source, "on_bad_row", "error") == "skip" for task in members):
+        for name, text in registry.notices(registry.summary()):
+            print(f"{name}: {text}")
 
 
 def _run(start: cli.Start) -> Any:

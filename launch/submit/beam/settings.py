@@ -63,8 +63,11 @@ class Beam(Launch):
 
     def check(self, words: Sequence[str]) -> None:
         command = command_of(words)
-        if any(word.startswith(FLAG) for word in words):
+        given = {word.partition("=")[0] for word in words}
+        if FLAG in given:
             raise SubmitError(f"{FLAG}: the launch configuration gives it; remove the flag.")
+        if "--workers" in given:
+            raise SubmitError("--workers: a pipeline has config.workers; remove the flag.")
         if self.tokens and not (self.tokens_per_second or command in MEASURED):
             raise SubmitError(
                 f"tokens = {self.tokens}: how fast {command} is depends on what it reads: measure a small part on one core, and "

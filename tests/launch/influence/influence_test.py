@@ -16,6 +16,7 @@ import pytest
 
 from espalier.common.storage import mirror, paths
 from espalier.launch import environment
+from espalier.launch.inference import shards
 from espalier.launch.influence import inputs, methods, outputs, scorers
 from espalier.launch.load.load_run import LoadError
 from espalier.trainers.checkpoints import state_tree
@@ -391,7 +392,7 @@ def test_scores_by_factors_in_float64_are_summed_in_float64(place, capsys):
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
 def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
-    place, store, monkeypatch, tmp_path, capsys
+    place, store, monkeypatch, tmp_path, capsys, in_shards
 ):
     root = f"{store.address}/study"
     mirror.publish(place.run, f"{root}/run")
@@ -427,6 +428,16 @@ def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
     rows = paths.read(f"{root}/scores.jsonl")
     assert run("b", *score) == 0
     assert paths.read(f"{root}/scores.jsonl") == rows
+    # A pipeline's shards are there for another host.
+    flag, begun = in_shards
+    by_shards = [*score, f"--out={root}/shards.jsonl", flag]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards.Shards, "joined", stop)
+        run("a", *by_shards)
+    assert "shards.jsonl.shards/000000.0.jsonl" in paths.entries(root)
+    assert run("c", *by_shards) == 0 and begun == [0]
+    assert paths.read(f"{root}/shards.jsonl") == rows
+    assert not [name for name in paths.entries(root) if ".shards" in name]
     status, out = place.score("--token_scores=1", out="local.jsonl")
     assert status == 0 and read(out) == list(map(json.loads, rows.splitlines()))
     for host, given in (("c", root), ("c", place.folder)):

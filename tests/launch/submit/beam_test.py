@@ -193,6 +193,7 @@ LOCAL = "--config.env=('ESPALIER_CACHE=/home/me/cache',)"
             ("--", *SCORE, "--beam_pipeline_options=x"),
             "the launch configuration gives it",
         ),
+        (DATAFLOW, ("--", *CACHE, "--workers=2"), "--workers: .* has config.workers"),
         (DATAFLOW, ("--status", "--", *SCORE), "the commands for Dataflow are for a person"),
         (FLINK, ("--cancel", "--", *SCORE), "the manifests for Flink are for a person"),
     ],
@@ -221,14 +222,15 @@ def test_the_page_has_commands_that_can_be_shown(capsys):
 def test_commands_with_a_pipeline_are_known():
     from espalier.launch.submit.beam.settings import COMMANDS
 
-    names = set()
-    for path in pathlib.Path(ROOT, "launch").rglob("*.py"):
-        if "pipelines.add_flag(" in (text := path.read_text()):
-            names |= set(
-                re.findall(r'load_run\.command\(__doc__, "([\w ]+)"|command="([\w ]+)"', text)
-            )
-    found = {one or other for one, other in names}
-    assert {"score", "influence score", "prepare documents"} <= found <= set(COMMANDS)
+    # Commands have the flag by pipelines.add_flag, or with --workers by launch/prepare/workers.py.
+    texts = [path.read_text() for path in pathlib.Path(ROOT, "launch").rglob("*.py")]
+    names = [
+        match[1] or match[2]
+        for text in texts
+        if "pipelines.add_flag(" in text or "workers.add_flags" in text
+        for match in re.finditer(r'command\(\s*__doc__, "([\w ]+)"|command="([\w ]+)"', text)
+    ]
+    assert sorted(names) == sorted(COMMANDS)
 
 
 def test_the_image_has_one_version_of_beam():
