@@ -69,7 +69,8 @@ class Starts:
         block = inside // self._per_block
         pairs, place = np.unique(np.stack([shard, block]), axis=1, return_inverse=True)
         for begin in range(0, pairs.shape[1], _WINDOW):
-            self._fill(out, *pairs[:, begin : begin + _WINDOW], place.reshape(-1) - begin, inside)
+            shard_K, block_K = pairs[:, begin : begin + _WINDOW]
+            self._fill(out, shard_K, block_K, place.reshape(-1) - begin, inside)
         return out.reshape(records.shape)[()]
 
     def _fill(self, out, shard_K, block_K, place, inside) -> None:
@@ -206,29 +207,27 @@ def open_if_chosen(directory: pathlib.Path, how: ReadCache) -> store.Cache | Non
       as `open_cache`.
     """
     address = directories.address_of(directory)
-    if address is None or how == "copy" or (how == "auto" and directory.exists()):
+    if address is None or (how != "in_place" and directory.exists()):
         return None
     try:
         manifest = read_manifest(address)
     except FileNotFoundError:
         return None
     size = sum(size for shard in manifest["shards"] for size, _ in shard["files"].values())
-    if how == "in_place":
-        reason = "READ_CACHE = 'in_place'"
-    else:
-        free = _free_bytes(directory)
-        if size <= min(COPIED_BYTES, free / 2):
-            return None
-        reason = f"{size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free here"
-        if size < free / 2 and not paths.exists(paths.join(address, blocks.INDEX)):
-            print(
-                f"copying the token cache {address} ({reason}): it has no checksums of blocks to be read in place "
-                "(`espalier prepare cache --checksums` makes them)",
-                file=sys.stderr,
-            )
-            return None
-    print(f"reading the token cache {address} in place ({reason})", file=sys.stderr)
-    return open_cache(address, manifest)
+    free = _free_bytes(directory)
+    what = f"the token cache {address} ({size / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free here"
+    large = size > min(COPIED_BYTES, free / 2)
+    if how == "in_place" or (how == "auto" and large):
+        try:
+            opened = open_cache(address, manifest)
+            print(f"reading {what}) in place: READ_CACHE = {how!r}", file=sys.stderr)
+            return opened
+        except MissingChecksumsError:
+            if how == "in_place" or size > free:
+                raise
+            what += "; it has no checksums to be read in place, see `espalier prepare cache --checksums`"
+    print(f"copying {what}): READ_CACHE = {how!r}", file=sys.stderr)
+    return None
 
 
 def _free_bytes(path: pathlib.Path) -> int:

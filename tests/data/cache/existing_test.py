@@ -73,20 +73,20 @@ def test_a_cache_in_a_store_is_read_as_asked_and_by_size(
     host("reader")
     opened, got = batches(read_cache="in_place")
     assert opened.summary()["sources"]["mine"]["cache"] == address
-    assert (
-        f"reading the token cache {address} in place (READ_CACHE = 'in_place')"
-        in capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert f"reading the token cache {address} (0.0 GB; " in said
+    assert "are free here) in place: READ_CACHE = 'in_place'" in said
     assert not list(pathlib.Path(tmp_path / "reader").rglob("*.bin"))
     assert opened.fingerprint == built.fingerprint
     assert_equal(got, want)
     monkeypatch.setattr(in_place, "COPIED_BYTES", 100)
     opened, got = batches()
     assert opened.summary()["sources"]["mine"]["cache"] == address
-    assert "in place (0.0 GB, and" in capfd.readouterr().err
+    assert "in place: READ_CACHE = 'auto'" in capfd.readouterr().err
     for how in ({"read_cache": "copy"}, {}):  # a copy that is there is read
         copied, got = batches(**how)
         assert copied.summary()["sources"]["mine"]["cache"].startswith(str(tmp_path / "reader"))
+        assert (f"copying the token cache {address}" in capfd.readouterr().err) == bool(how)
         assert_equal(got, want)
     with pytest.raises(ValueError, match="read_cache"):
         batches(read_cache="streamed")
@@ -105,7 +105,7 @@ def test_an_older_cache_is_upgraded_by_the_command(register, host, tmp_path, cap
         batches(read_cache="in_place")
     monkeypatch.setattr(in_place, "COPIED_BYTES", 100)
     batches()
-    assert "it has no checksums of blocks to be read in place" in capfd.readouterr().err
+    assert "it has no checksums to be read in place" in capfd.readouterr().err
     host("builder")
     for said in ("added checksums of blocks", "has checksums of blocks"):
         command.build_caches(mixture_or_task_name="mine", splits=["train"], checksums=True)

@@ -115,6 +115,13 @@ def test_is_reused_and_shards_do_not_mix_up_records(root, tmp_path, monkeypatch)
         np.testing.assert_array_equal(
             sharded.columns["targets"].values(at), again.columns["targets"].values(i)
         )
+    # A cache with the most shards of earlier versions stays, although there would be more now.
+    monkeypatch.setattr(task_cache, "_FORMER_SHARDS", 4)
+    monkeypatch.setattr(seqio_tasks, "_RECORDS_PER_PART", 9)
+    former = task_cache.open_task_cache(divisible, "train", cache_dir=tmp_path)
+    assert former.directory == sharded.directory
+    new = task_cache.open_task_cache(divisible, "train", cache_dir=tmp_path / "other")
+    assert len(new.manifest["shards"]) == 10
 
 
 def test_a_cache_that_is_there_is_only_read(root, monkeypatch):
