@@ -160,8 +160,8 @@ def _rows(
                 f"{where}: {name!r} has a value of {column.type} that Python does not have ({error}). Write "
                 "the column again as strings"
             ) from None
-    for values in zip(*columns, strict=True):
-        yield dict(zip(batch.schema.names, values, strict=True))
+    for row in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))
 
 
 def _column(column: Any) -> list[Any]:
