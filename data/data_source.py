@@ -10,29 +10,24 @@ import functools
 import glob
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from espalier.common import files as files_lib
-from espalier.common.bars import Bar
 from espalier.common.ranges import check_choice
 from espalier.common.storage import paths
 from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
-from espalier.data.cache import fingerprint, pool
+from espalier.data.cache import fingerprint
+from espalier.data.counting import ReadByPieces
 from espalier.data.pieces import Piece
 from espalier.data.text import documents, hf_datasets, splits, tables
-from espalier.data.text.row_files import BadRow, BadRows, DataError, OnBadRow, Row, refuse
-
-T = TypeVar("T")
+from espalier.data.text.row_files import OnBadRow
 
 Patterns = str | Sequence[str]
 Files = Patterns | Mapping[str, Patterns]  # one set of files, or several by name
-_SHOWN_BAD_ROWS = 5
 _SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
 
 
@@ -86,7 +81,7 @@ class Counted(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FileSource(Counted, DataSource):
+class FileSource(ReadByPieces, Counted, DataSource):
     """Examples in files, which are read by pieces (data/pieces.py)."""
 
     name: str  # name of the task that reads the files
@@ -226,6 +221,11 @@ class FileSource(Counted, DataSource):
             return Piece(path, size=entry.size, version=entry.version)
         return Piece(path, size=os.path.getsize(path))
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The folders and addresses that hold the files."""
+        return tuple(sorted({os.path.dirname(path) for path in self.checksums}))
+
     def relative(self, path: str) -> str:
         """Returns the name of a file in ids and digests."""
         return os.path.relpath(paths.as_path(path), self.root)
@@ -292,71 +292,10 @@ class FileSource(Counted, DataSource):
     def _settings(self) -> dict[str, Any]:
         """Returns everything else that determines the examples, as JSON, for the digest."""
 
-    @abc.abstractmethod
-    def _count_piece(self, piece: Piece, bad: BadRows) -> Any:
-        """Reads all examples of a piece; returns what `_total` needs of it; raises DataError."""
-
-    @abc.abstractmethod
-    def _total(self, counts: Mapping[Piece, Any]) -> dict[str, Any]:
-        """Returns what `_count` returns, of all pieces in the order of the files; raises DataError."""
-
-    def _count(self) -> dict[str, Any]:
-        every = self._pieces_of(self.checksums)
-        size = sum(piece.size for piece in every)
-        desc = f"checking {self.name}"
-        with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
-            read = pool.run(
-                self._read_piece, every, what=lambda piece: f"{desc}, {piece.path}", bar=bar
-            )
-        bad = [row for _, rows in read for row in rows or ()]
-        try:
-            counts = self._total(
-                {piece: count for piece, (count, _) in zip(every, read, strict=True)}
-            )
-        except DataError as error:
-            if not bad:
-                raise
-            raise DataError(
-                f"{error}. {len(bad):,} rows cannot be used, the first is {bad[0]}: {bad[0].reason}"
-            ) from None
-        if self.on_bad_row == "skip":
-            counts["bad_rows"] = self._list(bad)
-        return counts
-
-    def _read_piece(self, piece: Piece, report: pool.Report) -> tuple[Any, BadRows]:
-        bad = self._bad_rows()
-        counts = self._count_piece(piece, bad)
-        report(piece.size)
-        return counts, bad
-
-    def _bad_rows(self) -> BadRows:
-        return [] if self.on_bad_row == "skip" else None
-
-    def _list(self, bad: Sequence[BadRow]) -> dict[str, Any]:
-        """Writes all bad rows into a file beside the counts; returns their number, the first ones and the file."""
-        path = self._counts_file.with_suffix(".bad_rows.jsonl")
-        lines = [files_lib.json_bytes(row._asdict(), indent=None, end="\n") for row in bad]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files_lib.write(path, b"".join(lines), synced=False, shared=True)
-        first = [f"{row}: {row.reason}" for row in bad[:_SHOWN_BAD_ROWS]]
-        return {"rows": len(bad), "first": first, "all": str(path)}
-
     @property
     def bad_rows(self) -> Mapping[str, Any]:
         """Number of rows that cannot be used and are left out, the first ones, and the file that lists all; {} if they are errors."""
         return self._counted["bad_rows"] if self.on_bad_row == "skip" else {}
-
-    def _usable(
-        self, piece: Piece, rows: Iterable[Row], use: Callable[[Row], Iterable[T]], bad: BadRows
-    ) -> Iterator[T]:
-        """Yields what `use` makes of rows; a DataError of one is raised, or is a bad row."""
-        for row in rows:
-            try:
-                made = tuple(use(row))
-            except DataError as error:
-                refuse(error, bad, piece.path, row.number, row.offset)
-                continue
-            yield from made
 
     def _split_of(self, text: str, path: str) -> str:
         if self.validation_fraction:

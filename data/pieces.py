@@ -55,6 +55,19 @@ def parts(name: str, count: int) -> tuple[Piece, ...]:
     return tuple(Piece(name, number, count) for number in range(count))
 
 
+def batches(pieces: Iterable[Piece]) -> tuple[tuple[Piece, ...], ...]:
+    """Returns neighbouring pieces together, of at least BLOCK_BYTES but for the last ones: enough work for a process."""
+    found: list[list[Piece]] = []
+    size = BLOCK_BYTES
+    for piece in pieces:
+        if size >= BLOCK_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(piece)
+        size += piece.size
+    return tuple(map(tuple, found))
+
+
 def grouped(pieces: Iterable[Piece]) -> tuple[tuple[Piece, ...], ...]:
     """Returns pieces in shards: neighbours together, about 1/64 of all bytes each, but between 32 MB and 256 MB.
 

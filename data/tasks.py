@@ -15,6 +15,7 @@ from typing import Any
 from espalier.common import spelling
 from espalier.data import seqio_tasks
 from espalier.data.task import Feature, Task
+from espalier.data.text.row_files import bad_rows_text
 from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
 _NAME = re.compile(r"[\w.:#]+")  # SeqIO's rule
@@ -183,7 +184,9 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> None:
     features = {task: tuple(find(task).output_features) for task in members(name)}
     if len(set(features.values())) != 1:
         del _MIXTURES[name]
-        raise ValueError(f"mixture {name!r}: its tasks must have the same features: {features}")
+        raise ValueError(
+            f"mixture {name!r} contains tasks with different output features: {features}"
+        )
     _tell_seqio()
 
 
@@ -293,11 +296,20 @@ def chat_template(task_name: str) -> Any:
     return getattr(tokeniser, "template", None)
 
 
+def open_cached(name: str) -> None:
+    """Notes that a task is read from its cache alone: its source, which may be gone, has no part in `summary`."""
+    if name in _TASKS:
+        _TASKS[name]["use_cached"] = True
+
+
 def summary() -> dict[str, Any]:
     """Returns the facts recorded with a run: tasks with sizes and hashes, mixtures, and corpora."""
     tasks = {}
     for name, facts in _TASKS.items():
         source = facts["source"]
+        if facts.get("use_cached"):
+            tasks[name] = {k: v for k, v in facts.items() if k not in ("task", "source")}
+            continue
         tasks[name] = {
             "digest": source.digest,
             "documents": {split: source.num_input_examples(split) for split in source.splits},
@@ -340,7 +352,5 @@ def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, st
     if noted:
         yield "noted", f"{task}: {Tally(noted)}"
     if (bad := facts.get("bad_rows", {})).get("rows"):
-        text = f"{task}: {bad['rows']:,} rows cannot be used and are left out, first {bad['first'][0]} (all: {bad['all']})"
-        yield rows.notice(
-            "bad_rows", bad["rows"] / (bad["rows"] + sum(facts["documents"].values())), text
-        )
+        share = bad["rows"] / (bad["rows"] + sum(facts["documents"].values()))
+        yield rows.notice("bad rows", share, f"{task}: {bad_rows_text(bad)}")

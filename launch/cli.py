@@ -93,7 +93,10 @@ def main(
     """
     program = program_name(f"espalier.launch.{command}" if command else entry.partition(":")[0])
     usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
-    parser = _gin_parser(doc, program, usage, extra_flags)
+    parser = make_parser(doc, program, usage=usage)
+    _add_gin_flags(parser)
+    if extra_flags is not None:
+        extra_flags(parser)
     if any(action.dest == "checkpoint" and action.required for action in parser._actions):
         parser.usage = usage.replace("--gin_file=FILE", "--checkpoint=DIR")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -120,10 +123,21 @@ def main(
             return start_work()
 
     def start_work() -> Any:
-        options = {"unused": unused, "part": part, "arguments": arguments}
+        from espalier.launch.config import gin_config
+
         with stages.stage("reading the configuration"):
             defaults = list(default_files(flags)) if default_files else []
-            config = _configuration(entry, flags, bindings, defaults=defaults, **options)
+            search_paths = ",".join(flags.gin_search_paths).split(",")
+            config = gin_config.load(
+                flags.gin_file,
+                bindings,
+                list(filter(None, search_paths)),
+                entry=entry,
+                unused=unused,
+                defaults=defaults,
+                part=part,
+                arguments=arguments,
+            )
         if flags.coordinator_address:
             hosts.check_start(config.text)
         for warning in config.warnings:
@@ -135,30 +149,6 @@ def main(
             return start() if run is None else run(start)
 
     return status_of(call)
-
-
-def start_of(
-    words: Sequence[str],
-    entry: str,
-    *,
-    extra_flags: Callable[[argparse.ArgumentParser], None],
-    default_files: Callable[[argparse.Namespace], Sequence[str]],
-    **options: Any,
-) -> Start:
-    """Returns the `Start` of a command's words in another process, which does a part of its work; arguments as of `main`."""
-    flags, bindings = _parse(_gin_parser("", "worker", None, extra_flags), list(words))
-    defaults = list(default_files(flags))
-    config = _configuration(entry, flags, bindings, defaults=defaults, **options)
-    return Start(flags, config, words)
-
-
-def _configuration(
-    entry: str, flags: argparse.Namespace, bindings: Sequence[str], **options: Any
-) -> "Configuration":
-    from espalier.launch.config import gin_config
-
-    paths = list(filter(None, ",".join(flags.gin_search_paths).split(",")))
-    return gin_config.load(flags.gin_file, bindings, paths, entry=entry, **options)
 
 
 def run_command(
@@ -419,19 +409,6 @@ def program_name(module: str) -> str:
     return f"{CONSOLE} {name}" if name != module and "." not in name else f"python -m {module}"
 
 
-def _gin_parser(
-    doc: str,
-    program: str,
-    usage: str | None,
-    extra_flags: Callable[[argparse.ArgumentParser], None] | None,
-) -> argparse.ArgumentParser:
-    parser = make_parser(doc, program, usage=usage)
-    _add_gin_flags(parser)
-    if extra_flags is not None:
-        extra_flags(parser)
-    return parser
-
-
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     config = parser.add_argument_group("configuration")
     config.add_argument(
@@ -480,15 +457,21 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_gin_flags(words: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
+def read_gin_flags(
+    words: Sequence[str],
+    program: str,
+    extra_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags of a command that gin configures, and its 'NAME=VALUE' bindings.
 
     Args:
       words: words of its command line.
       program: name for the message of a wrong flag, after which this process ends with status 2.
+      extra_flags: see `main`.
     """
     parser = make_parser("", program, usage="--gin_file=FILE [--gin.NAME=VALUE ...]")
     _add_gin_flags(parser)
+    extra_flags(parser)
     return _parse(parser, list(words))
 
 

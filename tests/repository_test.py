@@ -87,6 +87,16 @@ def test_the_minimum_that_is_tested_is_the_declared_one(packaging):
     assert "CONSTRAINTS=constraints/minimum.txt" in script
 
 
+def test_the_environment_of_beam_differs_where_beam_asks_for_it(packaging):
+    beam, main = pins("beam.txt"), pins("py311.txt")
+    different = {name for name in beam.keys() & main.keys() if beam[name] != main[name]}
+    assert different == {"pillow", "protobuf", "pyarrow", "sentencepiece"}
+    for requirement in packaging["extras_require"]["beam"]:
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert name in beam
+    assert "constraints/beam.txt" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
 def test_the_supported_versions_are_those_that_are_tested(packaging):
     oldest = packaging["python_requires"].removeprefix(">=")
     rows = [

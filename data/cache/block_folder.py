@@ -92,7 +92,7 @@ class BlockFile:
     name: str
     size: int
     first: int
-    blocks: int
+    count: int
     group: blocks.Group
     table_key: int
     skip: int
@@ -149,8 +149,8 @@ class BlockFolder:
 
     def sums(self, file: BlockFile) -> np.ndarray:
         """Returns the sums of lengths before each block of a file of lengths, int64; see data/cache/blocks.py."""
-        begin = file.skip + file.blocks * blocks.SUM
-        return np.frombuffer(self._table(file), "<i8", file.blocks, begin)
+        begin = file.skip + file.count * blocks.SUM
+        return np.frombuffer(self._table(file), "<i8", file.count, begin)
 
     def read(
         self, keys: np.ndarray, file_of: np.ndarray, files: Sequence[BlockFile]
@@ -270,8 +270,7 @@ class BlockFolder:
                 import tensorstore
 
                 spec = paths.kvstore(self.place)
-                kind = {"file": None, "s3": "s3"}.get(spec["driver"], "gcs")
-                if kind is not None:
+                if (kind := spec["driver"]) in ("s3", "gcs"):
                     spec[f"{kind}_request_retries"] = _RETRIES
                     spec[f"{kind}_request_concurrency"] = {"limit": _AT_ONCE}
                 with paths.reporting(self.place):

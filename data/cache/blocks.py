@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from espalier.common import files
-from espalier.common.storage import paths
+from espalier.common.storage import paths, ranges
 from espalier.data.cache.cache_files import CacheCorruptError, canonical
 
 BYTES = 1 << 16  # of a block
@@ -93,7 +93,7 @@ def table_of(
     parts, entries = [], {}
     for name in names:
         part = FileTable(name)
-        with paths.opened(paths.join(place, name)) as file:
+        with ranges.opened(paths.join(place, name)) as file:
             while block := file.read(BYTES):
                 part.add(block)
         parts.append(part.content())

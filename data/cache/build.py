@@ -122,6 +122,8 @@ class Build:
           OSError: a file cannot be written; names the shard.
           ValueError: a record does not fit its feature; and what the task raises.
         """
+        if self._is_finished():  # a worker that repeats what was done
+            return
         started = self._started()
         if not started or started.get("fingerprint") != self.fingerprint:
             raise BuildMismatchError(
@@ -139,6 +141,15 @@ class Build:
                 writer.append(record)
             blocks.write_tables(folder, blocks.groups_of([writer.finish()], shard))
 
+    def counts(self, shard: int) -> dict[str, int]:
+        """Returns the numbers of records and tokens of a shard that is written."""
+        folder = self.directory if self._is_finished() else self._folder
+        entry = json.loads(paths.read(paths.join(folder, f"{shard:05d}.json")))
+        tokens = [
+            entry["values"][name] for name, kind in self.features.items() if type(kind) is int
+        ]
+        return {"records": entry["records"], "tokens": sum(tokens)}
+
     def name_of(self, shard: int) -> str:
         """Returns a shard's number and cache, for messages."""
         return f"Shard {shard + 1} of {len(self.shards)} of the token cache {self.directory}"
@@ -150,6 +161,8 @@ class Build:
           ValueError: a shard is missing.
           OSError: a file cannot be written.
         """
+        if self._is_finished():
+            return
         entries = [self._entry(shard) for shard in range(len(self.shards))]
         shards = [entry for entry in entries if entry is not None]
         if missing := [number for number, entry in enumerate(entries) if entry is None]:
@@ -180,6 +193,14 @@ class Build:
     def _folder(self) -> str:
         """The folder in which the cache is built."""
         return self.directory if self._is_remote else f"{self.directory}.building"
+
+    def _is_finished(self) -> bool:
+        """Returns whether the cache is there."""
+        try:
+            body = json.loads(paths.read(paths.join(self.directory, MANIFEST)))["body"]
+            return body["fingerprint"] == self.fingerprint
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
 
     def _started(self) -> dict:
         """Returns what the build's folder was started for; {} if there is none, or if that cannot be read."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Self
@@ -41,13 +42,17 @@ class Column:
     @classmethod
     def open(cls, stems: Sequence[pathlib.Path], dtype: np.dtype) -> "Column":
         """Maps `<stem>.bin` and reads `<stem>.len` for every stem."""
-        shards = [_map(stem.with_name(stem.name + ".bin"), dtype) for stem in stems]
+        shards = _mapped(stems, dtype)
         lengths = np.concatenate(
             [np.fromfile(stem.with_name(stem.name + ".len"), "<u4") for stem in stems]
         )
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
         bounds = np.cumsum([0] + [len(shard) for shard in shards], dtype=np.int64)
         return cls(shards, bounds, lengths, starts)
+
+    def mapped(self, stems: Sequence[pathlib.Path], dtype: np.dtype) -> "Column":
+        """Returns the same column with the values of `<stem>.bin` mapped."""
+        return Column(_mapped(stems, dtype), self.bounds, self.lengths, self.starts)
 
     def gather(
         self, begins: np.ndarray, lengths: np.ndarray, out: np.ndarray, at: np.ndarray
@@ -80,11 +85,17 @@ class Column:
         return self.values(record).tobytes().decode("utf-8", "replace")
 
 
-def _map(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+def _mapped(stems: Sequence[pathlib.Path], dtype: np.dtype) -> list[np.ndarray]:
+    return [mapped(stem.with_name(f"{stem.name}.bin"), dtype) for stem in stems]
+
+
+def mapped(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+    """Returns the values of a file, mapped into memory."""
     # An empty file cannot be mapped. Slicing an ndarray view is twice as fast as slicing a memmap.
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    # Of a text, unlike of a path, NumPy does not look for links, which takes as long as the mapping.
+    return np.asarray(np.memmap(os.fspath(path), dtype, mode="r"))
 
 
 Record = Mapping[str, np.ndarray | bytes | str]

@@ -99,7 +99,8 @@ def _stored_probe(
     task: Task, split: str, described: Mapping[str, Any], cache_dir: str | os.PathLike | None
 ) -> str:
     """Returns `probe`, as it was stored for the same description and code: a start reads no example if nothing has changed."""
-    key = fingerprint.of_json([described, PROBE_RECORDS, _code(type(task.source))])
+    modules = tuple(each.__module__ for each in type(task.source).__mro__)
+    key = fingerprint.of_json([described, PROBE_RECORDS, _code(modules)])
     path = directories.cache_dir("files", "probes", f"{key}.json", override=cache_dir)
     known = directories.recall(path)
     if known is None:
@@ -109,11 +110,11 @@ def _stored_probe(
 
 
 @functools.cache
-def _code(source: type) -> str:
-    """Returns a digest of all code by which a source's examples are read and encoded."""
+def _code(modules: tuple[str, ...]) -> str:
+    """Returns a digest of all code by which examples are read and encoded, with the modules of a source's classes."""
     own = pathlib.Path(__file__).parent.parent.rglob("*.py")
-    modules = [sys.modules.get(each.__module__) for each in source.__mro__]
-    files = {pathlib.Path(file) for each in modules if (file := getattr(each, "__file__", None))}
+    imported = map(sys.modules.get, modules)
+    files = {pathlib.Path(file) for each in imported if (file := getattr(each, "__file__", None))}
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     return fingerprint.of_json([fingerprint.of_code(sorted({*own, *files})), versions, sys.version])
 

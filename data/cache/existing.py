@@ -1,12 +1,14 @@
 """The token caches that there are of a task's split, on this machine and in the store."""
 
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from espalier.common.bars import Bar
 from espalier.common.storage import paths
 from espalier.data.cache import cache_dir as directories
-from espalier.data.cache import in_place
+from espalier.data.cache import description, in_place
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError, canonical
 
@@ -76,7 +78,28 @@ def open_only(
         with token_cache.building_lock(parent):
             if not directory.exists():
                 directories.fetch(directory, token_cache.MANIFEST)
-    return token_cache.open_cache(directory, verify=verify)
+    return in_place.open_here(directory, verify=verify)
+
+
+def add_checksums(parent: pathlib.Path) -> None:
+    """Adds checksums of blocks to the caches of a task's split, here and in the store; prints which, with a progress bar.
+
+    Raises:
+      CacheCorruptError: a cache is damaged.
+      OSError: a file cannot be read or written.
+    """
+    folders = [str(path.parent) for path in parent.glob(f"*/{token_cache.MANIFEST}")]
+    if address := directories.address_of(parent):
+        folders += [f"{address}/{name}" for name in paths.names(address)]
+    for place in folders:
+        try:
+            with Bar(
+                desc=f"checksums of {place}", unit="B", unit_scale=True, file=sys.stderr
+            ) as bar:
+                made = in_place.add_checksums(place, bar.update)
+        except FileNotFoundError:  # a lock, or a cache that is being built
+            continue
+        print(f"{place}: {'added checksums of blocks' if made else 'has checksums of blocks'}")
 
 
 def _listed(found: Mapping[str, dict]) -> str:
@@ -94,9 +117,8 @@ def _listed(found: Mapping[str, dict]) -> str:
         }
         text = f"{manifest['records']:,} records"
         if first:
-            keys = [
-                k for k in {**first, **facts} if canonical(first.get(k)) != canonical(facts.get(k))
-            ]
+            every = description.changes(first, facts)
+            keys = [key for key in every if key != "probe"] or every  # a consequence of the others
             text += f"; other {', '.join(keys)} than the first" if keys else "; as the first"
         first = first or facts
         lines.append(f"  {place}: {text}")

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,8 @@ from espalier.data.cache.ranged import RangedArray
 # How a cache of a store is read: 'copy' it to this machine first, read it 'in_place', or 'auto': by its size.
 ReadCache = Literal["auto", "copy", "in_place"]
 COPIED_BYTES = 10e9  # at most, by 'auto': a minute at 200 MB/s; of the free disk, at most half
+_INDEX_IN_MEMORY = 10**7  # records of a cache of this machine whose lengths are read at once
+_MOST_MAPS = 50_000  # Linux lets a process have 65,530
 _WINDOW = 256  # blocks of lengths that are held at a time
 
 
@@ -103,12 +105,25 @@ class RangedColumn(Column):
         self.all_values.gather(begins, lengths, out, at)
 
 
+class _Shards(list):
+    """The values of each shard, made when they are asked for: there may be thousands."""
+
+    def __init__(self, folder: BlockFolder, stems: Sequence[str], dtype: np.dtype):
+        super().__init__(stems)
+        self._folder, self._dtype = folder, dtype
+
+    def __getitem__(self, shard: Any) -> Any:
+        return RangedArray(self._folder, [f"{super().__getitem__(shard)}.bin"], self._dtype)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[shard] for shard in range(len(self)))
+
+
 def _column(folder: BlockFolder, stems: Sequence[str], dtype: np.dtype) -> RangedColumn:
     values = RangedArray(folder, [f"{stem}.bin" for stem in stems], dtype)
     lengths: Any = RangedArray(folder, [f"{stem}.len" for stem in stems], np.dtype("<u4"))
     starts: Any = Starts(lengths, values.bounds)
-    shards: Any = [RangedArray(folder, [f"{stem}.bin"], dtype) for stem in stems]
-    return RangedColumn(shards, values.bounds, lengths, starts, values)
+    return RangedColumn(_Shards(folder, stems, dtype), values.bounds, lengths, starts, values)
 
 
 def read_manifest(address: str) -> dict:
@@ -150,6 +165,31 @@ def open_cache(address: str | os.PathLike, manifest: dict | None = None) -> stor
                 f"Token cache {address}: the manifest has wrong counts of feature {feature!r}."
             )
     return store.Cache(address, manifest["fingerprint"], manifest["content"], columns, manifest)
+
+
+def open_here(directory: pathlib.Path, *, verify: bool = True) -> store.Cache:
+    """Opens a cache of this machine: tokens are mapped; of a large one, lengths and texts are read when they are needed.
+
+    In memory, the lengths and starts of a billion records are 12 GB for each feature.
+
+    Args:
+      directory: of the cache.
+      verify: check every byte against its checksum.
+
+    Raises:
+      as `store.open_cache`.
+    """
+    manifest = store.read_manifest(directory)
+    if manifest["records"] <= _INDEX_IN_MEMORY or not (directory / blocks.INDEX).exists():
+        return store.open_cache(directory, verify=verify)
+    store.check_files(directory, manifest, verify)
+    opened = open_cache(directory, manifest)
+    columns, shards = dict(opened.columns), len(manifest["shards"])
+    for feature, kind in manifest["features"].items():
+        if kind != "text" and shards * len(columns) < _MOST_MAPS:
+            stems = [directory / f"{shard:05d}.{feature}" for shard in range(shards)]
+            columns[feature] = columns[feature].mapped(stems, feature_dtype(kind))
+    return dataclasses.replace(opened, directory=directory, columns=columns)
 
 
 def open_if_chosen(directory: pathlib.Path, how: ReadCache) -> store.Cache | None:

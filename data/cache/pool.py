@@ -18,12 +18,12 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 T = TypeVar("T")
-R = TypeVar("R", covariant=True)
+R = TypeVar("R")
 Report = Callable[[int], None]  # adds to what the bar counts
 
 _SHOWN_SECONDS = 0.2  # between two looks at the processes' counts
@@ -36,6 +36,15 @@ _ONE_THREAD = {
     **dict.fromkeys(("MKL_NUM_THREADS", "ARROW_NUM_THREADS"), "1"),
 }
 _limit: int | None = None
+_elsewhere: Callable[..., list[Any]] | None = None
+
+
+class Counts(dict[str, int]):
+    """A result that is counts, such as {'records': 10}. Where calls are made elsewhere, the `sums` of all results are shown."""
+
+    @property
+    def sums(self) -> Mapping[str, int]:
+        return self
 
 
 class WorkerError(RuntimeError):
@@ -48,6 +57,8 @@ class Bar(Protocol):
     n: float
 
     def update(self, n: float = 1) -> Any: ...
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> Any: ...
 
 
 @contextlib.contextmanager
@@ -68,6 +79,22 @@ def limited(workers: int | None) -> Iterator[None]:
         _limit = before
 
 
+@contextlib.contextmanager
+def elsewhere(run: Callable[..., list[Any]]) -> Iterator[None]:
+    """Context manager: calls are not made in processes of this machine, but by `run(function, items, title, paths, last)`."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, run
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
+def is_elsewhere() -> bool:
+    """Returns whether calls are made on other machines."""
+    return _elsewhere is not None
+
+
 def size() -> int:
     """Returns the number of processes that run at once."""
     if _limit is not None:
@@ -83,7 +110,11 @@ def run(
     *,
     what: Callable[[T], str],
     bar: Bar,
+    unit: str = "",
+    title: str = "at work",
     remedy: str = "",
+    paths: Sequence[str] = (),
+    last: Callable[[], None] | None = None,
 ) -> list[R]:
     """Returns the results of `function(item, report)`, in the order of the items.
 
@@ -94,18 +125,47 @@ def run(
       items: the items, picklable.
       what: names an item in an error.
       bar: shows the sum of what the calls report.
+      unit: of the items; the bar also shows how many are done.
+      title: what the calls do.
       remedy: what to do when a process has died, besides starting fewer.
+      paths: files and folders that the calls read or write; elsewhere, they must be there too.
+      last: called once all calls have returned; picklable.
 
     Raises:
       WorkerError: a process was killed, such as when memory is exhausted.
       Exception: what a call raises.
     """
+    if _elsewhere is not None and items:
+        return _elsewhere(function, items, title, paths, last)
+    results = _in_processes(function, items, what, bar, unit, remedy)
+    if last is not None:
+        last()
+    return results
+
+
+def _in_processes(
+    function: Callable[[T, Report], R],
+    items: Sequence[T],
+    what: Callable[[T], str],
+    bar: Bar,
+    unit: str,
+    remedy: str,
+) -> list[R]:
     workers = min(size(), len(items))
     pickled = _pickled(function, items) if workers > 1 else None
     if pickled is None:
-        return [function(item, lambda count: bar.update(count)) for item in items]
+        results: list[R] = []
+        for item in items:
+            _show(bar, len(results), len(items), unit)
+            results.append(function(item, lambda count: bar.update(count)))
+        return results
     with _Processes(workers, pickled) as processes:
-        return processes.results([what(item) for item in items], bar, remedy)
+        return processes.results([what(item) for item in items], bar, unit, remedy)
+
+
+def _show(bar: Bar, done: int, total: int, unit: str) -> None:
+    if unit:
+        bar.set_postfix_str(f"{done:,} of {total:,} {unit}", refresh=False)
 
 
 def _pickled(function: Any, items: Any) -> bytes | None:
@@ -164,7 +224,7 @@ class _Processes:
             process.wait()
         self._end.close()
 
-    def results(self, names: Sequence[str], bar: Bar, remedy: str) -> list[Any]:
+    def results(self, names: Sequence[str], bar: Bar, unit: str, remedy: str) -> list[Any]:
         """Hands out the items in order; see `run`."""
         results: dict[int, Any] = {}
         failed: dict[int, BaseException] = {}
@@ -173,7 +233,8 @@ class _Processes:
         for channel in self._processes:
             at_work[channel] = self._hand_out(channel, next(waiting))
         while at_work:
-            for channel in connection.wait(list(at_work), _SHOWN_SECONDS):
+            for ready in connection.wait(list(at_work), _SHOWN_SECONDS):
+                channel = cast("connection.Connection", ready)
                 number = at_work.pop(channel)
                 try:
                     error, value = pickle.loads(channel.recv_bytes())
@@ -183,6 +244,7 @@ class _Processes:
                 following = None if failed else next(waiting, None)
                 if following is not None:
                     at_work[channel] = self._hand_out(channel, following)
+            _show(bar, len(results), len(names), unit)
             bar.update(sum(count for (count,) in _COUNT.iter_unpack(self._counts[:])) - bar.n)
             if failed and not any(number < min(failed) for number in at_work.values()):
                 raise failed[min(failed)]
@@ -242,6 +304,7 @@ def serve(channel: int, counts: int, number: int) -> None:
         try:
             answer = (False, function(items[index], report))
         except Exception as error:
+            error.add_note(f"In a process of the pool:\n{traceback.format_exc()}")
             answer = (True, error)
         parent.send_bytes(_pickled_answer(*answer))
 

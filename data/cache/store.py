@@ -25,7 +25,7 @@ from espalier.common import files
 from espalier.common.storage import paths
 from espalier.data import pieces
 from espalier.data.cache import blocks, build, cache_dir
-from espalier.data.cache.build import FORMAT, MANIFEST, manifest_bytes
+from espalier.data.cache.build import FORMAT, MANIFEST
 from espalier.data.cache.build import digest as digest  # of settings, as of descriptions
 from espalier.data.cache.cache_files import (
     Column,
@@ -130,7 +130,7 @@ class _Listed:
 def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
     """Opens a cache; with `verify`, checks every byte against its checksum.
 
-    Of a cache in a store, see `in_place.open_cache`.
+    Of a cache in a store, see `in_place.open_cache`; of large ones, `in_place.open_here`.
 
     Raises:
         FileNotFoundError: there is no cache.
@@ -138,10 +138,7 @@ def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
     """
     directory = pathlib.Path(directory)
     manifest = read_manifest(directory)
-    files = {name: entry for shard in manifest["shards"] for name, entry in shard["files"].items()}
-    check = check_file if verify else check_size
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda item: check(directory / item[0], *item[1]), files.items()))
+    check_files(directory, manifest, verify)
     columns = {
         feature: Column.open(
             [directory / f"{shard:05d}.{feature}" for shard in range(len(manifest["shards"]))],
@@ -154,6 +151,14 @@ def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
         if (len(column.lengths), values) != (manifest["records"], {manifest["values"][feature]}):
             raise corrupt(directory, MANIFEST, f"has wrong counts of feature {feature!r}")
     return Cache(directory, manifest["fingerprint"], manifest["content"], columns, manifest)
+
+
+def check_files(directory: pathlib.Path, manifest: dict, verify: bool) -> None:
+    """Raises CacheCorruptError if a file is missing or has another size; with `verify`, also for a wrong checksum."""
+    files = {name: entry for shard in manifest["shards"] for name, entry in shard["files"].items()}
+    check = check_file if verify else check_size
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda item: check(directory / item[0], *item[1]), files.items()))
 
 
 def read_manifest(directory: pathlib.Path) -> dict:
@@ -178,7 +183,8 @@ def parse_manifest(raw: bytes, directory: pathlib.Path | str) -> dict:
     try:
         manifest = json.loads(raw)
         body = manifest["body"]
-        intact = raw == manifest_bytes(body) and body["format"] == FORMAT
+        intact = raw.endswith(b"}\n") and manifest["sha256"] == digest(body)
+        intact = intact and body["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:

@@ -11,10 +11,12 @@ their numbers when the cache is built, from seed 0.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote
 
 from espalier.common.ranges import check_choice
@@ -103,8 +105,13 @@ def open_task_cache(
                     if not complete:
                         _compare(parent, now, num_shards, changed)
                         _build(task, split, directory, features, described, num_shards)
-                        directories.publish(directory, token_cache.MANIFEST)
-    cache = token_cache.open_cache(directory, verify=verify)
+                        if directory.exists():
+                            directories.publish(directory, token_cache.MANIFEST)
+                        elif opened := in_place.open_if_chosen(directory, read):
+                            return _not_empty(opened, task.name, split)
+                        else:  # workers have written it into the store
+                            directories.fetch(directory, token_cache.MANIFEST)
+    cache = in_place.open_here(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
     return _not_empty(cache, task.name, split)
@@ -214,17 +221,33 @@ def _build(task, split, directory, features, description, num_shards) -> None:
     title, shards = f"tokenising {task.name}/{split}", _shards(task, split)
     if not sys.stderr.isatty():  # a line in place of the bar
         print(title, file=sys.stderr, flush=True)
-    made = build.Build(str(directory), task, split, features, description, shards)
+    # Other machines write into the store itself.
+    place = (pool.is_elsewhere() and directories.address_of(directory)) or str(directory)
+    made = build.Build(place, task, split, features, description, shards)
     made.start()
     with Bar(desc=title, unit="tok", unit_scale=True, file=sys.stderr) as bar:
         pool.run(
-            made.write_shard,
+            functools.partial(_write_shard, made),
             range(num_shards),
             what=made.name_of,
             bar=bar,
+            unit="shards",
+            title=title,
             remedy="Finished shards are kept: the same command goes on after them.",
+            paths=_paths(task.source, place),
+            last=made.finish,
         )
-    made.finish()
+
+
+def _write_shard(made: build.Build, shard: int, report: pool.Report) -> pool.Counts:
+    made.write_shard(shard, report)
+    return pool.Counts(made.counts(shard))
+
+
+def _paths(source: Any, directory: str) -> tuple[str, ...]:
+    """Returns the folders that whoever builds a cache reads and writes."""
+    root = getattr(source, "root", None)
+    return (*((root,) if root else ()), os.path.dirname(directory))
 
 
 def _shards(task: Task | seqio_tasks.SeqioTask, split: str) -> tuple[tuple[pieces.Piece, ...], ...]:

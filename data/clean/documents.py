@@ -1,8 +1,8 @@
 """Documents of files, filtered and without near-duplicates, as shards of JSON lines: in processes of one machine or by Apache Beam.
 
-The steps, whose elements are independent of each other, are: filter the documents of each file and sketch those that stay; compare
-those with equal keys, for each band; decide in the order of the corpus, as in one process; write a shard for each file; and
-write `counts.json`, which completes the output. What is there already is not made again.
+The files are divided into shards. The steps, whose elements are independent of each other, are: filter the documents of each
+shard and sketch those that stay; compare those with equal keys, for each band; decide in the order of the corpus, as in one
+process; write each shard; and write `counts.json`, which completes the output. What is there already is not made again.
 """
 
 import dataclasses
@@ -21,21 +21,27 @@ from espalier.common import pipelines
 from espalier.common.bars import Bar
 from espalier.common.pipelines import Step
 from espalier.common.storage import output_files, paths
+from espalier.common.storage.result_folder import ResultFolder, together
+from espalier.data import pieces
 from espalier.data.cache import pool
+from espalier.data.cache.file_digests import FileDigests
 from espalier.data.clean.near_duplicates import Search
-from espalier.data.clean.result_folder import ResultFolder, together
+from espalier.data.pieces import Piece
 from espalier.data.text import dedup, document_filters, documents
 from espalier.data.text.document_files import DocumentFiles
 from espalier.data.text.document_filters import Sieve
 from espalier.data.text.documents import DataError, Document
+from espalier.data.text.row_files import BadRow, BadRows
 
 COUNTS = "counts.json"  # completes the output
+BAD_ROWS = "bad_rows.jsonl"  # rows that cannot be used, where the source leaves them out
 DUPLICATES = (
     "near-duplicates"  # name of the count of dropped documents, beside those of the filters
 )
 EMPTY = "empty"
 _STARTED = "documents.json"  # what the output is made of
 _WORK = "work"  # folder of what the steps leave for each other, which goes at the end
+_DIVIDED_BYTES = 256_000_000  # larger files of lines are divided, for which they are read once
 _PART_BYTES = 64 << 30  # of files for each part of a band: about 20 million documents
 
 
@@ -49,12 +55,14 @@ class Cleaning:
 
     Attributes:
       source: the documents: those of its split `train`, with its filters.
-      output: folder or address of the shards; they are numbered as the files, in their order.
+      shards: what is read for each shard of the output, in the order of the corpus; see `shards_of`.
+      output: folder or address of the shards.
       keys: further keys or columns that the rows keep, dotted for nested ones.
       threshold: least resemblance of near-duplicates, of which the first is kept; None keeps all.
     """
 
     source: DocumentFiles
+    shards: tuple[tuple[Piece, ...], ...]
     output: str
     keys: tuple[str, ...] = ()
     threshold: float | None = 0.8
@@ -85,35 +93,37 @@ class Cleaning:
 
     def steps(self) -> list[Step]:
         """Returns the steps that make the output."""
-        files, seen = range(len(self._files)), (self.source.root, self.output)
+        shards, seen = range(len(self.shards)), (*self.source.places, self.output)
         search = [
-            Step("filter documents", self.filter_file, files, seen),
+            Step("filter documents", self.filter_shard, shards, seen),
             Step("number documents", self.number, [None], seen),
             Step("compare near-duplicates", self.compare, self._search.elements, seen),
             Step("decide on duplicates", self.decide, [None], seen),
         ]
         return [
             *(search if self.threshold is not None else []),
-            Step("write shards", self.write_shard, files, seen),
+            Step("write shards", self.write_shard, shards, seen),
             Step("add counts", self.finish, [None], seen),
         ]
 
-    def filter_file(self, file: int) -> Mapping[str, int]:
-        """Writes which documents of a file the filters keep, and their sketches."""
-        name = f"{file:05d}.filtered.json"
+    def filter_shard(self, shard: int) -> Mapping[str, int]:
+        """Writes which documents of a shard the filters keep, and their sketches."""
+        name = f"{shard:05d}.filtered.json"
         if not self._work.has(name):
-            sieve, places, sketches = _Sieve(self.source.filters), [], []
-            for place, document in enumerate(self._read(file, sieve.keys)):
+            sieve, places, sketches = _Sieve(self.source), [], []
+            for place, document in enumerate(self._read(shard, sieve.keys, sieve.bad)):
                 if sieve.keeps(document):
                     places.append(place)
                     sketches.append(dedup.sketch(dedup.shingles(document.text)))
-            self._search.put(file, np.array(sketches, np.uint64).reshape(-1, dedup.SKETCH))
-            self._work.write(f"{file:05d}.places", np.array(places, np.int64).tobytes())
+            self._search.put(shard, np.array(sketches, np.uint64).reshape(-1, dedup.SKETCH))
+            self._work.write(f"{shard:05d}.places", np.array(places, np.int64).tobytes())
             self._work.write_json(name, sieve.counts())
-        return {"documents filtered": self._work.json(name)["read"]["documents"]}
+        counts = self._work.json(name)
+        bad = len(counts["bad_rows"])
+        return {"documents filtered": counts["read"]["documents"], "rows skipped": bad}
 
     def number(self, _: None) -> Mapping[str, int]:
-        names = [f"{file:05d}.filtered.json" for file in range(len(self._files))]
+        names = [f"{shard:05d}.filtered.json" for shard in range(len(self.shards))]
         self._search.number(
             [counts["kept"]["documents"] for counts in together(self._work.json, names)]
         )
@@ -126,59 +136,67 @@ class Cleaning:
     def decide(self, _: None) -> Mapping[str, int]:
         return {f"documents dropped ({DUPLICATES})": self._search.decide()}
 
-    def write_shard(self, file: int) -> Mapping[str, int]:
-        """Writes the documents of a file that stay, and then its counts."""
-        name = f"{file:05d}.json"
+    def write_shard(self, shard: int) -> Mapping[str, int]:
+        """Writes the documents of a shard that stay, and then its counts."""
+        name = f"{shard:05d}.json"
         if not self._work.has(name):
-            sieve, kept = _Sieve(self.source.filters), Counter(documents=0, bytes=0)
-            target = self._output.of(f"{file:05d}.jsonl.zst")
+            sieve, kept = _Sieve(self.source), Counter(documents=0, bytes=0)
+            target = self._output.of(f"{shard:05d}.jsonl.zst")
             with (
                 output_files.opened(target, keep=False) as opened,
                 documents.compressed(opened, target) as stream,
             ):
-                for document in self._staying(file, sieve):
+                for document in self._staying(shard, sieve):
                     stream.write(self._row(document))
                     kept.update(documents=1, bytes=len(document.text.encode()))
             counts = sieve.counts()
             if self.threshold is not None:
-                counts = self._work.json(f"{file:05d}.filtered.json")
+                counts = self._work.json(f"{shard:05d}.filtered.json")
                 counts["dropped"][DUPLICATES] = _difference(counts["kept"], [kept])
                 counts["kept"] = kept
             self._work.write_json(name, counts)
-        counts = self._work.json(name)["kept"]
-        return {f"{unit} kept": count for unit, count in counts.items()}
+        counts = self._work.json(name)
+        found = {"rows skipped": len(counts["bad_rows"])} if self.threshold is None else {}
+        return {**found, **{f"{unit} kept": count for unit, count in counts["kept"].items()}}
 
     def finish(self, _: None) -> Mapping[str, int]:
-        """Writes the counts of all files, which completes the output."""
+        """Writes the counts of all shards, which completes the output."""
         read, kept, dropped = Counter[str](), Counter[str](), dict[str, Counter[str]]()
-        names = [f"{file:05d}.json" for file in range(len(self._files))]
+        bad: list[Any] = []
+        names = [f"{shard:05d}.json" for shard in range(len(self.shards))]
         for counts in together(self._work.json, names):
             read.update(counts["read"])
             kept.update(counts["kept"])
+            bad += counts["bad_rows"]
             for name, count in counts["dropped"].items():
                 dropped.setdefault(name, Counter()).update(count)
-        self._output.write_json(COUNTS, {"read": read, "dropped": dropped, "kept": kept})
+        total: dict[str, Any] = {"read": read, "dropped": dropped, "kept": kept}
+        if bad:
+            total["bad_rows"] = {"rows": len(bad)}
+            lines = [json.dumps(BadRow(*row)._asdict(), ensure_ascii=False) + "\n" for row in bad]
+            self._output.write(BAD_ROWS, "".join(lines).encode())
+        self._output.write_json(COUNTS, total)
         return {}
 
-    def _staying(self, file: int, sieve: "_Sieve") -> Iterator[Document]:
+    def _staying(self, shard: int, sieve: "_Sieve") -> Iterator[Document]:
         if self.threshold is None:
             keys = tuple(dict.fromkeys((*sieve.keys, *self.keys)))
-            yield from filter(sieve.keeps, self._read(file, keys))
+            yield from filter(sieve.keeps, self._read(shard, keys, sieve.bad))
             return
-        places = np.frombuffer(self._work.read(f"{file:05d}.places"), np.int64)
-        staying = set(np.delete(places, self._search.duplicates_of(file)).tolist())
-        for place, document in enumerate(self._read(file, self.keys)):
+        places = np.frombuffer(self._work.read(f"{shard:05d}.places"), np.int64)
+        staying = set(np.delete(places, self._search.duplicates_of(shard)).tolist())
+        for place, document in enumerate(self._read(shard, self.keys, sieve.bad)):
             if place in staying:
                 yield document
 
-    def _read(self, file: int, keys: Sequence[str]) -> Iterator[Document]:
-        path, source = self._files[file], self.source
-        name = os.path.relpath(path, source.root)
-        yield from documents.read(pathlib.Path(path), source.format, name=name, metadata=keys)
-        if _state(path) != self._states[file]:
-            raise DataError(
-                f"{path} was changed while its documents were read: delete {self.output}, and start again"
-            )
+    def _read(self, shard: int, keys: Sequence[str], bad: BadRows) -> Iterator[Document]:
+        for piece in self.shards[shard]:
+            name = self.source.relative(piece.path)
+            yield from documents.read(piece, self.source.format, name=name, metadata=keys, bad=bad)
+            if _state(piece.path) != self._states[piece.path]:
+                raise DataError(
+                    f"{piece.path} was changed while its documents were read: delete {self.output}, and start again"
+                )
 
     def _row(self, document: Document) -> bytes:
         row: dict[str, Any] = {"id": document.id, "text": document.text}
@@ -188,14 +206,10 @@ class Cleaning:
             inner[last] = document.metadata[key]
         return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
 
-    @property
-    def _files(self) -> Sequence[str]:
-        return self.source.files["train"]
-
     @functools.cached_property
-    def _states(self) -> list[list]:
+    def _states(self) -> dict[str, list]:
         """What is known of each file, which workers compare: with the pickle they get those of the start."""
-        return [_state(path) for path in self._files]
+        return {path: _state(path) for path in self.source.files["train"]}
 
     @property
     def _output(self) -> ResultFolder:
@@ -207,15 +221,15 @@ class Cleaning:
 
     @functools.cached_property
     def _search(self) -> Search:
-        parts = max(sum(size for size, _ in self._states) // _PART_BYTES, 1)
-        return Search(self._work, len(self._files), parts, self.threshold or 1.0)
+        parts = max(sum(size for size, _ in self._states.values()) // _PART_BYTES, 1)
+        return Search(self._work, len(self.shards), parts, self.threshold or 1.0)
 
     def _start(self) -> None:
         """Writes what the output is made of, or compares it with what is there."""
         settings = {
-            "files": [
-                [path, *state] for path, state in zip(self._files, self._states, strict=True)
-            ],
+            "files": self._states,
+            "shards": [[dataclasses.astuple(p) for p in shard] for shard in self.shards],
+            "on_bad_row": self.source.on_bad_row,
             "format": dataclasses.asdict(self.source.format),
             # A filter keeps what its settings have read of its files: workers need not have these.
             "filters": document_filters.described(self.source.filters),
@@ -238,12 +252,34 @@ class Cleaning:
         self._output.write_json(_STARTED, settings)
 
 
+def shards_of(source: DocumentFiles) -> tuple[tuple[Piece, ...], ...]:
+    """Returns the pieces of each shard of the output, contiguous and of 32 to 256 MB; raises DataError."""
+    files, unit = source.files["train"], source.format.document_per
+    large = {
+        path
+        for path in files
+        if documents.is_by_line(pathlib.Path(path), document_per=unit)
+        and _state(path)[0] > _DIVIDED_BYTES
+    }
+    digests = FileDigests(pathlib.Path(source.cache, "file_digests.json"))
+    digests.read(sorted(large), large)
+    digests.save()
+    return pieces.grouped(
+        piece
+        for path in files
+        for piece in documents.divided(
+            path, digests.marks if path in large else lambda path: (), document_per=unit
+        )
+    )
+
+
 class _Sieve:
     """The filters of a source, and what is empty; counts what is read and dropped."""
 
-    def __init__(self, filters: Sequence[document_filters.DocumentFilter]):
-        self._sieve = Sieve(filters)
+    def __init__(self, source: DocumentFiles):
+        self._sieve = Sieve(source.filters)
         self.keys = self._sieve.keys
+        self.bad: BadRows = [] if source.on_bad_row == "skip" else None
         self._read, self._empty = Counter(documents=0, bytes=0), 0
 
     def keeps(self, document: Document) -> bool:
@@ -256,7 +292,8 @@ class _Sieve:
     def counts(self) -> dict[str, Any]:
         dropped = {EMPTY: {"documents": self._empty, "bytes": 0}, **self._sieve.dropped}
         kept = _difference(self._read, dropped.values())
-        return {"read": dict(self._read), "dropped": dropped, "kept": kept}
+        bad = self.bad or []
+        return {"read": dict(self._read), "dropped": dropped, "kept": kept, "bad_rows": bad}
 
 
 def _difference(total: Mapping[str, int], parts: Any) -> dict[str, int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from espalier.data.clean.result_folder import ResultFolder, together
+from espalier.common.storage.result_folder import ResultFolder, together
 from espalier.data.text.dedup import BANDS, SKETCH
 
 _MULTIPLIERS = tuple(

@@ -139,7 +139,7 @@ def plan_source(
             f"Source {name!r}: inputs and targets were tokenised with different vocabularies (sizes {sizes}), but a model "
             "has one table of tokens: give both features one vocabulary."
         )
-    policy = {
+    policy: dict[str, Any] = {
         "packing": packing,
         "long_documents": long_documents,
         "inputs_prefix": tuple(inputs_prefix),
@@ -152,9 +152,8 @@ def plan_source(
         planned = stored_plan.open_plan(opened, feature_lengths, verify=verify, **policy)
     else:
         if weighted:
-            weights = opened.columns[LOSS_WEIGHTS]
-            counts_N = (np.asarray(c.lengths) for c in (opened.columns["targets"], weights))
-            check_loss_weights(where, *counts_N, map(np.asarray, weights.shards))
+            targets, weights = opened.columns["targets"], opened.columns[LOSS_WEIGHTS]
+            check_loss_weights(where, targets.lengths, weights.lengths, weights.shards)
         lengths = {feature: opened.columns[feature].lengths for feature in feature_lengths}
         planned = make_plan(lengths, feature_lengths, **policy)
     if not planned.num_rows:

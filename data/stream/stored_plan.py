@@ -16,6 +16,7 @@ Shape suffixes: N records of a shard, S segments, R rows.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -38,6 +39,7 @@ from espalier.data.cache.cache_files import (
     corrupt,
     file_entry,
     finished_shard,
+    mapped,
     writing,
 )
 from espalier.data.cache.ranged import RangedArray
@@ -56,7 +58,7 @@ _ARRAYS = ("row_starts", "segments", "records")
 _TABLE = "plan.sums"
 # Part of the name of a plan: raise it when the same cache and policy give other files.
 _VERSION = 1
-_CHECKED_AT_ONCE = 1 << 22  # values
+_CHECKED_AT_ONCE = 1 << 19  # values
 
 
 class Field:
@@ -198,9 +200,12 @@ class PlanBuild:
         for name in _ARRAYS:
             with open(target / name, "wb") as out:
                 for stem, before in zip(stems, bounds[:-1], strict=True):
-                    array = np.fromfile(self.folder / f"{stem}.{name}", np.uint8)
-                    out.write(array.view("<i8") + before if name == "row_starts" else array)
-                out.write(bounds[-1:] if name == "row_starts" else b"")
+                    content = (self.folder / f"{stem}.{name}").read_bytes()
+                    if name == "row_starts":
+                        content = (np.frombuffer(content, "<i8") + before).tobytes()
+                    out.write(content)
+                if name == "row_starts":
+                    out.write(bounds[-1:].tobytes())
         long = [entry["first_long"] for entry in entries if entry["first_long"] is not None]
         sums = {key: collections.Counter[str]() for key in ("tokens", "counts")}
         for entry in entries:
@@ -210,6 +215,11 @@ class PlanBuild:
         files.write(target / INDEX, facts, synced=True)
         sizes = {name: os.path.getsize(target / name) for name in (*_ARRAYS, INDEX)}
         blocks.write_index(target, {_TABLE: sizes}, of=self.name)
+
+
+def name_of(cache: store.Cache, policy: list) -> str:
+    """Returns the name of a plan, for a policy as `plan.policy_of` gives it."""
+    return store.digest([_VERSION, cache.content, policy])[:16]
 
 
 def is_needed(cache: store.Cache) -> bool:
@@ -238,18 +248,19 @@ def open_plan(
       CacheCorruptError: the plan or the cache is damaged.
       OSError: the plan cannot be written.
     """
-    how = {
+    how: dict[str, Any] = {
         "row_lengths": dict(row_lengths),
         "packing": packing,
         "long_documents": long_documents,
         "inputs_prefix": inputs_prefix,
     }
-    name = store.digest([_VERSION, cache.content, policy_of(**how)])[:16]
+    name = name_of(cache, policy_of(**how))
     folder = f"{cache.directory}.plans"
     place, in_place = paths.join(folder, name), paths.is_remote(folder)
     directory = pathlib.Path(cache_dir.local_root(folder), name)  # where it is built
 
-    if not paths.exists(paths.join(place, blocks.INDEX)):
+    index = paths.join(place, blocks.INDEX)
+    if not paths.exists(index):
         build = PlanBuild(
             name=name,
             cache=os.fspath(cache.directory),
@@ -261,9 +272,10 @@ def open_plan(
         with writing(f"The row plan {place}"):
             build.folder.mkdir(parents=True, exist_ok=True)
         with store.building_lock(directory):
-            make = functools.partial(_make, build, list(_shards(cache)))
-            expected = (*_ARRAYS, INDEX, _TABLE, blocks.INDEX)
-            cache_dir.build_directory(directory, make, expected=expected, in_place=in_place)
+            if not paths.exists(index):  # another process may have made it meanwhile
+                make = functools.partial(_make, build, list(_shards(cache)))
+                expected = (*_ARRAYS, INDEX, _TABLE, blocks.INDEX)
+                cache_dir.build_directory(directory, make, expected=expected, in_place=in_place)
             shutil.rmtree(build.folder, ignore_errors=True)
     arrays, facts = _opened(place, name, cache.num_records, list(row_lengths), verify)
     segments: Any = arrays["segments"]
@@ -307,13 +319,19 @@ def _opened(
     facts = json.loads(RangedArray(folder, [INDEX], np.dtype("u1"))[:].tobytes())
     if paths.is_remote(place):
         return arrays, facts
-    mapped: dict[str, np.ndarray] = {}
+    here: dict[str, np.ndarray] = {}
     for n, array in arrays.items():
         path = pathlib.Path(place, n)
         size = array.dtype.itemsize * len(array)
         if not path.exists() or path.stat().st_size != size:
             raise corrupt(pathlib.Path(place), n, f"is missing, or has not {size} bytes")
-        for begin in range(0, len(array) if verify else 0, _CHECKED_AT_ONCE):
-            array[begin : begin + _CHECKED_AT_ONCE]  # raises for a block with another checksum
-        mapped[n] = np.asarray(np.memmap(path, array.dtype, mode="r")) if size else array[:]
-    return mapped, facts
+        if verify:
+            with concurrent.futures.ThreadPoolExecutor(blocks.THREADS) as threads:
+                check = functools.partial(_check, array)
+                list(threads.map(check, range(0, len(array), _CHECKED_AT_ONCE)))
+        here[n] = mapped(path, array.dtype)
+    return here, facts
+
+
+def _check(array: RangedArray, begin: int) -> None:
+    array[begin : begin + _CHECKED_AT_ONCE]  # raises for a block with another checksum

@@ -84,10 +84,11 @@ class StreamSettings:
 
     def open_cache(self, task: Any) -> store.Cache:
         """Opens the token cache of a SeqIO task, see `task_cache.open_task_cache`."""
-        from espalier.data.cache import (
-            task_cache,  # imports SeqIO, which a stream over caches does not need
-        )
+        from espalier.data import tasks
+        from espalier.data.cache import task_cache  # a stream over caches needs no tasks
 
+        if self.use_cached:
+            tasks.open_cached(task.name)
         with pool.limited(self.workers):
             return task_cache.open_task_cache(
                 task,
@@ -201,8 +202,8 @@ def make_stream(
         workers: processes that build missing caches; None for one on each core.
         read_cache: how a cache in a store is read: 'copy' it to this machine, read it 'in_place' by the parts that rows need,
             or 'auto': in place if it has more than 10 GB or half of the free disk.
-        use_cached: open the one cache of each task that there is, without looking at its source, which may have changed or be
-            gone; several caches are an error.
+        use_cached: open the one cache of each task that there is, without reading its source, which may have changed; several
+            caches are an error.
 
     Raises:
         ValueError: the data cannot be streamed with these settings.

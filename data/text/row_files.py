@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from espalier.common.storage import paths, ranges
@@ -40,6 +40,11 @@ class BadRow(NamedTuple):
     def __str__(self) -> str:
         where = f"{self.path}:{self.row}"
         return f"{where}:{self.offset}" if self.offset is not None else where
+
+
+def bad_rows_text(counted: Mapping[str, Any]) -> str:
+    """Returns a message about the bad rows of a source, of which `counted` has number, first ones and the file of all."""
+    return f"{counted['rows']:,} rows cannot be used and are left out, the first is {counted['first'][0]} (all: {counted['all']})"
 
 
 BadRows = list[BadRow] | None  # None: a bad row is an error
@@ -207,8 +212,7 @@ def json_rows(
                 f"a JSON {type(record).__name__} where an object is expected, such as {example}"
             )
         if problem:
-            error = DataError(f"{where}: {problem}")
-            refuse(error, bad, piece.path, number, offset)
+            refuse(DataError(f"{where}: {problem}"), bad, piece.path, number, offset)
             continue
         yield Row(number, where, record, offset)
 

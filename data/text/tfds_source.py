@@ -108,7 +108,7 @@ class TfdsSource(DataSource):
         return take(self.documents(source, "train"), num_bytes)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
-        for example in self.read_examples(split, split):
+        for example in self.read_examples(Piece(split), split):
             yield Document(example["document_id"], example["text"])
 
     def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, str]]:

@@ -87,16 +87,16 @@ class Vocabulary(abc.ABC):
         return self._decode_tf(ids)
 
     @abc.abstractmethod
-    def _encode(self, s: Any) -> Any: ...
+    def _encode(self, s: Any, /) -> Any: ...
 
     @abc.abstractmethod
-    def _decode(self, ids: Any) -> Any: ...
+    def _decode(self, ids: Any, /) -> Any: ...
 
     @abc.abstractmethod
-    def _encode_tf(self, s: Any) -> Any: ...
+    def _encode_tf(self, s: Any, /) -> Any: ...
 
     @abc.abstractmethod
-    def _decode_tf(self, ids: Any) -> Any: ...
+    def _decode_tf(self, ids: Any, /) -> Any: ...
 
 
 def as_list(ids: Iterable[int]) -> list[int]:
@@ -122,7 +122,7 @@ class PassThroughVocabulary(Vocabulary):
     def _base_vocab_size(self) -> int:
         return self._size
 
-    def _same(self, value: Any) -> Any:
+    def _same(self, value: Any, /) -> Any:
         return value
 
     _encode = _decode = _encode_tf = _decode_tf = _same

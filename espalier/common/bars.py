@@ -17,6 +17,7 @@ class Bar(tqdm):
     def __init__(self, iterable: Iterable[Any] | None = None, **settings: Any):
         super().__init__(iterable, **{"disable": None, **settings})
         self._began, self._first, self._settings = time.monotonic(), self.n, settings
+        self._note = ""
         self._stage = contextlib.ExitStack()
         if self.disable and settings.get("desc"):
             self._stage.enter_context(stages.stage(self._text))
@@ -35,6 +36,12 @@ class Bar(tqdm):
             self.n += n or 0
         return super().update(n)
 
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Shows a text after the count."""
+        self._note = s
+        if not self.disable:
+            super().set_postfix_str(s, refresh)
+
     def close(self) -> None:
         if stage := getattr(self, "_stage", None):  # a bar whose arguments were wrong has none
             stage.close()
@@ -49,7 +56,9 @@ class Bar(tqdm):
         if self.total:
             text += f"/{total}"
         text += f" {self._settings.get('unit', '').strip()}".rstrip()
-        if self.total and (done := self.n - self._first):
-            seconds = (time.monotonic() - self._began) * (self.total - self.n) / done
-            text += f" (about {duration(seconds)} left)"
-        return text
+        done, seconds = self.n - self._first, time.monotonic() - self._began
+        if self.total and done:
+            text += f" (about {duration(seconds * (self.total - self.n) / done)} left)"
+        elif scaled and done:
+            text += f" ({self.format_sizeof(done / seconds)}/s)"
+        return f"{text}, {self._note}" if self._note else text

@@ -201,9 +201,13 @@ def _runner(options: Any) -> Any:
     name = options.view_as(apache_beam().options.pipeline_options.StandardOptions).runner
     if name is not None and name.lower() not in _DIRECT:
         return None
+    from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import fn_runner
+    from apache_beam.runners.portability.portable_runner import JobServiceHandle
 
-    return fn_runner.FnApiRunner()
+    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    provision = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
+    return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(provision))
 
 
 def _add(beam: Any, pipeline: Any, step: Step, before: Any) -> Any:

@@ -15,7 +15,7 @@ from espalier.data.text import documents
 from espalier.launch.inference import row_files, shards
 from espalier.launch.load import load_run, side_by_side
 from espalier.launch.load.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
-from espalier.trainers.decoding.buckets import BATCHES_SORTED
+from espalier.trainers.decoding import buckets
 from espalier.trainers.scoring.scoring import Row, Scorer
 
 
@@ -33,7 +33,7 @@ def score(
     """Writes the rows of the file `inputs` with their scores to `output`; see launch/load/load_run.py for `params`.
 
     With directories of adapters, the rows with each of them follow one another, with its "adapter". A pipeline writes the same
-    bytes: its workers have the same batches, if `batch_size` is a multiple of the devices of each.
+    bytes, since its workers have the same batches.
     """
     row_files.check_output(output, compressed=True, others={"inputs": inputs})
     if pipeline is not None:
@@ -121,7 +121,7 @@ def _score_by(
     """Writes the scores that workers of a pipeline compute."""
     if batch_size < 1:
         raise LoadError(f"--batch_size={batch_size} must be at least 1.")
-    if output_files.is_stream(output):
+    if output_files.is_stream(output) or os.path.abspath(output).startswith(("/dev/", "/proc/")):
         raise row_files.RowFileError(
             f"--output={output} is no file, beside which a pipeline has its shards: give a file."
         )
@@ -135,7 +135,7 @@ def _score_by(
     done = pipeline.made(
         output,
         documents.read_json_lines(local, example=EXAMPLE),
-        size=shards.size_of(BATCHES_SORTED * batch_size, os.fspath(local)),
+        size=shards.size_of(buckets.BATCHES_SORTED * batch_size, os.fspath(local)),
         streams=max(1, len(adapter)),
         record=record,
         reads=(checkpoint, *adapter),
@@ -156,6 +156,10 @@ def scorer_of(words: Sequence[str], all_shards: shards.Shards) -> Iterator[shard
     )
     made: list[Scorer] = []
     with start.config.in_use(), loads as runs:
+        if all_shards.count > 1 and flags.batch_size % (devices := runs[0][1].row_shards):
+            raise LoadError(
+                f"--batch_size={flags.batch_size}: each batch of a worker is divided over {devices} devices: give a multiple."
+            )
 
         def score(part: Sequence[Any]) -> Iterator[Iterator[dict[str, Any]]]:
             placed = [(f"{flags.inputs}, line {number}", row) for number, row in part]

@@ -205,10 +205,8 @@ def _identity(value: Any) -> Any:
 
 def _check_same(path: str, recorded: Mapping[str, Any], flag: str) -> None:
     """Raises RowFileError if a file is not the one that was scored."""
-    from espalier.launch.influence import inputs
-
     try:
-        digest = inputs.digest(path, flag)
+        digest = row_files.digest(path, flag)
     except RowFileError as error:
         raise RowFileError(f"{error} If it was moved, give its new place with --{flag}.") from None
     if digest != recorded["sha256"]:

@@ -125,8 +125,14 @@ def start_of(
     files: Callable[[argparse.Namespace], Sequence[str]] = default_files,
 ) -> cli.Start:
     """Returns the `Start` of the words of a `command` that is under way in another process."""
-    options: dict[str, Any] = {"unused": _UNUSED, "default_files": files}
-    return cli.start_of(words, _ENTRY, extra_flags=add_flags, **options)
+    from espalier.launch.config import gin_config
+
+    flags, bindings = cli.read_gin_flags(words, "worker", add_flags)
+    paths = list(filter(None, ",".join(flags.gin_search_paths).split(",")))
+    own = {"unused": _UNUSED, "defaults": list(files(flags))}
+    return cli.Start(
+        flags, gin_config.load(flags.gin_file, bindings, paths, entry=_ENTRY, **own), words
+    )
 
 
 def trusting_command(

@@ -7,7 +7,15 @@ Example: the English prose and docstrings of installed packages as bytes, under 
 The gin files and bindings of a training command work unchanged; settings that do not concern its data are
 ignored. A run builds missing caches by itself, but stops with an error if a task has changed since its
 cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
+With --checksums it upgrades older caches, so that they can be read in place in a store.
 The rows of very large caches are planned here too, if the gin files of the run are given.
+
+With --beam_pipeline_options, Apache Beam builds them on a cluster, the same to the byte. Its workers must see the files and
+the folder of the caches, or the root of the caches is an address of an object store:
+
+  ESPALIER_CACHE=gs://BUCKET/cache espalier prepare cache --gin_file=t5x_configs/data/files.gin \\
+    --gin.FILES='"gs://BUCKET/web/*.jsonl"' --gin.MIXTURE_OR_TASK_NAME=files \\
+    --beam_pipeline_options=--runner=DataflowRunner,--project=PROJECT,--region=REGION,--temp_location=gs://BUCKET/tmp
 """
 
 import argparse
@@ -15,19 +23,26 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from espalier.data.cache import store, task_cache
+from espalier.data import tasks as registry
+from espalier.data.cache import existing, store, task_cache
 from espalier.data.stream import mixing, rows, stored_plan, stream
 from espalier.launch import cli
 from espalier.launch.prepare import workers
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--replace",
         action="store_true",
         help="delete caches of these tasks that are damaged or out of date",
     )
-    workers.add_flag(parser)
+    group.add_argument(
+        "--checksums",
+        action="store_true",
+        help="build nothing; add checksums of blocks to the caches of these tasks, which need them to be read in place in a store",
+    )
+    workers.add_flags(parser)
 
 
 def build_caches(
@@ -37,6 +52,7 @@ def build_caches(
     splits: Sequence[str] = ("train", "validation"),
     cache_dir: str | os.PathLike | None = None,
     replace: bool = False,
+    checksums: bool = False,
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, int]]:
     """Builds the token caches of every task of a mixture, and prints their sizes.
@@ -47,6 +63,7 @@ def build_caches(
       splits: splits to build, for the tasks that have them.
       cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
       replace: whether to delete caches of these tasks that are damaged or out of date.
+      checksums: build nothing, but add checksums of blocks to the caches that there are, here and in the store.
       plan: arguments of `data.stream.rows.plan_source`, with which a run plans its rows. Plans that would be made when the
         first run starts, those of very large caches, are made now. None makes none.
 
@@ -68,6 +85,10 @@ def build_caches(
                 f"{', '.join(task.splits)}. Set build_caches.splits."
             )
     tokens: dict[str, dict[str, int]] = {}
+    if checksums:
+        for task, split in wanted:
+            existing.add_checksums(task_cache.caches_path(task.name, split, cache_dir))
+        return tokens
     print(f"{'task':20s} {'split':12s} {'records':>10s} {'tokens':>14s}  directory")
     for task, split in wanted:
         cache = task_cache.open_task_cache(
@@ -83,7 +104,15 @@ def build_caches(
                 store.remove_plans(cache.directory)
             planned = rows.plan_source(task.name, cache, **plan).plan
             print(f"{planned.num_rows:,} rows of {planned.row_lengths} are planned")
+    _tell_bad_rows(members)
     return tokens
+
+
+def _tell_bad_rows(members: Sequence[Any]) -> None:
+    """Prints what is left out, if rows that cannot be used are. Where no run has counted them yet, the files are read again."""
+    if any(getattr(task.source, "on_bad_row", "error") == "skip" for task in members):
+        for name, text in registry.notices(registry.summary()):
+            print(f"{name}: {text}")
 
 
 def _run(start: cli.Start) -> Any:
@@ -91,7 +120,8 @@ def _run(start: cli.Start) -> Any:
     plan: dict[str, Any] = start.config.bound_to(stream.make_stream, *names)
     lengths = plan.pop("task_feature_lengths", None)
     given: dict[str, Any] = {"plan": {"feature_lengths": lengths, **plan}} if lengths else {}
-    return start(**given, **({"replace": True} if start.flags.replace else {}))
+    flags = {name: getattr(start.flags, name) for name in ("replace", "checksums")}
+    return start(**given, **{name: True for name, on in flags.items() if on})
 
 
 main = cli.gin_command(
@@ -99,7 +129,7 @@ main = cli.gin_command(
     "espalier.launch.prepare.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
-    run=workers.limited(_run),
+    run=workers.used(_run),
     default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
     part=True,
 )

@@ -12,8 +12,9 @@ Example, web pages without near-duplicates, and without text of an evaluation se
   documents.prepare_documents.filters = [@decontamination.Overlap()]
   decontamination.Overlap.evaluation_set = '/data/eval/test.jsonl'
 
-Files are JSON lines, text, Parquet or Arrow. A row is {"id", "text"} and the keys in KEYS. OUTPUT, a folder or an address of an object store, gets a shard
-for each file (00000.jsonl.zst, ...), and `counts.json` once it is complete. The same command goes on after an interruption.
+Files are JSON lines, text, Parquet or Arrow. A row is {"id", "text"} and the keys in KEYS. OUTPUT, a folder or an address of an
+object store, gets shards (00000.jsonl.zst, ...) in the order of the files, and `counts.json` once it is complete. The same
+command goes on after an interruption.
 
 With --beam_pipeline_options, Apache Beam does the work on a cluster, with the same result:
 
@@ -21,19 +22,19 @@ With --beam_pipeline_options, Apache Beam does the work on a cluster, with the s
     --beam_pipeline_options=--runner=DataflowRunner,--project=PROJECT,--region=REGION,--temp_location=gs://BUCKET/tmp
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from espalier.common import pipelines
 from espalier.common.storage import paths
-from espalier.data.cache import pool
+from espalier.data.clean import documents
 from espalier.data.clean.documents import Cleaning
 from espalier.data.data_source import Patterns
 from espalier.data.text import document_files
 from espalier.data.text.document_filters import DocumentFilter
+from espalier.data.text.row_files import OnBadRow
 from espalier.launch import cli
+from espalier.launch.prepare import workers
 
 
 def prepare_documents(
@@ -45,9 +46,9 @@ def prepare_documents(
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",
+    on_bad_row: OnBadRow = "error",
     keys: Sequence[str] = (),
     cache_dir: str | os.PathLike | None = None,
-    workers: int | None = None,
     beam_options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the documents that stay, and prints and returns how many were read, dropped and kept.
@@ -59,9 +60,9 @@ def prepare_documents(
       near_duplicates: share of shingles from which on two documents are near-duplicates (`data.text.dedup`); the first is kept.
         None keeps them.
       text_key, id_key, document_per: see `data.text.documents.Format`.
+      on_bad_row: what a row is that cannot be used: an 'error', or left out, counted and listed in bad_rows.jsonl ('skip').
       keys: further keys or columns that rows keep.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
-      workers: processes on this machine; None for all cores.
       beam_options: of a pipeline of Apache Beam, in place of the processes.
 
     Raises:
@@ -81,37 +82,36 @@ def prepare_documents(
         id_key=id_key,
         document_per=document_per,
         filters=filters,
+        on_bad_row=on_bad_row,
         cache_dir=cache_dir,
     )
     assert isinstance(source, document_files.DocumentFiles)
     cleaning = Cleaning(
-        source=source, output=paths.absolute(output), keys=tuple(keys), threshold=near_duplicates
+        source=source,
+        shards=documents.shards_of(source),
+        output=paths.absolute(output),
+        keys=tuple(keys),
+        threshold=near_duplicates,
     )
-    with pool.limited(workers):
-        counts = cleaning.run(beam_options)
+    counts = cleaning.run(beam_options)
     rows = [("read", counts["read"])]
     rows += [(f"dropped: {name}", count) for name, count in sorted(counts["dropped"].items())]
     for name, count in [*rows, ("kept", counts["kept"])]:
         print(f"{name:40s} {count['documents']:12,d} documents {count['bytes'] / 1e6:12,.1f} MB")
-    print(f"{cleaning.output}: {len(source.files['train']):,} shards")
+    if skipped := counts.get("bad_rows"):
+        print(
+            f"{skipped['rows']:,} rows cannot be used: {paths.join(cleaning.output, documents.BAD_ROWS)}"
+        )
+    print(f"{cleaning.output}: {len(cleaning.shards):,} shards")
     return counts
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers", type=int, help="processes on this machine (default: all cores)"
-    )
-    pipelines.add_flag(parser)
 
 
 main = cli.gin_command(
     __doc__,
     "espalier.launch.prepare.documents:prepare_documents",
     command="prepare documents",
-    extra_flags=_add_flags,
-    run=lambda start: start(
-        workers=start.flags.workers, beam_options=start.flags.beam_pipeline_options
-    ),
+    extra_flags=workers.add_flags,
+    run=workers.used(lambda start: start(beam_options=start.flags.beam_pipeline_options)),
     default_files=lambda flags: ["t5x_configs/runs/documents.gin"],
 )
 

@@ -57,8 +57,8 @@ main = cli.gin_command(
     __doc__,
     "espalier.launch.prepare.vocabulary:make_vocabulary",
     command="prepare vocabulary",
-    extra_flags=workers.add_flag,
-    run=workers.limited(lambda start: start()),
+    extra_flags=workers.add_flags,
+    run=workers.used(lambda start: start()),
     default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
     part=True,
 )

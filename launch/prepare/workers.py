@@ -1,20 +1,24 @@
-"""The flag --workers of commands that read much data: in how many processes of this machine they do."""
+"""The flags of commands that read much data: in how many processes of this machine, or by which pipelines of Apache Beam."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
+from espalier.common import pipelines
+from espalier.common.pipelines import PipelineError
+from espalier.data import by_beam
 from espalier.data.cache import pool
 from espalier.launch import cli
 
 
-def add_flag(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=_count,
         metavar="N",
         help="processes that read and tokenise (default: one for each core); the result is the same with any number",
     )
+    pipelines.add_flag(parser)
 
 
 def _count(text: str) -> int:
@@ -23,11 +27,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def limited(run: Callable[[cli.Start], Any]) -> Callable[[cli.Start], Any]:
-    """Returns a command's `run` that keeps to --workers, also while gin makes what the command is given."""
+def used(run: Callable[[cli.Start], Any]) -> Callable[[cli.Start], Any]:
+    """Returns a command's `run` that keeps to these flags, also while gin makes what the command is given."""
 
     def kept(start: cli.Start) -> Any:
-        with pool.limited(start.flags.workers):
+        options = start.flags.beam_pipeline_options
+        if options and start.flags.workers:
+            raise PipelineError(
+                "--workers is the number of processes of this machine, and --beam_pipeline_options leaves the work to others: give "
+                "one of them. Runners have options for the number of their workers."
+            )
+        with pool.limited(start.flags.workers), by_beam.used(options):
             return run(start)
 
     return kept

@@ -34,7 +34,7 @@ _FOLLOW_SECONDS = 0.5
 
 # Names of macros, and of flags of commands that read a model, whose values are paths.
 _NAMES = re.compile(
-    r"(^|_)(DIR|DIRECTORY|PATH|FILES?|TOKENIZER)$|^--(\w+_)?(checkpoint|adapter|factors|inputs|output|documents|queries|out)$"
+    r"(^|_)(DIR|DIRECTORY|PATH|FILES?|OUTPUT|TOKENIZER)$|^--(\w+_)?(checkpoint|adapter|factors|inputs|output|documents|queries|out)$"
 )
 
 

@@ -125,7 +125,7 @@ def command(
     texts, tokenizer = os.path.join(folder, "texts"), os.path.join(folder, kind)
     if side == "ours":
         words = [sys.executable, "-m", "espalier.launch", "prepare", "cache"]
-        words += ["--gin_file=t5x_configs/data/hf_files.gin"]
+        words += [f"--workers={workers}", "--gin_file=t5x_configs/data/hf_files.gin"]
         settings = {
             "MIXTURE_OR_TASK_NAME": "files",
             "FILES": f"{texts}/*.jsonl",

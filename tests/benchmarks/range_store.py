@@ -37,7 +37,7 @@ class _Connection(asyncio.Protocol):
         method, target, _ = head.split(b" ", 2)
         path = urllib.parse.unquote(target.decode().partition("?")[0]).strip("/")
         try:
-            file, size, tag = _opened(os.path.join(self._folder, path))
+            file, size, tag = _opened(_real(os.path.join(self._folder, path)))
         except OSError:
             body = b"<Error><Code>NoSuchKey</Code><Message>NoSuchKey</Message></Error>"
             self._send(b"404 Not Found", b"Content-Type: application/xml\r\n", len(body), body)
@@ -59,9 +59,14 @@ class _Connection(asyncio.Protocol):
 
 
 @functools.cache
+def _real(path: str) -> str:
+    return os.path.realpath(path)
+
+
+@functools.cache
 def _opened(path: str) -> tuple[int, int, bytes]:
     """Returns the descriptor of a file, its size, and the headers of its version."""
-    file = os.open(os.path.realpath(path), os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY)
     status = os.fstat(file)
     if not os.path.isfile(path):
         raise FileNotFoundError(path)

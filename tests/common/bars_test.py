@@ -2,6 +2,7 @@
 
 import gc
 import io
+import re
 
 import pytest
 
@@ -58,7 +59,9 @@ def test_what_was_done_before_does_not_count_for_the_remaining_time(clock):
 def test_sizes_are_scaled_and_a_total_may_be_unknown():
     with Bar(desc="weights", unit="B", unit_scale=True, file=io.StringIO()) as bar:
         bar.update(2_500_000)
-        assert newest() == "weights: 2.50M B"
+        assert re.fullmatch(r"weights: 2\.50M B \([\d.]+[kMGTP]?/s\)", newest())
+        bar.set_postfix_str("1 of 3 files")
+        assert newest().endswith("/s), 1 of 3 files")
 
 
 def test_on_a_terminal_it_is_a_bar_and_no_stage():

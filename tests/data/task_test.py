@@ -242,7 +242,7 @@ def test_mixtures_of_own_and_seqio_tasks_have_seqios_rates(vocabulary, tmp_path)
             .get_dataset(lengths, split="train", shuffle=False, num_epochs=1)
         )
         assert next(mixed.as_numpy_iterator())["targets"].dtype == np.int32
-        with pytest.raises(ValueError, match="must have the same features"):
+        with pytest.raises(ValueError, match="different output features"):
             tasks.register_mixture("odd", {"text": 1, "generated_rows": 1})
         with pytest.raises(ValueError, match="'users' is taken"):
             _register_as("users", tmp_path, vocabulary)

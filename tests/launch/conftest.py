@@ -371,6 +371,32 @@ def command(monkeypatch):
     return run
 
 
+@pytest.fixture
+def in_shards(monkeypatch):
+    """Lets --beam_pipeline_options make shards of few rows in this process, the last one first and without Apache Beam.
+
+    Returns the flag, and a list to which the number of each shard is appended before it is made.
+    """
+    from espalier.common import pipelines
+    from espalier.trainers.decoding import buckets
+    from espalier.trainers.influence import documents
+
+    begun = []
+
+    def here(steps, *, beam_options, progress):
+        (step,) = steps
+        assert beam_options == ("--runner=x",) and "shards are done" in progress()
+        for shard in reversed(step.elements):
+            begun.append(shard)
+            step.work(shard)
+
+    monkeypatch.setattr(pipelines, "checked_options", list)
+    monkeypatch.setattr(pipelines, "run", here)
+    for module in (buckets, documents):
+        monkeypatch.setattr(module, "BATCHES_SORTED", 2)
+    return "--beam_pipeline_options=--runner=x", begun
+
+
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     """Runs launch.train with flags in this process; returns status, stdout and stderr.

@@ -150,6 +150,21 @@ def test_adapters_side_by_side_are_each_alone(base, adapters, command, tmp_path,
     assert together[0]["logprobs"] != together[3]["logprobs"]
 
 
+def test_shards_of_rows_have_the_scores_of_all_adapters(
+    base, adapters, command, tmp_path, in_shards
+):
+    source = tmp_path / "x.jsonl"
+    rows = [{"inputs": f"{i} + {'9' * i} =", "targets": str(i + 1)} for i in range(20)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--checkpoint={base}", *(f"--adapter={path}" for path in adapters)]
+    flags += [f"--inputs={source}", "--batch_size=8"]
+    flag, begun = in_shards
+    for name, more in (("one", []), ("shards", [flag])):
+        assert command("score", *flags, f"--output={tmp_path / name}", *more) == 0
+    assert begun == [1, 0]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "shards").read_bytes()
+
+
 def test_adapters_of_another_base_are_refused(base, adapters, command, capsys, tmp_path):
     source = tmp_path / "x.jsonl"
     source.write_text('{"inputs": "a", "targets": "b"}\n')

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -244,8 +245,9 @@ class TensorBoardWriter:
 
     def __init__(self, path: str, *, first_step: int | None = None):
         # Slow to import, and most processes do not need it.
-        from tensorboardX import RecordWriter
-        from tensorboardX.proto import event_pb2
+        with _absent("boto3", "google.cloud.storage"):
+            from tensorboardX import RecordWriter
+            from tensorboardX.proto import event_pb2
 
         self._event = event_pb2.Event
         os.makedirs(path, exist_ok=True)
@@ -281,6 +283,21 @@ class TensorBoardWriter:
             self._records.close()
         except OSError as error:  # do not hide an exception in progress
             _log.warning("%s: the last points are missing: %s.", self._path, error.strerror)
+
+
+@contextlib.contextmanager
+def _absent(*names: str) -> Iterator[None]:
+    """Context manager in which packages cannot be imported: clients of stores, which take longer than all of a start's others.
+
+    tensorboardX imports those that are installed; this project's event files are in local folders.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 # Package by scheme, which is also the name of the extra that installs it.
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -27,7 +27,6 @@ SCHEMES = tuple(f"{scheme}://" for scheme in _PACKAGES)
 EMULATOR = "STORAGE_EMULATOR_HOST"  # of gcsfs: another server than Google's
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
-_READ_BYTES = 8 << 20  # of one request of a whole object
 _RETRIES = 12  # of one request for parts of arrays, with growing pauses: about two minutes
 
 _REFUSED = (
@@ -255,19 +254,6 @@ def read(address: str | os.PathLike) -> bytes:
             return file.read()
     with reporting(address):
         return filesystem(address).cat_file(address)
-
-
-@contextlib.contextmanager
-def opened(address: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yields an object or file to be read from its beginning on; raises as `read`."""
-    address = os.fspath(address)
-    if not is_remote(address):
-        with open(address, "rb") as file:
-            yield file
-        return
-    store = filesystem(address)
-    with reporting(address), store.open(address, "rb", block_size=_READ_BYTES) as file:
-        yield file
 
 
 def names(address: str) -> list[str]:

@@ -13,12 +13,13 @@ CACHES = "ESPALIER_CACHE"
 # Commands that take the flag: the first words, and whether a process of a worker uses all its cores.
 COMMANDS: Mapping[str, bool] = {
     "prepare cache": False,
+    "prepare documents": False,
     "prepare vocabulary": False,
     "score": True,
     "influence score": True,
 }
-# Tokens a second of one core, measured in November 2026 on one core of a cloud machine at 2.x GHz: JSON lines of Python files,
-# a SentencePiece vocabulary of 8,192 pieces. Other commands depend on the model.
+# Tokens a second of one core, measured in November 2026 in a virtual machine: JSON lines of Python files, a SentencePiece
+# vocabulary of 8,192 pieces. Other commands depend on their filters and models.
 MEASURED = {"prepare cache": 300_000}
 
 
@@ -62,12 +63,15 @@ class Beam(Launch):
 
     def check(self, words: Sequence[str]) -> None:
         command = command_of(words)
-        if any(word.startswith(FLAG) for word in words):
+        given = {word.partition("=")[0] for word in words}
+        if FLAG in given:
             raise SubmitError(f"{FLAG}: the launch configuration gives it; remove the flag.")
+        if "--workers" in given:
+            raise SubmitError("--workers: a pipeline has config.workers; remove the flag.")
         if self.tokens and not (self.tokens_per_second or command in MEASURED):
             raise SubmitError(
-                f"tokens = {self.tokens}: how fast {command} is depends on the model: measure a small part on one core, and give "
-                "--config.tokens_per_second=N."
+                f"tokens = {self.tokens}: how fast {command} is depends on what it reads: measure a small part on one core, and "
+                "give --config.tokens_per_second=N."
             )
         if command == "prepare cache":
             self._check_caches()

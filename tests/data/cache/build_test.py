@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from espalier.data import pieces
+from espalier.data import pieces, tasks
 from espalier.data.cache import build, file_digests, pool, store
 from espalier.data.text import document_files
 from espalier.data.text.documents import DataError
@@ -30,6 +30,9 @@ class Counter:
 
     def update(self, n=1):
         self.n += n
+
+    def set_postfix_str(self, s="", refresh=True):
+        self.note = s
 
 
 def lines(texts=TEXTS, end="\n"):
@@ -252,7 +255,7 @@ def test_an_error_of_data_is_that_of_one_process(tmp_path, small):
     assert f"{path}, line 41: no key 'text'" in message
 
 
-def test_bad_rows_are_left_out_counted_and_listed(tmp_path, small):
+def test_bad_rows_are_left_out_counted_and_listed(tmp_path, small, capfd):
     path = write(tmp_path / "data")["plain.jsonl"]
     rows = path.read_bytes().split(b"\n")
     bad = {
@@ -273,6 +276,13 @@ def test_bad_rows_are_left_out_counted_and_listed(tmp_path, small):
         with pool.limited(workers):
             assert sum(count["documents"] for count in source.counts.values()) == 120 - len(bad)
         found = source.bad_rows
+        assert (
+            f"5 rows cannot be used and are left out, the first is {path}:10:"
+            in capfd.readouterr().err
+        )
+        facts = {"bad_rows": found, "documents": {"train": 115}}
+        ((level, said),) = tasks.notices({"tasks": {"set": facts}})
+        assert level == "bad rows" and said.startswith("set: 5 rows cannot be used")
         listed = [json.loads(line) for line in pathlib.Path(found["all"]).read_text().splitlines()]
         assert [(row["row"], row["offset"]) for row in listed] == list(offsets.items())
         assert {row["path"] for row in listed} == {str(path)} and found["rows"] == 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import mirror, paths
-from espalier.data.cache import block_folder, blocks, in_place
+from espalier.data.cache import block_folder, blocks, in_place, ranged
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.cache.store import MANIFEST, write
 
@@ -73,6 +73,29 @@ def test_columns_equal_those_of_the_local_cache(local, store):
 
 def test_a_local_cache_can_be_read_by_ranges(local):
     assert_equal(in_place.open_cache(local.directory), local)
+
+
+def test_a_large_local_cache_has_its_tokens_mapped_and_its_index_in_files(local, monkeypatch):
+    assert type(in_place.open_here(local.directory).columns["targets"].lengths) is np.ndarray
+    monkeypatch.setattr(in_place, "_INDEX_IN_MEMORY", COUNT - 1)
+    opened = in_place.open_here(local.directory)
+    assert_equal(opened, local)
+    assert opened.directory == local.directory and not opened.in_place
+    for feature in ("targets", "document_id"):
+        column = opened.columns[feature]
+        assert type(column.lengths) is ranged.RangedArray
+        assert (type(column.shards[0]) is np.ndarray) == (feature == "targets")
+    path = local.directory / "00001.targets.bin"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-2])
+        with pytest.raises(CacheCorruptError, match=r"00001.targets.bin has .* bytes instead"):
+            in_place.open_here(local.directory, verify=False)
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CacheCorruptError, match=r"00001.targets.bin does not match its check"):
+            in_place.open_here(local.directory)
+    finally:
+        path.write_bytes(content)
 
 
 def test_checksums_are_added_to_a_cache_that_has_none(local, store):

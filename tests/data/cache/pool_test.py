@@ -16,14 +16,19 @@ from tests.data.cache.build_test import ROOT, Counter, children
 def run(function, items, workers):
     bar = Counter()
     with pool.limited(workers):
-        return pool.run(function, items, what=str, bar=bar), bar.n
+        results = pool.run(function, items, what=str, bar=bar, unit="squares")
+    assert bar.note.endswith(f" of {len(items)} squares")
+    return results, bar.n
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_results_are_in_order_and_counts_are_summed(workers):
     assert run(piece_reader.square, [1, 2, 3, 4], workers) == ([1, 4, 9, 16], 10)
-    with pytest.raises(ValueError, match="^five$"):
+    with pytest.raises(ValueError) as error:
         run(piece_reader.square, [1, 5, 7, 5], workers)
+    assert str(error.value) == "five"
+    if workers > 1:  # where it was raised is not lost
+        assert "in square" in error.value.__notes__[0]
 
 
 def test_processes_are_others_and_import_little():

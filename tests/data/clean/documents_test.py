@@ -12,6 +12,8 @@ import pyarrow
 import pytest
 
 from espalier.common.pipelines import PipelineError
+from espalier.common.storage import paths
+from espalier.data import pieces
 from espalier.data.cache import pool
 from espalier.data.clean import documents
 from espalier.data.clean.documents import Cleaning, OutputMismatchError
@@ -27,15 +29,19 @@ FILTERS = ("lang", "overlap with test.jsonl")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KilledAt(DocumentFilter):
-    """Keeps everything; the first process that comes to the document is killed."""
+    """Keeps everything; a process that comes to the document is killed, but the first `spared` and all after the killed one."""
 
     text: str
-    marker: str
+    seen: str  # file with a byte for each time
+    spared: int = 0
 
     def __call__(self, document):
-        if document["text"] == self.text and not os.path.exists(self.marker):
-            open(self.marker, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if document["text"] == self.text:
+            with open(self.seen, "ab") as file:
+                times = file.tell()
+                file.write(b".")
+            if times == self.spared:
+                os.kill(os.getpid(), signal.SIGKILL)
         return True
 
 
@@ -81,7 +87,12 @@ def divided(rows):
     return rows[:70], rows[70:75], rows[75:]
 
 
-def cleaning(folder, output, *, filters=None, **settings):
+@pytest.fixture(autouse=True)
+def each_file_is_a_shard(monkeypatch):
+    monkeypatch.setattr(pieces, "_SHARD_BYTES", (1, 1))
+
+
+def cleaning(folder, output, *, filters=None, on_bad_row="error", **settings):
     if filters is None:
         test_set = str(folder / "test.jsonl")
         filters = [Metadata(key="lang", keep=["en"]), Overlap(evaluation_set=test_set)]
@@ -90,9 +101,11 @@ def cleaning(folder, output, *, filters=None, **settings):
         files=str(folder / "source" / "*"),
         validation_fraction=0,
         filters=filters,
+        on_bad_row=on_bad_row,
         cache_dir=folder / "cache",
     )
-    return Cleaning(source=source, output=str(folder / output), **settings)
+    shards = documents.shards_of(source)
+    return Cleaning(source=source, shards=shards, output=str(folder / output), **settings)
 
 
 def content(output):
@@ -177,6 +190,19 @@ def test_an_interrupted_run_goes_on(folder, done):
     assert content(folder / "out") == content(folder / "one")
 
 
+@pytest.mark.parametrize("store", ["gs"], indirect=True)
+def test_the_output_can_be_in_a_store(folder, store):
+    with pool.limited(1):
+        cleaning(folder, "one").run()
+        there = dataclasses.replace(cleaning(folder, "one"), output=f"{store.address}/clean")
+        counts = there.run()
+        assert there.run() == counts  # it is complete
+    written = paths.entries(there.output)
+    assert {name: paths.read(f"{there.output}/{name}") for name in written} == content(
+        folder / "one"
+    )
+
+
 def test_an_output_of_something_else_is_refused(folder):
     with pool.limited(1):
         cleaning(folder, "out").run()
@@ -184,12 +210,35 @@ def test_an_output_of_something_else_is_refused(folder):
             cleaning(folder, "out", threshold=0.9).run()
         with open(folder / "source" / "0.jsonl", "a") as file:
             file.write('{"text": "more", "lang": "en"}\n')
-        with pytest.raises(OutputMismatchError, match="documents of other files: give"):
+        with pytest.raises(OutputMismatchError, match="documents of other files, shards: give"):
             cleaning(folder, "out").run()
     with pytest.raises(OutputMismatchError, match=r"is not empty \(0.jsonl is there\)"):
         cleaning(folder, "source").run()
     with pytest.raises(ValueError, match="near_duplicates is 80"):
         cleaning(folder, "out", threshold=80)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.8])
+def test_bad_rows_can_be_left_out_and_listed(folder, threshold):
+    with open(folder / "source" / "1.jsonl", "a") as file:
+        file.write('{\n{"text": "the last one", "lang": "en"}\n')
+    with pool.limited(1):
+        counts = cleaning(folder, "out", on_bad_row="skip", threshold=threshold).run()
+    assert counts["bad_rows"] == {"rows": 1}
+    (listed,) = (folder / "out" / "bad_rows.jsonl").read_text().splitlines()
+    assert (json.loads(listed)["row"], shard(folder / "out", 1)[-1]["text"]) == (6, "the last one")
+
+
+def test_large_files_are_divided(folder, monkeypatch):
+    with pool.limited(1):
+        counts = cleaning(folder, "one").run()
+        monkeypatch.setattr(documents, "_DIVIDED_BYTES", 1_000)
+        monkeypatch.setattr(pieces, "BLOCK_BYTES", 20_000)
+        divided = cleaning(folder, "out")
+        assert len(divided.shards) > 3
+        assert divided.run() == counts
+    kept = [row for number in range(len(divided.shards)) for row in shard(folder / "out", number)]
+    assert kept == [row for number in range(3) for row in shard(folder / "one", number)]
 
 
 def test_bad_files_are_one_error(folder):
@@ -202,7 +251,7 @@ def test_bad_files_are_one_error(folder):
     with open(folder / "source" / "0.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
     with pytest.raises(DataError, match="0.jsonl was changed while its documents were read"):
-        begun.filter_file(0)
+        begun.filter_shard(0)
 
 
 @pytest.mark.beam
@@ -211,7 +260,7 @@ def test_apache_beam_gives_the_same_also_after_a_worker_was_killed(folder, rows)
     _, counts = expected(rows, 0.8)
     with pool.limited(1):
         cleaning(folder, "one").run()
-    kill = KilledAt(text=rows[-1]["text"], marker=str(folder / "killed"))
+    kill = KilledAt(text=rows[-1]["text"], seen=str(folder / "seen"))
     filters = [*cleaning(folder, "beam").source.filters, kill]
     killed = cleaning(folder, "beam", filters=filters)
     with pytest.raises(PipelineError, match="goes on after it"):

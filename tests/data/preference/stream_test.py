@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from espalier.data.cache import store
+from espalier.data.cache import in_place, store
 from espalier.data.preference import pair_plan, pair_rows
 from espalier.data.preference.pair_rows import PairSource
 from espalier.data.preference.stream import PairEvalStream, PairStream
@@ -421,3 +421,15 @@ def test_digests_depend_on_where_the_prompt_ends():
     ids = [np.array(part) for part in ([1, 2], [3], [4])]
     other = [np.array(part) for part in ([1], [2, 3], [4])]
     assert pair_rows.digest(*ids, 0) == pair_rows.digest(*ids, 0) != pair_rows.digest(*other, 0)
+
+
+def test_rows_of_caches_that_are_read_in_place_are_the_same(make, caches, monkeypatch):
+    want = [make().batch(step, 0, 8) for step in range(3)]
+    for name, opened in list(caches.items()):
+        monkeypatch.setitem(caches, name, in_place.open_cache(opened.directory))
+    stream = make()
+    for step, batch in enumerate(want):
+        got = stream.batch(step, 0, 8)
+        assert list(got) == list(batch)
+        for name in batch:
+            np.testing.assert_array_equal(got[name], batch[name], err_msg=name)

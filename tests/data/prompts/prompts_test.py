@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from espalier.data import tasks
+from espalier.data.cache import in_place
 from espalier.data.prompts import stream
 from espalier.data.prompts import tasks as prompt_tasks
 from espalier.data.text.documents import DataError
@@ -126,3 +127,19 @@ def test_prompts_that_do_not_fit_are_said(tmp_path, register):
     register([LONG])
     with pytest.raises(ValueError, match="all 1 prompts have more than 16 tokens"):
         opened(tmp_path)
+
+
+def test_rows_of_a_cache_that_is_read_in_place_are_the_same(tmp_path, register, monkeypatch):
+    register(ROWS)
+    local = opened(tmp_path)
+    monkeypatch.setattr(
+        stream.stream.StreamSettings,
+        "open_cache",
+        lambda settings, task, local=local: in_place.open_cache(local._sources[0].cache.directory),
+    )
+    there = opened(tmp_path)
+    for step in range(4):
+        assert there.info(step, 0, 4) == local.info(step, 0, 4)
+        batch = there.batch(step, 0, 4)
+        for name, array in local.batch(step, 0, 4).items():
+            np.testing.assert_array_equal(batch[name], array)

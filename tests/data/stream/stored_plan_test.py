@@ -1,5 +1,6 @@
 """Row plans that are made shard by shard and stored: their rows, against plans of each shard and the documents themselves."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import random
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import mirror, paths
-from espalier.data.cache import blocks, pool
+from espalier.data.cache import blocks, in_place, pool
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.stream import plan, rows, stored_plan
@@ -250,6 +251,17 @@ def test_complete_shards_are_not_planned_again(cache, monkeypatch):
     assert planned == [0, 1, 2, 1, 2, 3, 4]
 
 
+def test_processes_that_start_together_plan_once(cache, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        stored_plan, "_make", lambda *how, make=stored_plan._make: (made.append(how), make(*how))
+    )
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        plans = [found.plan for found in threads.map(lambda _: _plan(cache), range(3))]
+    assert len(made) == 1
+    assert len({found.row_starts.tobytes() for found in plans}) == 1
+
+
 @pytest.mark.parametrize("name", ["row_starts", "segments", "records", "plan.json", "plan.sums"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
 def test_damage_is_named_with_its_remedy(cache, name, damage):
@@ -341,7 +353,7 @@ def test_plans_in_a_store_are_read_in_place(cache, store, tmp_path):
     address = f"{store.address}/tokens/a"
     mirror.publish(cache.directory, address)
     for _ in range(2):  # the first makes it
-        there = EvalStream(_plan(dataclasses.replace(cache, directory=address)), batch_size=8)
+        there = EvalStream(_plan(in_place.open_cache(address)), batch_size=8)
         assert there.fingerprint == want.fingerprint
         for step in range(want.num_steps):
             batch = there.batch(step, 0, 8)
@@ -355,7 +367,7 @@ def test_plans_in_a_store_are_read_in_place(cache, store, tmp_path):
     damaged = bytearray(paths.read(f"{address}.plans/{name}/segments"))
     damaged[5] ^= 1
     paths.write(f"{address}.plans/{name}/segments", bytes(damaged))
-    stream = EvalStream(_plan(dataclasses.replace(cache, directory=address)), batch_size=8)
+    stream = EvalStream(_plan(in_place.open_cache(address)), batch_size=8)
     with pytest.raises(CacheCorruptError, match=f"{address}.plans/{name}/segments.*elete the fold"):
         stream.batch(0, 0, 8)
     token_cache.remove_plans(address)

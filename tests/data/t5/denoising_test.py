@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from espalier.data.cache import store
+from espalier.data.cache import in_place, store
 from espalier.data.stream import rows
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Stream
@@ -198,3 +198,13 @@ def test_settings_that_do_not_fit_are_errors(tmp_path, caches):
     )
     with pytest.raises(ValueError, match="weighs its tokens"):
         make({"a": weighed}, names="a").batch(0, 0, 1)
+
+
+def test_rows_of_caches_that_are_read_in_place_are_the_same(caches):
+    want = [make(caches).batch(step, 0, 8) for step in range(3)]
+    stream = make({n: in_place.open_cache(opened.directory) for n, opened in caches.items()})
+    for step, batch in enumerate(want):
+        got = stream.batch(step, 0, 8)
+        assert list(got) == list(batch)
+        for name in batch:
+            np.testing.assert_array_equal(got[name], batch[name], err_msg=name)

@@ -16,6 +16,7 @@ import pytest
 
 from espalier.common.storage import mirror, paths
 from espalier.launch import environment
+from espalier.launch.inference import shards
 from espalier.launch.influence import inputs, methods, outputs, scorers
 from espalier.launch.load.load_run import LoadError
 from espalier.trainers.checkpoints import state_tree
@@ -391,7 +392,7 @@ def test_scores_by_factors_in_float64_are_summed_in_float64(place, capsys):
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
 def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
-    place, store, monkeypatch, tmp_path, capsys
+    place, store, monkeypatch, tmp_path, capsys, in_shards
 ):
     root = f"{store.address}/study"
     mirror.publish(place.run, f"{root}/run")
@@ -427,6 +428,16 @@ def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
     rows = paths.read(f"{root}/scores.jsonl")
     assert run("b", *score) == 0
     assert paths.read(f"{root}/scores.jsonl") == rows
+    # A pipeline's shards are there for another host.
+    flag, begun = in_shards
+    by_shards = [*score, f"--out={root}/shards.jsonl", flag]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards.Shards, "joined", stop)
+        run("a", *by_shards)
+    assert "shards.jsonl.shards/000000.0.jsonl" in paths.entries(root)
+    assert run("c", *by_shards) == 0 and begun == [0]
+    assert paths.read(f"{root}/shards.jsonl") == rows
+    assert not [name for name in paths.entries(root) if ".shards" in name]
     status, out = place.score("--token_scores=1", out="local.jsonl")
     assert status == 0 and read(out) == list(map(json.loads, rows.splitlines()))
     for host, given in (("c", root), ("c", place.folder)):
@@ -636,3 +647,62 @@ def test_scores_over_scores_per_norm_are_one_number_of_each_document(tmp_path):
         for q in queries
     ]
     np.testing.assert_allclose(ratios_QN, np.tile(norms_N, (5, 1)), rtol=1e-6)
+
+
+METHODS = [("--method=ekfac", "--per_layer", "--token_scores=1"), ("--method=embedding",)]
+
+
+@pytest.mark.parametrize("flags", METHODS)
+def test_shards_of_documents_have_the_scores_of_one_process(place, flags, in_shards, capsys):
+    flag, begun = in_shards
+    texts = write(
+        place.folder / "many.jsonl", [*DOCUMENTS, *({"tokens": [5] * i} for i in range(50))]
+    )
+    flags = (
+        *flags,
+        f"--documents={texts}",
+        "--max_documents=40",
+    )  # batches of 8, two of them in a shard
+    outs = []
+    for name, more in (("one", ()), ("shards", (flag,))):
+        status, out = place.score(*flags, *more, out=f"{name}{flags[0]}.jsonl")
+        assert status == 0
+        outs.append(out)
+    assert begun == [2, 1, 0]
+    assert "documents that were cut, or that repeat an earlier one, are not counted" in (
+        capsys.readouterr().out
+    )
+    ends = ["", ".top.json", ".texts.jsonl", *([".tokens.jsonl"] if len(flags) > 3 else [])]
+    for end in ends:
+        one, other = (pathlib.Path(out + end).read_bytes() for out in outs)
+        assert one == other
+    assert not pathlib.Path(f"{outs[1]}.shards").exists()
+    # All rows are there: nothing is done again.
+    assert place.score(*flags, flag, out=f"shards{flags[0]}.jsonl")[0] == 0
+    assert begun == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--method=bm25",), "--method=bm25 scores all documents together, in one process"),
+        (("--mixture=x", "--method=embedding"), "--mixture is read by one process"),
+    ],
+)
+def test_what_a_pipeline_cannot_score_is_refused(place, flags, message, in_shards, capsys):
+    own = [f"--checkpoint={place.run}", f"--queries={place.queries}", *flags, in_shards[0]]
+    if "--mixture=x" not in flags:
+        own.append(f"--documents={place.documents}")
+    assert place.command("influence", "score", *own, f"--out={place.folder}/no.jsonl") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.beam
+@pytest.mark.multiprocess
+def test_a_pipeline_has_the_scores_of_one_process(place):
+    texts = [{"tokens": [5 + i % 90] * (i % 20 + 1)} for i in range(1100)]  # in three shards
+    own = [f"--documents={write(place.folder / 'corpus.jsonl', texts)}", "--method=cosine"]
+    _, one = place.score(*own, out="long_one.jsonl")
+    flag = "--runner=DirectRunner,--direct_running_mode=multi_processing,--direct_num_workers=2"
+    status, out = place.score(*own, f"--beam_pipeline_options={flag}", out="long.jsonl")
+    assert status == 0 and pathlib.Path(out).read_bytes() == pathlib.Path(one).read_bytes()

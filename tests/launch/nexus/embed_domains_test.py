@@ -162,7 +162,7 @@ def test_errors_of_flags_and_sources(embed, tmp_path, command, capsys):
     assert "domain 'short': all documents have fewer than 9 characters" in embed(
         "--order=9", "--domain", f"short={tmp_path / 'sea.jsonl'}", names=("code",)
     )
-    assert "task:lag_4: no such SeqIO task; there are none" in embed("--domain=x=task:lag_4")
+    assert "task:lag_4: no such task; there are none" in embed("--domain=x=task:lag_4")
 
 
 def test_documents_are_drawn_from_all_of_a_source_and_are_the_same_each_time(embed, tmp_path):
@@ -199,7 +199,7 @@ def test_tasks_that_gin_registers(embed):
     assert four @ five > four @ nine
     tasks.clear()
     message = embed(LAG, few, "--domain=x=task:lag_6", names=(), extend=True)
-    assert "no such SeqIO task" in message and "lag_" in message
+    assert "no such task" in message and "lag_" in message
 
 
 def test_the_states_of_a_run(embed, trained_run, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -180,7 +181,11 @@ LOCAL = "--config.env=('ESPALIER_CACHE=/home/me/cache',)"
             r"FILES = '/x/\*': the workers of Data",
         ),
         (FLINK, ("--", *SCORE, "--inputs=/x"), "--inputs = '/x': pods do not see it"),
-        (DATAFLOW, ("--config.tokens=5", "--", *SCORE), "how fast score is depends on the model"),
+        (
+            DATAFLOW,
+            ("--config.tokens=5", "--", *SCORE),
+            "how fast score is depends on what it reads",
+        ),
         (DATAFLOW, ("--", "train", "--x=1"), "train: Apache Beam runs prepare cache"),
         (DATAFLOW, ("--gin.TRAIN_STEPS=1",), "train: Apache Beam runs prepare cache"),
         (
@@ -188,6 +193,7 @@ LOCAL = "--config.env=('ESPALIER_CACHE=/home/me/cache',)"
             ("--", *SCORE, "--beam_pipeline_options=x"),
             "the launch configuration gives it",
         ),
+        (DATAFLOW, ("--", *CACHE, "--workers=2"), "--workers: .* has config.workers"),
         (DATAFLOW, ("--status", "--", *SCORE), "the commands for Dataflow are for a person"),
         (FLINK, ("--cancel", "--", *SCORE), "the manifests for Flink are for a person"),
     ],
@@ -200,6 +206,31 @@ def test_work_that_workers_could_not_do_is_refused_by_name(config, words, messag
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error
+
+
+def test_the_page_has_commands_that_can_be_shown(capsys):
+    page = pathlib.Path(ROOT, "docs/clusters.md").read_text()
+    found = re.findall(r"^espalier submit ((?:.*\\\n)+.*)", page, re.MULTILINE)
+    found = [shlex.split(text.replace("\\\n", " ")) for text in found]
+    found = [words for words in found if "--" in words]
+    assert len(found) == 2
+    for words in found:
+        assert submit.main(words) == 0
+    assert "20 machines n2-standard-8 (160 cores)" in capsys.readouterr().out
+
+
+def test_commands_with_a_pipeline_are_known():
+    from espalier.launch.submit.beam.settings import COMMANDS
+
+    # Commands have the flag by pipelines.add_flag, or with --workers by launch/prepare/workers.py.
+    texts = [path.read_text() for path in pathlib.Path(ROOT, "launch").rglob("*.py")]
+    names = [
+        match[1] or match[2]
+        for text in texts
+        if "pipelines.add_flag(" in text or "workers.add_flags" in text
+        for match in re.finditer(r'command\(\s*__doc__, "([\w ]+)"|command="([\w ]+)"', text)
+    ]
+    assert sorted(names) == sorted(COMMANDS)
 
 
 def test_the_image_has_one_version_of_beam():
