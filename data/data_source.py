@@ -194,7 +194,7 @@ class FileSource(ReadByPieces, Counted, DataSource):
     def _scanned(self) -> dict[str, tuple[str, tuple[Piece, ...]]]:
         """File -> its checksum and its pieces, which other processes are given with the source."""
         files = dict.fromkeys(path for each in self.files.values() for path in each)
-        wholes = [self._whole(path) for path in files]
+        wholes = [self.whole(path) for path in files]
         digests = fingerprint.FileDigests(
             pathlib.Path(self.cache) / "file_digests.json", self.objects
         )
@@ -215,7 +215,7 @@ class FileSource(ReadByPieces, Counted, DataSource):
             for whole in wholes
         }
 
-    def _whole(self, path: str) -> Piece:
+    def whole(self, path: str) -> Piece:
         """Returns a file as one piece."""
         if (entry := self.objects.get(path)) is not None:
             return Piece(path, size=entry.size, version=entry.version)

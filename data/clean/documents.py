@@ -254,21 +254,22 @@ class Cleaning:
 
 def shards_of(source: DocumentFiles) -> tuple[tuple[Piece, ...], ...]:
     """Returns the pieces of each shard of the output, contiguous and of 32 to 256 MB; raises DataError."""
-    files, unit = source.files["train"], source.format.document_per
+    unit = source.format.document_per
+    wholes = [source.whole(path) for path in source.files["train"]]
     large = {
-        path
-        for path in files
-        if documents.is_by_line(pathlib.Path(path), document_per=unit)
-        and _state(path)[0] > _DIVIDED_BYTES
+        whole.path
+        for whole in wholes
+        if documents.is_by_line(whole.path, document_per=unit) and whole.size > _DIVIDED_BYTES
     }
-    digests = FileDigests(pathlib.Path(source.cache, "file_digests.json"))
+    digests = FileDigests(pathlib.Path(source.cache, "file_digests.json"), source.objects)
     digests.read(sorted(large), large)
-    digests.save()
     return pieces.grouped(
         piece
-        for path in files
-        for piece in documents.divided(
-            path, digests.marks if path in large else lambda path: (), document_per=unit
+        for whole in wholes
+        for piece in (
+            documents.divided(whole, digests, document_per=unit)
+            if whole.path in large or documents.is_table(whole.path)
+            else (whole,)
         )
     )
 

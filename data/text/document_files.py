@@ -42,7 +42,7 @@ class DocumentFiles(FileSource):
         """
         names = {path: self.relative(path) for path in self.files["train"]}
         paths = sorted(names, key=lambda path: splits.stable_hash(names[path], salt="sample"))
-        files = [self._whole(path) for path in paths]
+        files = [self.whole(path) for path in paths]
         sizes = [max(file.size, 1) for file in files]
         remaining, unread = num_bytes, sum(sizes)
         for file, size in zip(files, sizes, strict=True):
