@@ -6,6 +6,7 @@ the others one small object for each folder of objects, `files/digests/<hash of 
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import operator
@@ -91,36 +92,31 @@ class FileDigests:
                 self.groups(path, grouped[path])
 
         def is_known(path: str) -> bool:
-            stamp, name = self._stamp(path), self._name(path)
-            return self._digest_of(name, stamp, path in divided) is not None and (
-                path not in grouped or self._valid(f"groups of {name}", stamp) is not None
+            wanted = self._wanted(path, path in divided)
+            groups = f"groups of {wanted.path}"
+            return self._find(wanted) is not None and (
+                path not in grouped or self._valid(groups, wanted.stamp) is not None
             )
 
-        with (
-            self._shared([path for path in paths if path in self._objects], is_known),
-            concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
-        ):
+        with self._shared([path for path in paths if path in self._objects], is_known):
             if pool.is_elsewhere():
                 self._read_elsewhere(paths, divided)
-            for _ in threads.map(read, paths):
-                pass
+            with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+                for _ in threads.map(read, paths):
+                    pass
         self.save()
 
     def _read_elsewhere(self, paths: Sequence[str], divided: Collection[str]) -> None:
-        """Lets other machines read the files whose digests are not known."""
-        wanted = {path: self._wanted(path, by_line=path in divided) for path in paths}
-        unknown = [
-            each
-            for path, each in wanted.items()
-            if self._digest_of(self._name(path), self._stamp(path), path in divided) is None
-        ]
-        folders = sorted({os.path.dirname(p) for p, *_ in unknown if p not in self._objects})
-        title = "reading checksums of files"
-        with Bar(desc=title, total=len(unknown), file=sys.stderr) as bar:
+        wanted = [self._wanted(path, path in divided) for path in paths]
+        unknown = [each for each in wanted if self._find(each) is None]
+        if unknown:
+            folders = sorted({os.path.dirname(each.path) for each in unknown})
+            bar, title = Bar(total=len(unknown), file=sys.stderr), "reading checksums of files"
             what = operator.attrgetter("path")
-            made = pool.run(_read, unknown, what=what, bar=bar, title=title, paths=folders)
-        for each, digest in zip(unknown, made, strict=True):
-            self._keep(each, digest)
+            with bar:
+                made = pool.run(_read, unknown, what=what, bar=bar, title=title, paths=folders)
+            for each, digest in zip(unknown, made, strict=True):
+                self._keep(each, digest)
 
     def save(self) -> None:
         """Stores new digests on this machine."""
@@ -188,48 +184,44 @@ class FileDigests:
                 return entry
         return None
 
-    def _digest_of(self, name: str, stamp: Sequence, by_line: bool) -> _Digest | None:
-        by_line = by_line and stamp[0] > pieces.BLOCK_BYTES
-        if (entry := self._valid(name, stamp)) is not None:
+    def _wanted(self, path: str, by_line: bool) -> "_Wanted":
+        stamp, entry = self._stamp(path), self._objects.get(path)
+        block = pieces.BLOCK_BYTES if by_line and stamp[0] > pieces.BLOCK_BYTES else None
+        return _Wanted(self._name(path), stamp, block, entry.version if entry else "")
+
+    def _of(self, path: str, *, by_line: bool) -> _Digest:
+        wanted = self._wanted(path, by_line)
+        return self._find(wanted) or self._keep(wanted, _read(wanted))
+
+    def _find(self, wanted: "_Wanted") -> _Digest | None:
+        if (entry := self._valid(wanted.path, wanted.stamp)) is not None:
             known = _Digest(*entry[4:])
-            if not by_line or known.block == pieces.BLOCK_BYTES:
+            if not wanted.block or known.block == wanted.block:
                 return known
         return None
 
-    def _of(self, path: str, *, by_line: bool) -> _Digest:
-        stamp, name = self._stamp(path), self._name(path)
-        if (known := self._digest_of(name, stamp, by_line)) is not None:
-            return known
-        wanted = self._wanted(path, by_line=by_line)
-        return self._keep(wanted, _read(wanted))
-
-    def _wanted(self, path: str, *, by_line: bool) -> "_Wanted":
-        entry = self._objects.get(path)
-        stamp = self._stamp(path)
-        block = pieces.BLOCK_BYTES if by_line and stamp[0] > pieces.BLOCK_BYTES else None
-        return _Wanted(path, stamp, entry.version if entry else "", block)
-
     def _keep(self, wanted: "_Wanted", made: _Digest) -> _Digest:
         lines = [made.block, made.marks] if wanted.block else []
-        self._new[self._name(wanted.path)] = [*wanted.stamp, made.sha256, *lines]
+        self._new[wanted.path] = [*wanted.stamp, made.sha256, *lines]
         return made
 
 
-class _Wanted(NamedTuple):
-    """A file to read: the version of an object, and the bytes between marks, if any are wanted."""
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What is asked of a file: its digest, and where the lines at multiples of `block` bytes begin."""
 
     path: str
-    stamp: list[Any]  # before it is read
-    version: str
+    stamp: list[int]
     block: int | None
+    version: str = ""  # of an object
 
 
 def _read(wanted: _Wanted, report: pool.Report = lambda count: None) -> _Digest:
-    path, _, version, block = wanted
+    path, block = wanted.path, wanted.block
     checksum, marks = hashlib.sha256(), []
     offset = lines = 0
     boundary = block
-    with ranges.opened(path, version=version) as file:
+    with ranges.opened(path, version=wanted.version) as file:
         while data := file.read(_CHUNK):
             checksum.update(data)
             if boundary is not None and block is not None:

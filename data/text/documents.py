@@ -117,7 +117,8 @@ def divided(whole: Piece, digests: FileDigests, *, document_per: str = "file") -
     Raises:
       DataError: the file is not readable, or of an unknown kind.
     """
-    path, found = whole.path, (whole,)
+    path = whole.path
+    found: tuple[Piece, ...] = (whole,)
     if whole.size > pieces.BLOCK_BYTES:
         if is_table(path):
             groups = digests.groups(path, lambda: tables.groups(whole))
