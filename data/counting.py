@@ -34,10 +34,6 @@ class ReadByPieces(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def places(self) -> tuple[str, ...]: ...
-
-    @property
-    @abc.abstractmethod
     def checksums(self) -> dict[str, str]: ...
 
     @property
