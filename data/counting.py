@@ -30,7 +30,6 @@ class ReadByPieces(abc.ABC):
     """The counting of a source of files; a mixin of `data.data_source.FileSource`, which has the attributes."""
 
     name: str
-    root: str
     on_bad_row: OnBadRow
 
     @property
@@ -40,6 +39,10 @@ class ReadByPieces(abc.ABC):
     @property
     @abc.abstractmethod
     def _counts_file(self) -> pathlib.Path: ...
+
+    @property
+    @abc.abstractmethod
+    def local_folders(self) -> tuple[str, ...]: ...
 
     @abc.abstractmethod
     def _pieces_of(self, paths: Iterable[str]) -> tuple[Piece, ...]:
@@ -64,7 +67,7 @@ class ReadByPieces(abc.ABC):
                 what=lambda batch: f"{desc}, {batch[0].path}",
                 bar=bar,
                 title=desc,
-                paths=(self.root,),
+                paths=self.local_folders,
             )
         read = list(itertools.chain.from_iterable(batches))
         bad = [row for _, rows in read for row in rows or ()]

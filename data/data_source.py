@@ -8,22 +8,22 @@ import abc
 import dataclasses
 import functools
 import glob
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from espalier.common.ranges import check_choice
-from espalier.common.storage import mirror, paths
+from espalier.common.storage import paths
 from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.counting import ReadByPieces
 from espalier.data.pieces import Piece
-from espalier.data.text import documents, hf_datasets, splits
+from espalier.data.text import documents, hf_datasets, splits, tables
 from espalier.data.text.row_files import OnBadRow
 
 Patterns = str | Sequence[str]
@@ -64,12 +64,10 @@ class Counted(abc.ABC):
 
     @functools.cached_property
     def _counted(self) -> dict[str, Any]:
-        if self._counts_file.is_file():
-            counted = json.loads(self._counts_file.read_text(encoding="utf-8"))
-            if self._suffices(counted):
-                return counted
-        counted = self._count()
-        cache.remember(self._counts_file, counted)
+        counted = cache.recall(self._counts_file)
+        if counted is None or not self._suffices(counted):
+            counted = self._count()
+            cache.remember(self._counts_file, counted, shared=True)
         return counted
 
     def _suffices(self, counted: Mapping[str, Any]) -> bool:
@@ -90,8 +88,10 @@ class FileSource(ReadByPieces, Counted, DataSource):
     # split -> its files, in order. If a fraction is held out, both splits have the same files
     files: Mapping[str, tuple[str, ...]]
     validation_fraction: float  # share of examples held out, by the hash of a text
-    root: str  # directory to which the ids of examples are relative
+    root: str  # directory to which the ids of examples are relative, see `paths.as_path`
     cache: str  # directory that stores checksums and counts
+    # the objects of a store among the files, which are read where they are: address -> its size and version
+    objects: Mapping[str, paths.Entry] = dataclasses.field(default_factory=dict)
     # whether a row that cannot be used is an error, or is left out, counted and listed
     on_bad_row: OnBadRow = "error"
 
@@ -105,14 +105,21 @@ class FileSource(ReadByPieces, Counted, DataSource):
         files: Mapping[str, Sequence[str]],
         *,
         validation_fraction: float = 0.0,
+        objects: Mapping[str, paths.Entry] = MappingProxyType({}),
         cache_dir: str | os.PathLike | None = None,
         **fields: Any,
     ) -> Self:
-        """Returns the source of the files of each split; `fields` are fields of the subclass."""
-        folders = [os.path.dirname(path) for paths in files.values() for path in paths]
+        """Returns the source of the files of each split; `fields` are fields of the subclass, for `objects` see there."""
+        every = {path for each in files.values() for path in each}
+        folders = [os.path.dirname(paths.as_path(path)) for path in every]
         return cls(
             name=name,
-            files={split: tuple(paths) for split, paths in files.items()},
+            files={split: tuple(each) for split, each in files.items()},
+            objects={
+                path: objects.get(path) or paths.entry(path)
+                for path in sorted(every)
+                if paths.is_remote(path)
+            },
             validation_fraction=validation_fraction,
             root=os.path.commonpath(folders),
             cache=str(cache.cache_dir("files", override=cache_dir)),
@@ -138,22 +145,34 @@ class FileSource(ReadByPieces, Counted, DataSource):
             raise ValueError(
                 f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
             )
-        paths = {"train": _expand(name, "files", files, data_root)}
+        found = {"train": _expand(name, "files", files, data_root)}
         if validation_files is None and _have_validation(files, data_root):
             validation_files = files
         if validation_files is not None:
             validation_fraction = 0.0
-            paths["validation"] = _expand(
+            found["validation"] = _expand(
                 name, "validation_files", validation_files, data_root, split="validation"
             )
-            if both := sorted(set(paths["train"]) & set(paths["validation"])):
+            if both := sorted(set(found["train"]) & set(found["validation"])):
                 raise ValueError(
                     f"{name}: {shorten(both)} is matched by files and by validation_files; make the "
                     "patterns disjoint"
                 )
         elif validation_fraction:
-            paths["validation"] = paths["train"]
-        return cls.of(name, paths, validation_fraction=validation_fraction, **fields)
+            found["validation"] = found["train"]
+        objects = {
+            path: entry
+            for each in found.values()
+            for path, entry in each.items()
+            if entry is not None
+        }
+        return cls.of(
+            name,
+            {split: tuple(each) for split, each in found.items()},
+            objects=objects,
+            validation_fraction=validation_fraction,
+            **fields,
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -168,25 +187,49 @@ class FileSource(ReadByPieces, Counted, DataSource):
         """Returns what can be read alone, in the order of the examples; raises DataError if a file is not readable."""
         return self._pieces_of(self.files[split])
 
-    def _pieces_of(self, paths: Iterable[str]) -> tuple[Piece, ...]:
-        return tuple(piece for path in paths for piece in self._scanned[path][1])
+    def _pieces_of(self, files: Iterable[str]) -> tuple[Piece, ...]:
+        return tuple(piece for path in files for piece in self._scanned[path][1])
 
     @functools.cached_property
     def _scanned(self) -> dict[str, tuple[str, tuple[Piece, ...]]]:
         """File -> its checksum and its pieces, which other processes are given with the source."""
-        every = list(dict.fromkeys(path for paths in self.files.values() for path in paths))
-        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        files = dict.fromkeys(path for each in self.files.values() for path in each)
+        wholes = [self.whole(path) for path in files]
+        digests = fingerprint.FileDigests(
+            pathlib.Path(self.cache) / "file_digests.json", self.objects
+        )
         unit = self._document_per
-        by_line = [p for p in every if documents.is_by_line(pathlib.Path(p), document_per=unit)]
-        digests.read(every, by_line)
-        digests.save()
-        return {
-            path: (
-                digests.digest(path),
-                documents.divided(path, digests.marks, document_per=unit),
-            )
-            for path in every
+        grouped = {
+            whole.path: functools.partial(tables.groups, whole)
+            for whole in wholes
+            if whole.size > pieces_lib.BLOCK_BYTES and documents.is_table(whole.path)
         }
+        digests.read(
+            files, [x for x in files if documents.is_by_line(x, document_per=unit)], grouped
+        )
+        return {
+            whole.path: (
+                digests.digest(whole.path),
+                documents.divided(whole, digests, document_per=unit),
+            )
+            for whole in wholes
+        }
+
+    def whole(self, path: str) -> Piece:
+        """Returns a file as one piece."""
+        if (entry := self.objects.get(path)) is not None:
+            return Piece(path, size=entry.size, version=entry.version)
+        return Piece(path, size=os.path.getsize(path))
+
+    @property
+    def local_folders(self) -> tuple[str, ...]:
+        """The folder of the files that are no objects of a store, which whoever reads them must see; () if there are none."""
+        every = [path for each in self.files.values() for path in each if path not in self.objects]
+        return (os.path.commonpath(list(map(os.path.dirname, every))),) if every else ()
+
+    def relative(self, path: str) -> str:
+        """Returns the name of a file in ids and digests."""
+        return os.path.relpath(paths.as_path(path), self.root)
 
     @property
     def _document_per(self) -> str:
@@ -197,8 +240,8 @@ class FileSource(ReadByPieces, Counted, DataSource):
     def digest(self) -> str:
         """SHA-256 over everything that determines the examples and their order."""
         files = {
-            split: [[os.path.relpath(path, self.root), self.checksums[path]] for path in paths]
-            for split, paths in self.files.items()
+            split: [[self.relative(path), self.checksums[path]] for path in each]
+            for split, each in self.files.items()
         }
         content = {
             "validation_fraction": self.validation_fraction,
@@ -292,20 +335,23 @@ def named_sets(
 
 def _expand(
     name: str, argument: str, patterns: Patterns, data_root: str | None, split: str = "train"
-) -> tuple[str, ...]:
-    """Returns all files that match, sorted, without duplicates and directories; of data sets those of a split."""
-    files: set[str] = set()
+) -> dict[str, paths.Entry | None]:
+    """Returns all files that match, sorted, without directories, with the entries of objects; of data sets those of a split."""
+    files: dict[str, paths.Entry | None] = {}
+    matches: Mapping[str, paths.Entry | None]
     for pattern, full in _absolute(patterns, data_root).items():
         if hf_datasets.is_address(full) or not glob.has_magic(full) and hf_datasets.is_set(full):
-            matches = hf_datasets.files(full, split)
+            matches = dict.fromkeys(hf_datasets.files(full, split))
         elif paths.is_remote(full):
-            matches = mirror.local_files(paths.matches(full))
+            matches = paths.matches(full)
+            hf_datasets.check_outside(list(matches))
         else:
             found = glob.glob(full, recursive=True)
             sets = [path for path in found if os.path.isdir(path) and hf_datasets.is_set(path)]
-            matches = [path for path in found if os.path.isfile(path)]
-            hf_datasets.check_outside(matches)
-            matches += [path for each in sets for path in hf_datasets.files(each, split)]
+            plain = [path for path in found if os.path.isfile(path)]
+            hf_datasets.check_outside(plain)
+            of_sets = (path for each in sets for path in hf_datasets.files(each, split))
+            matches = dict.fromkeys([*plain, *of_sets])
         if not matches:
             raise FileNotFoundError(
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
@@ -315,14 +361,16 @@ def _expand(
     if not files:
         raise ValueError(f"{name}: {argument} is empty; give a glob such as 'data/*.jsonl.zst'")
     for path in sorted(files):
-        documents.check_suffix(pathlib.Path(path))
-    return tuple(sorted(files))
+        documents.check_suffix(path)
+    return dict(sorted(files.items()))
 
 
 def _have_validation(files: Patterns, data_root: str | None) -> bool:
     """Returns whether all are data sets that have a split for validation."""
     every = _absolute(files, data_root).values()
-    return bool(every) and all(hf_datasets.has_split(path, "validation") for path in every)
+    return bool(every) and all(
+        not glob.has_magic(path) and hf_datasets.has_split(path, "validation") for path in every
+    )
 
 
 def _absolute(patterns: Patterns, data_root: str | None) -> dict[str, str]:

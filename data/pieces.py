@@ -23,10 +23,11 @@ class Piece:
     Attributes:
       path: the file; or, of a source that divides itself, the name of its split.
       begin, end: bytes of a plain file, from the beginning of a line to the beginning of another one; row groups of a Parquet
-        file; of a source that divides itself, the number of the part and the number of all parts. An `end` of None is the
+        file; bytes of an Arrow file, from the beginning of a record batch; of a source that divides itself, the number of the part and the number of all parts. An `end` of None is the
         end of the file.
       first: the number of the first line or row, from 1.
       size: its bytes as stored; 0 if they do not matter.
+      version: of an object in a store, which its reader compares; empty for any.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Piece:
     end: int | None = None
     first: int = 1
     size: int = 0
+    version: str = ""
 
 
 def of_lines(path: str, size: int, marks: Sequence[Mark]) -> tuple[Piece, ...]:

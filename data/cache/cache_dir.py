@@ -3,12 +3,13 @@
 With an address of an object store as the root of the caches (`ESPALIER_CACHE=gs://BUCKET/cache`), one host builds a folder and the
 others copy it. It is built on this machine as ever, in the local copy of the root, and then copied to the store, with the file
 that completes it last. A host that needs a folder first looks for it in the store, then takes the lock, looks again, and builds.
-Small files that only save time (digests of files, counts) stay on each machine. Without an address, `fetch`, `publish`, `remove_in_store`,
+Small files that only save time are shared where reading what they stand for is slow: counts, and digests of objects in a store. Without an address, `fetch`, `publish`, `remove_in_store`,
 `others_in_store` and `building` do nothing.
 """
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import secrets
@@ -174,12 +175,51 @@ def _build_here(
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remember(path: pathlib.Path, content: dict) -> None:
-    """Writes JSON that saves time later; does nothing if the cache is not writable."""
+def remember(path: pathlib.Path, content: dict, *, shared: bool = False) -> None:
+    """Writes JSON that saves time later; does nothing if the cache is not writable.
+
+    Args:
+      path: the file of this machine.
+      content: the JSON.
+      shared: write it into the store too, if the root of the caches is there.
+    """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Synced, because an empty file would count as one that is damaged.
         files.write_json(path, content, synced=True, shared=True)
+        if shared and (address := address_of(path)) is not None:
+            mirror.put(str(path), address)
+
+
+def recall(path: pathlib.Path, *, fresh: bool = False) -> dict | None:
+    """Returns JSON that was remembered, here or, if it was shared, by another host; None if there is none.
+
+    Args:
+      path: the file of this machine.
+      fresh: whether the store's counts, where there is one: it may have changed.
+
+    Raises:
+      StoreError: the store refuses, or cannot be reached.
+    """
+    address = address_of(path)
+    content = None
+    with contextlib.suppress(FileNotFoundError):
+        if address is None or not fresh:
+            content = _parsed(path.read_bytes())
+    if content is None and address is not None:
+        with contextlib.suppress(FileNotFoundError):
+            content = _parsed(paths.read(address))
+            if content is not None:
+                remember(path, content)
+    return content
+
+
+def _parsed(data: bytes) -> dict | None:
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _moved(directory: pathlib.Path, target: pathlib.Path) -> bool:

@@ -4,12 +4,10 @@ It covers the source (the bytes of its files, or the `digest` it declares), the 
 records, and a probe. The probe is the hash of the first records; it detects changes that no description contains.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -102,16 +100,13 @@ def _stored_probe(
 ) -> str:
     """Returns `probe`, as it was stored for the same description and code: a start reads no example if nothing has changed."""
     modules = tuple(each.__module__ for each in type(task.source).__mro__)
-    path = directories.cache_dir("files", "probes.json", override=cache_dir)
     key = fingerprint.of_json([described, PROBE_RECORDS, _code(modules)])
-    name = f"{task.name}/{split}"
-    known: dict[str, list[str]] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        known = dict(json.loads(path.read_bytes()))
-    if known.get(name, [""])[0] != key:
-        known[name] = [key, probe(task, split)]
-        directories.remember(path, known)
-    return known[name][1]
+    path = directories.cache_dir("files", "probes", f"{key}.json", override=cache_dir)
+    known = directories.recall(path)
+    if known is None:
+        known = {"probe": probe(task, split)}
+        directories.remember(path, known, shared=True)
+    return known["probe"]
 
 
 @functools.cache

@@ -1,6 +1,11 @@
-"""SHA-256 digests of source files, and where their lines begin, from one pass over each file; stored between runs."""
+"""SHA-256 digests of source files, and where their lines begin, from one pass over each file; stored between runs.
+
+What is known of objects in a store is shared by the hosts whose root of caches is in a store: one of them reads an object, and
+the others one small object for each folder of objects, `files/digests/<hash of the folder's address>.json`.
+"""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,10 +13,12 @@ import operator
 import os
 import pathlib
 import sys
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from espalier.common.bars import Bar
+from espalier.common.storage import paths, ranges
 from espalier.data import pieces
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import pool
@@ -32,11 +39,20 @@ class FileDigests:
 
     A stored digest is valid while the file's size, modification time, change time and inode are
     equal. Programs such as `cp -p` and `rsync -t` can set the modification time, but not the change
-    time.
+    time. Of an object in a store it is valid while its size and version are equal.
     """
 
-    def __init__(self, memory: pathlib.Path):
-        self._memory = memory
+    def __init__(
+        self, memory: pathlib.Path, objects: Mapping[str, paths.Entry] = MappingProxyType({})
+    ):
+        """Reads what was stored.
+
+        Args:
+          memory: the file of this machine; in the local copy of a root of caches that is in a store, what is known of objects
+            is shared there.
+          objects: the objects of a store among the files: address -> its size and version.
+        """
+        self._memory, self._objects = memory, objects
         self._new: dict[str, list] = {}
         self._known = self._stored()
 
@@ -48,18 +64,50 @@ class FileDigests:
         """Returns where lines begin: the first one at or after each multiple of `pieces.BLOCK_BYTES`, if there is one."""
         return self._of(path, by_line=True).marks
 
-    def read(self, paths: Iterable[str], by_line: Iterable[str] = ()) -> None:
-        """Reads files whose digests are not known, several at a time; those `by_line` also for `marks`."""
-        divided = set(by_line)
-        if pool.is_elsewhere():
-            self._read_elsewhere(list(paths), divided)
-            return
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            for _ in threads.map(lambda path: self._of(path, by_line=path in divided), paths):
-                pass
+    def groups(self, path: str, find: Callable[[], Sequence]) -> Sequence[Sequence]:
+        """Returns the groups of a file of columns, as JSON holds them: what `find` returns."""
+        key, stamp = f"groups of {self._name(path)}", self._stamp(path)
+        if (known := self._valid(key, stamp)) is None:
+            known = self._new[key] = [*stamp, [list(group) for group in find()]]
+        return known[4]
+
+    def read(
+        self,
+        paths: Iterable[str],
+        by_line: Iterable[str] = (),
+        grouped: Mapping[str, Callable[[], Sequence]] = MappingProxyType({}),
+    ) -> None:
+        """Reads files whose digests are not known, several at a time, and stores what is new.
+
+        Args:
+          paths: the files.
+          by_line: those that are also read for `marks`.
+          grouped: those that are also read for `groups`, with what finds them.
+        """
+        paths, divided = list(paths), set(by_line)
+
+        def read(path: str) -> None:
+            self._of(path, by_line=path in divided)
+            if path in grouped:
+                self.groups(path, grouped[path])
+
+        def is_known(path: str) -> bool:
+            wanted = self._wanted(path, path in divided)
+            groups = f"groups of {wanted.path}"
+            return self._find(wanted) is not None and (
+                path not in grouped or self._valid(groups, wanted.stamp) is not None
+            )
+
+        with self._shared([path for path in paths if path in self._objects], is_known):
+            if pool.is_elsewhere():
+                self._read_elsewhere(paths, divided)
+            with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+                for _ in threads.map(read, paths):
+                    pass
+        self.save()
 
     def _read_elsewhere(self, paths: Sequence[str], divided: Collection[str]) -> None:
-        wanted = [_Wanted.of(path, path in divided) for path in paths]
+        wanted = [self._wanted(path, path in divided) for path in paths]
         unknown = [each for each in wanted if self._find(each) is None]
         if unknown:
             folders = sorted({os.path.dirname(each.path) for each in unknown})
@@ -71,7 +119,7 @@ class FileDigests:
                 self._keep(each, digest)
 
     def save(self) -> None:
-        """Stores new digests."""
+        """Stores new digests on this machine."""
         if self._new:
             cache.remember(self._memory, {**self._stored(), **self._new})
 
@@ -82,13 +130,71 @@ class FileDigests:
             return {}  # Without stored digests, files are only hashed again.
         return known if isinstance(known, dict) else {}
 
+    @contextlib.contextmanager
+    def _shared(self, objects: Sequence[str], is_known: Callable[[str], bool]) -> Iterator[None]:
+        """Takes what other hosts know of objects; if that is not all, holds a lock, and shares what is found meanwhile."""
+        unknown = [path for path in objects if not is_known(path)]
+        if not unknown or cache.address_of(self._memory) is None:
+            yield
+            return
+        folders = sorted({path.rpartition("/")[0] for path in unknown})
+        self._take(folders)
+        if all(map(is_known, unknown)):
+            yield
+            return
+        with cache.building(self._place(" ".join(folders))):
+            self._take(folders)
+            yield
+            for folder in folders:
+                known = cache.recall(self._place(folder), fresh=True) or {}
+                cache.remember(
+                    self._place(folder), {**known, **self._known_of(folder)}, shared=True
+                )
+
+    def _take(self, folders: Sequence[str]) -> None:
+        for folder in folders:
+            self._new |= cache.recall(self._place(folder), fresh=True) or {}
+
+    def _known_of(self, folder: str) -> dict[str, list]:
+        return {
+            key: entry
+            for path in self._objects
+            if path.rpartition("/")[0] == folder
+            for key in (path, f"groups of {path}")
+            if (entry := self._valid(key, self._stamp(path))) is not None
+        }
+
+    def _place(self, folder: str) -> pathlib.Path:
+        name = hashlib.sha256(folder.encode()).hexdigest()[:32]
+        return self._memory.parent / "digests" / f"{name}.json"
+
+    def _name(self, path: str) -> str:
+        return path if path in self._objects else os.path.abspath(path)
+
+    def _stamp(self, path: str) -> list[Any]:
+        if (entry := self._objects.get(path)) is not None:
+            return [entry.size, entry.version, 0, 0]
+        stat = os.stat(path)
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+    def _valid(self, key: str, stamp: Sequence) -> list | None:
+        for entries in (self._new, self._known):
+            entry = entries.get(key)
+            if isinstance(entry, list) and len(entry) in (5, 7) and entry[:4] == stamp:
+                return entry
+        return None
+
+    def _wanted(self, path: str, by_line: bool) -> "_Wanted":
+        stamp, entry = self._stamp(path), self._objects.get(path)
+        block = pieces.BLOCK_BYTES if by_line and stamp[0] > pieces.BLOCK_BYTES else None
+        return _Wanted(self._name(path), stamp, block, entry.version if entry else "")
+
     def _of(self, path: str, *, by_line: bool) -> _Digest:
-        wanted = _Wanted.of(path, by_line)
+        wanted = self._wanted(path, by_line)
         return self._find(wanted) or self._keep(wanted, _read(wanted))
 
     def _find(self, wanted: "_Wanted") -> _Digest | None:
-        entry = self._new.get(wanted.path) or self._known.get(wanted.path)
-        if isinstance(entry, list) and len(entry) in (5, 7) and entry[:4] == wanted.stamp:
+        if (entry := self._valid(wanted.path, wanted.stamp)) is not None:
             known = _Digest(*entry[4:])
             if not wanted.block or known.block == wanted.block:
                 return known
@@ -107,13 +213,7 @@ class _Wanted:
     path: str
     stamp: list[int]
     block: int | None
-
-    @classmethod
-    def of(cls, path: str, by_line: bool) -> "_Wanted":
-        stat = os.stat(path)
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        is_divided = by_line and stat.st_size > pieces.BLOCK_BYTES
-        return cls(os.path.abspath(path), stamp, pieces.BLOCK_BYTES if is_divided else None)
+    version: str = ""  # of an object
 
 
 def _read(wanted: _Wanted, report: pool.Report = lambda count: None) -> _Digest:
@@ -121,7 +221,7 @@ def _read(wanted: _Wanted, report: pool.Report = lambda count: None) -> _Digest:
     checksum, marks = hashlib.sha256(), []
     offset = lines = 0
     boundary = block
-    with open(path, "rb") as file:
+    with ranges.opened(path, version=wanted.version) as file:
         while data := file.read(_CHUNK):
             checksum.update(data)
             if boundary is not None and block is not None:

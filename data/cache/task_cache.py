@@ -246,8 +246,7 @@ def _write_shard(made: build.Build, shard: int, report: pool.Report) -> pool.Cou
 
 def _paths(source: Any, directory: str) -> tuple[str, ...]:
     """Returns the folders that whoever builds a cache reads and writes."""
-    root = getattr(source, "root", None)
-    return (*((root,) if root else ()), os.path.dirname(directory))
+    return (*getattr(source, "local_folders", ()), os.path.dirname(directory))
 
 
 def _shards(task: Task | seqio_tasks.SeqioTask, split: str) -> tuple[tuple[pieces.Piece, ...], ...]:

@@ -93,7 +93,7 @@ class Cleaning:
 
     def steps(self) -> list[Step]:
         """Returns the steps that make the output."""
-        shards, seen = range(len(self.shards)), (self.source.root, self.output)
+        shards, seen = range(len(self.shards)), (*self.source.local_folders, self.output)
         search = [
             Step("filter documents", self.filter_shard, shards, seen),
             Step("number documents", self.number, [None], seen),
@@ -191,7 +191,7 @@ class Cleaning:
 
     def _read(self, shard: int, keys: Sequence[str], bad: BadRows) -> Iterator[Document]:
         for piece in self.shards[shard]:
-            name = os.path.relpath(piece.path, self.source.root)
+            name = self.source.relative(piece.path)
             yield from documents.read(piece, self.source.format, name=name, metadata=keys, bad=bad)
             if _state(piece.path) != self._states[piece.path]:
                 raise DataError(
@@ -254,21 +254,21 @@ class Cleaning:
 
 def shards_of(source: DocumentFiles) -> tuple[tuple[Piece, ...], ...]:
     """Returns the pieces of each shard of the output, contiguous and of 32 to 256 MB; raises DataError."""
-    files, unit = source.files["train"], source.format.document_per
+    wholes, unit = list(map(source.whole, source.files["train"])), source.format.document_per
     large = {
-        path
-        for path in files
-        if documents.is_by_line(pathlib.Path(path), document_per=unit)
-        and _state(path)[0] > _DIVIDED_BYTES
+        whole.path
+        for whole in wholes
+        if whole.size > _DIVIDED_BYTES and documents.is_by_line(whole.path, document_per=unit)
     }
-    digests = FileDigests(pathlib.Path(source.cache, "file_digests.json"))
+    digests = FileDigests(pathlib.Path(source.cache, "file_digests.json"), source.objects)
     digests.read(sorted(large), large)
-    digests.save()
     return pieces.grouped(
         piece
-        for path in files
-        for piece in documents.divided(
-            path, digests.marks if path in large else lambda path: (), document_per=unit
+        for whole in wholes
+        for piece in (
+            documents.divided(whole, digests, document_per=unit)
+            if whole.path in large or documents.is_table(whole.path)
+            else (whole,)
         )
     )
 

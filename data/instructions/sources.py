@@ -196,7 +196,7 @@ class InstructionFiles(_Counted, FileSource):
         for row in columns.read(piece, example=ROW, columns=self.columns, bad=bad):
             text = json.dumps(row.content, sort_keys=True, default=str)
             if self._split_of(text, piece.path) == split:
-                id = f"{pathlib.Path(piece.path).relative_to(self.root)}:{row.number}"
+                id = f"{self.relative(piece.path)}:{row.number}"
                 yield Row(id, row.where, json.loads(text))
 
     def _count_piece(self, piece: Piece, bad: BadRows) -> dict[str, _Lengths]:

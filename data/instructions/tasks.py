@@ -9,6 +9,7 @@ from typing import Any
 
 from espalier.common import spelling
 from espalier.common.ranges import Fraction, Positive, check_choice
+from espalier.common.storage import paths
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.instructions import ranking
@@ -280,15 +281,15 @@ class _Sets:
     def _files(self, name: str, split: str) -> list[str]:
         if name in self.hf_sets:
             origin = self.hf_sets[name]
-            if not hf_datasets.is_address(origin):
+            if not hf_datasets.is_address(origin) and not paths.is_remote(origin):
                 origin = str(_expanded(origin))
             is_there = split == "train" or hf_datasets.has_split(origin, split)
             return hf_datasets.files(origin, split) if is_there else []
-        paths = sorted((self.data_dir / name).glob(f"{split}*"))
-        paths = [path for path in paths if re.match(rf"{split}[-_.]", path.name)]
-        for path in paths:
+        found = sorted((self.data_dir / name).glob(f"{split}*"))
+        found = [path for path in found if re.match(rf"{split}[-_.]", path.name)]
+        for path in found:
             documents.check_suffix(path)
-        return [str(path) for path in paths if path.is_file()]
+        return [str(path) for path in found if path.is_file()]
 
     def _tfds(self, tfds_name: str, wanted: Sequence[str]) -> TfdsSource:
         source = TfdsSource(

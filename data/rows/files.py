@@ -319,7 +319,7 @@ class PromptedFiles(FileSource, abc.ABC):
         return columns.read(piece, example=self.EXAMPLE, columns=self.columns, bad=bad)
 
     def _id(self, path: str, line: int) -> str:
-        return f"{os.path.relpath(path, self.root)}:{line}"
+        return f"{self.relative(path)}:{line}"
 
 
 def _hash(text: str) -> int:

@@ -83,7 +83,7 @@ class ExampleFiles(ExactSplit):
         dropped: tasks.Tally | None = None,
     ) -> Iterator[_Example]:
         def use(row: Row) -> Iterator[_Example]:
-            id = f"{os.path.relpath(piece.path, self.root)}:{row.number}"
+            id = f"{self.relative(piece.path)}:{row.number}"
             try:
                 example = self._example(row.content, row.where, id)
             except DegenerateError as error:

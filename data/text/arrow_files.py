@@ -5,17 +5,24 @@ Values are those that `datasets` gives: JSON columns are decoded, and columns of
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 # The last bytes of a complete stream, as Arrow writes them since its version 0.15.
 _END = b"\xff\xff\xff\xff\0\0\0\0"
-_FILE_MAGIC = b"ARROW1"
+_FILE_MAGIC, _STREAM_IN_FILE = b"ARROW1", 8
 # Features whose values are plain: numbers, texts, lists of them and dictionaries.
 _PLAIN = ("Value", "ClassLabel", "Translation", "TranslationVariableLanguages", "Json")
 _NESTED = ("Sequence", "List", "LargeList")
 _ARRAYS = ("Array2D", "Array3D", "Array4D", "Array5D")
+
+
+class Group(NamedTuple):
+    """A part of a file of columns that can be read alone: a record batch, or a row group of Parquet."""
+
+    begin: int  # where it begins, in bytes; the number of a row group
+    rows: int
+    values: int  # bytes of its values
 
 
 class ArrowFile:
@@ -32,48 +39,52 @@ class ArrowFile:
         """
         import pyarrow
 
-        self._file = None
-        if source.read_at(len(_FILE_MAGIC), 0) == _FILE_MAGIC:
-            self._file = pyarrow.ipc.open_file(source)
-            self.schema = self._file.schema
-            return
         size = source.size()
-        if source.read_at(min(len(_END), size), max(size - len(_END), 0)) != _END:
-            raise pyarrow.ArrowInvalid("the mark that ends a stream is missing")
+        # A file in the file format is a stream between marks, with a table of contents behind it.
+        is_file = source.read_at(len(_FILE_MAGIC), 0) == _FILE_MAGIC
+        mark = _FILE_MAGIC if is_file else _END
+        if source.read_at(min(len(mark), size), max(size - len(mark), 0)) != mark:
+            raise pyarrow.ArrowInvalid("the mark at its end is missing")
+        source.seek(_STREAM_IN_FILE if is_file else 0)
+        self._source = source
         self._stream = pyarrow.ipc.open_stream(source)
         self.schema = self._stream.schema
 
     def batches(self, begin: int = 0, end: int | None = None) -> Iterator[Any]:
-        """Yields the record batches from number `begin` on, before `end`; of a stream only once.
+        """Yields the record batches from the one that begins at the byte `begin`, before `end`; only once.
 
         Raises:
           pyarrow.ArrowInvalid, OSError: a batch is damaged.
         """
-        if self._file is not None:
-            stop = self._file.num_record_batches
-            for number in range(begin, stop if end is None else min(end, stop)):
-                yield self._file.get_batch(number)
-            return
-        for number, batch in enumerate(self._stream):
-            if end is not None and number >= end:
+        if begin:
+            self._source.seek(begin)
+        while end is None or self._source.tell() < end:
+            try:
+                yield self._stream.read_next_batch()
+            except StopIteration:
                 return
-            if number >= begin:  # those before are only mapped
-                yield batch
+
+    def groups(self) -> list[Group]:
+        """Returns where each record batch begins, and its size; one group of all if they share dictionaries, which come first."""
+        begin, found = self._source.tell(), []
+        for batch in self.batches():
+            found.append(Group(begin, batch.num_rows, batch.nbytes))
+            begin = self._source.tell()
+        if found and any("dictionary<" in str(field.type) for field in self.schema):
+            found = [Group(0, sum(x.rows for x in found), sum(x.values for x in found))]
+        return found
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[ArrowFile]:
-    """Yields a file, mapped into memory; raises pyarrow.ArrowInvalid or OSError, see `ArrowFile`."""
+def opened(file: str | BinaryIO) -> Iterator[ArrowFile]:
+    """Yields a file, mapped into memory, or an open one; raises pyarrow.ArrowInvalid or OSError, see `ArrowFile`."""
     import pyarrow
 
-    with pyarrow.memory_map(os.fspath(path)) as source:
+    if not isinstance(file, str):
+        yield ArrowFile(pyarrow.PythonFile(file, mode="r"))
+        return
+    with pyarrow.memory_map(file) as source:
         yield ArrowFile(source)
-
-
-def batch_sizes(path: str | os.PathLike) -> list[tuple[int, int]]:
-    """Returns (rows, bytes) of each record batch, in order; raises pyarrow.ArrowInvalid or OSError."""
-    with opened(path) as file:
-        return [(batch.num_rows, batch.nbytes) for batch in file.batches()]
 
 
 def features(schema: Any) -> dict[str, Any]:

@@ -40,14 +40,15 @@ class DocumentFiles(FileSource):
         Every file contributes at least one document while the bytes suffice. Files are read in the
         order of the hashes of their names, so that files skipped at the end are a random choice.
         """
-        names = {path: os.path.relpath(path, self.root) for path in self.files["train"]}
+        names = {path: self.relative(path) for path in self.files["train"]}
         paths = sorted(names, key=lambda path: splits.stable_hash(names[path], salt="sample"))
-        sizes = [max(os.path.getsize(path), 1) for path in paths]
+        files = [self.whole(path) for path in paths]
+        sizes = [max(file.size, 1) for file in files]
         remaining, unread = num_bytes, sum(sizes)
-        for path, size in zip(paths, sizes, strict=True):
+        for file, size in zip(files, sizes, strict=True):
             reserved = remaining * (unread - size) / unread  # for the files that follow
             unread -= size
-            for number, document in enumerate(self.read_piece(Piece(path), "train")):
+            for number, document in enumerate(self.read_piece(file, "train")):
                 length = len(document.text.encode("utf-8"))
                 # Only the last document of all may exceed its share, and the first of a file.
                 if remaining <= reserved or (number and reserved and remaining - length < reserved):
@@ -78,7 +79,7 @@ class DocumentFiles(FileSource):
         read = documents.read(
             piece,
             self.format,
-            name=os.path.relpath(piece.path, self.root),
+            name=self.relative(piece.path),
             metadata=sieve.keys,
             bad=bad,
         )

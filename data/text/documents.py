@@ -8,14 +8,16 @@ import io
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from espalier.common.ranges import check_choice
 from espalier.data import pieces
-from espalier.data.pieces import Mark, Piece
+from espalier.data.cache.file_digests import FileDigests
+from espalier.data.pieces import Piece
 from espalier.data.text import row_files, tables
+from espalier.data.text.arrow_files import Group
 from espalier.data.text.row_files import COMPRESSED, MAX_BYTES, BadRows, Line, Row, piece_of
 from espalier.data.text.row_files import DataError as DataError
 from espalier.data.text.row_files import compressed as compressed
@@ -90,8 +92,8 @@ def read(
         line or document is too long.
     """
     piece = piece_of(path)
-    file = pathlib.Path(piece.path)
-    name = file.name if name is None else name
+    file = piece.path
+    name = os.path.basename(file) if name is None else name
     kind = _kind(file)
     if kind in (".jsonl", ".json", *tables.SUFFIXES):
         rows = (_table if kind in tables.SUFFIXES else _json_lines)(piece, format, metadata, bad)
@@ -104,31 +106,36 @@ def read(
     return _text(piece, format, name, bad)
 
 
-def divided(
-    path: str, marks: Callable[[str], Sequence[Mark]], *, document_per: str = "file"
-) -> tuple[Piece, ...]:
+def divided(whole: Piece, digests: FileDigests, *, document_per: str = "file") -> tuple[Piece, ...]:
     """Returns the pieces of a file that can be read alone, in its order.
 
     Args:
-      path: the file.
-      marks: file -> where its lines begin, see `data.cache.fingerprint.FileDigests.marks`.
+      whole: the file, with its size.
+      digests: know where its lines or groups begin.
       document_per: unit of a document in a text file.
 
     Raises:
       DataError: the file is not readable, or of an unknown kind.
     """
-    file, size = pathlib.Path(path), os.path.getsize(path)
-    kind = _kind(file)
-    if kind in tables.SUFFIXES:
-        return tables.divided(path, size)
-    if is_by_line(file, document_per=document_per) and size > pieces.BLOCK_BYTES:
-        return pieces.of_lines(path, size, marks(path))
-    return (Piece(path, size=size),)
+    path = whole.path
+    found: tuple[Piece, ...] = (whole,)
+    if whole.size > pieces.BLOCK_BYTES:
+        if is_table(path):
+            groups = digests.groups(path, lambda: tables.groups(whole))
+            found = tables.divided(path, whole.size, [Group(*group) for group in groups])
+        elif is_by_line(path, document_per=document_per):
+            found = pieces.of_lines(path, whole.size, digests.marks(path))
+    return tuple(dataclasses.replace(piece, version=whole.version) for piece in found)
 
 
-def is_by_line(path: pathlib.Path, *, document_per: str = "file") -> bool:
+def is_table(path: str | os.PathLike) -> bool:
+    """Returns whether a file is one of columns."""
+    return _kind(path) in tables.SUFFIXES
+
+
+def is_by_line(path: str | os.PathLike, *, document_per: str = "file") -> bool:
     """Returns whether a file is plain and each of its lines can be read without the others."""
-    if path.suffix.lower() in (*COMPRESSED, *tables.SUFFIXES):
+    if os.fspath(path).lower().endswith((*COMPRESSED, *tables.SUFFIXES)):
         return False
     return _kind(path) in (".jsonl", ".json") or document_per == "line"
 
@@ -143,13 +150,13 @@ def take(documents: Iterable[Document], num_bytes: float) -> Iterator[Document]:
         yield document
 
 
-def check_suffix(path: pathlib.Path) -> None:
+def check_suffix(path: str | os.PathLike) -> None:
     """Raises DataError if `read` does not support this kind of file."""
     _kind(path)
 
 
-def _kind(path: pathlib.Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+def _kind(path: str | os.PathLike) -> str:
+    suffixes = [suffix.lower() for suffix in pathlib.PurePath(path).suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSED and bool(suffixes.pop())
     if (
         not suffixes
@@ -200,7 +207,7 @@ def read_rows(
 
 def check_rows(path: str | os.PathLike, example: str) -> None:
     """Raises DataError if `read_rows` does not support this kind of file."""
-    if _kind(pathlib.Path(path)) not in (".jsonl", ".json", *tables.SUFFIXES):
+    if _kind(path) not in (".jsonl", ".json", *tables.SUFFIXES):
         raise DataError(
             f"{path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst), Parquet or Arrow; "
             f"write one object such as {example} per line"

@@ -132,8 +132,8 @@ def _saved_files(folder: str) -> list[str]:
             f"not read: save {again}.with_format(None), of the columns you want (select_columns)"
         )
     listed = state.get("_data_files")
-    names = [x.get("filename") for x in listed if isinstance(x, dict)] if listed else []
-    if not names or any(not isinstance(x, str) or os.path.basename(x) != x for x in names):
+    names = [str(x["filename"]) for x in listed or () if isinstance(x, dict) and "filename" in x]
+    if not names or any(os.path.basename(name) != name for name in names):
         raise DataError(f"{place}: no list of files ('_data_files'); save the data set again")
     found = [paths.join(folder, name) for name in names]
     if missing := [path for path in found if not paths.exists(path)]:

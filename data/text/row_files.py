@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+from espalier.common.storage import paths, ranges
 from espalier.data.pieces import Piece
 
 # Longest line, and longest document of a text file: a small compressed file may hold terabytes.
@@ -88,12 +89,10 @@ def lines(piece: Piece, max_bytes: int, remedy: str = "", bad: BadRows = None) -
     Raises:
       DataError: the file cannot be decompressed; or a line is too long or not UTF-8, and bad rows are not collected.
     """
-    path, offset = pathlib.Path(piece.path), piece.begin
+    path, offset = piece.path, piece.begin
     number = piece.first - 1
-    with _open(path) as file:
+    with _opened(piece) as file:
         try:
-            if offset:
-                file.seek(offset)
             while piece.end is None or offset < piece.end:
                 raw = file.readline(max_bytes + 1)
                 if not raw:
@@ -123,6 +122,8 @@ def lines(piece: Piece, max_bytes: int, remedy: str = "", bad: BadRows = None) -
                     refuse(what, bad, path, number, begin)
                     continue
                 yield Line(number, begin, text, len(raw))
+        except paths.StoreError:
+            raise
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(
                 f"{path}: cannot be read after {offset} bytes of text ({error}). The file is truncated, "
@@ -130,15 +131,26 @@ def lines(piece: Piece, max_bytes: int, remedy: str = "", bad: BadRows = None) -
             ) from None
 
 
-def _open(path: pathlib.Path) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix.lower() == ".zst":
+@contextlib.contextmanager
+def _opened(piece: Piece) -> Iterator[BinaryIO]:
+    """Yields the text of a file, decompressed, from the beginning of the piece on."""
+    suffix = pathlib.Path(piece.path).suffix.lower()
+    if suffix not in COMPRESSED:
+        with ranges.opened(
+            piece.path, version=piece.version, begin=piece.begin, end=piece.end
+        ) as file:
+            yield file
+        return
+    with ranges.opened(piece.path, version=piece.version) as file:
+        if suffix == ".gz":
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb"))
+            return
         # Arrow reads all frames and raises for a truncated frame; the reader of zstandard does not.
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb", buffering=1 << 20)
+        source = file if paths.is_remote(piece.path) else piece.path
+        with pyarrow.input_stream(source, compression="zstd") as stream:
+            yield io.BufferedReader(stream)
 
 
 @contextlib.contextmanager

@@ -1,105 +1,109 @@
 """Rows of files of columns, Parquet and Arrow, and the pieces of such files."""
 
 import contextlib
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
+from espalier.common.storage import paths, ranges
 from espalier.data import pieces
 from espalier.data.pieces import Piece
 from espalier.data.text import arrow_files
+from espalier.data.text.arrow_files import Group
 from espalier.data.text.row_files import DataError, Row
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH_BYTES = 64 << 20  # of a file's values in memory
 
 
-def divided(path: str, size: int) -> tuple[Piece, ...]:
-    """Returns the pieces of a file of `size` bytes: neighbouring row groups or record batches, about `pieces.BLOCK_BYTES` each.
-
-    Raises:
-      DataError: the file is not readable.
-    """
-    if size <= pieces.BLOCK_BYTES:
-        return (Piece(path, size=size),)
-    with _readable(pathlib.Path(path)):
-        groups = _group_sizes(path)
+def divided(path: str, size: int, groups: Sequence[Group]) -> tuple[Piece, ...]:
+    """Returns the pieces of a file of `size` bytes: neighbouring groups, about `pieces.BLOCK_BYTES` each."""
     found: list[Piece] = []
-    total = max(sum(values for _, values in groups), 1)
+    total = max(sum(group.values for group in groups), 1)
     begin, first, rows_before, values_before, done = 0, 1, 0, 0, 0
-    for end, (rows_in, values) in enumerate(groups, start=1):
-        rows_before, values_before = rows_before + rows_in, values_before + values
+    ends = [*(group.begin for group in groups[1:]), None]
+    for group, end in zip(groups, ends, strict=True):
+        rows_before, values_before = rows_before + group.rows, values_before + group.values
         stored = size * values_before // total  # about where the group ends in the file
-        if stored - done >= pieces.BLOCK_BYTES or end == len(groups):
+        if end is None or stored - done >= pieces.BLOCK_BYTES:
             found.append(Piece(path, begin, end, first, stored - done))
-            begin, first, done = end, rows_before + 1, stored
+            begin, first, done = end or 0, rows_before + 1, stored
     return tuple(found) if len(found) > 1 else (Piece(path, size=size),)
 
 
-def _group_sizes(path: str) -> list[tuple[int, int]]:
-    """Returns (rows, bytes of values) of each row group or record batch."""
-    if path.lower().endswith(".arrow"):
-        return arrow_files.batch_sizes(path)
-    from pyarrow import parquet
+def groups(piece: Piece) -> list[Group]:
+    """Returns the row groups or record batches of the file of a piece; raises DataError if it is not readable."""
+    with _opened(piece) as source:
+        if _is_parquet(piece):
+            from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        return [(group.num_rows, group.total_byte_size) for group in groups]
+            with parquet.ParquetFile(source) as file:
+                each = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+                return [Group(i, x.num_rows, x.total_byte_size) for i, x in enumerate(each)]
+        with arrow_files.opened(source) as file:
+            return file.groups()
+
+
+def _is_parquet(piece: Piece) -> bool:
+    return piece.path.lower().endswith(".parquet")
 
 
 @contextlib.contextmanager
-def _readable(path: pathlib.Path) -> Iterator[None]:
+def _opened(piece: Piece) -> Iterator[str | BinaryIO]:
+    """Yields what Arrow reads the file of a piece from: its path, or an open object of a store."""
     import pyarrow
 
-    try:
-        yield
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable {path.suffix[1:].capitalize()} file ({error}). It is truncated or damaged; copy or write "
-            "it again"
-        ) from None
+    with contextlib.ExitStack() as stack:
+        source: str | BinaryIO = piece.path
+        if paths.is_remote(piece.path):
+            source = stack.enter_context(ranges.opened(piece.path, version=piece.version))
+        try:
+            yield source
+        except paths.StoreError:
+            raise
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            kind = "Parquet" if _is_parquet(piece) else "Arrow"
+            raise DataError(
+                f"{piece.path}: not a readable {kind} file ({error}). It is truncated or damaged; copy or write it again"
+            ) from None
 
 
 def rows(piece: Piece, arguments: Mapping[str, str] | None) -> Iterator[Row]:
     """Yields the rows of a file of columns or of a piece of it: of the columns that arguments name, or of all for None."""
-    path = pathlib.Path(piece.path)
-    is_parquet = path.suffix.lower() == ".parquet"
     number = piece.first - 1
-    with _readable(path):
-        for batch, decoders in (_parquet if is_parquet else _arrow)(piece, arguments):
-            for record in _rows(batch, path, number, decoders):
-                yield Row(number, f"{path}, row {number}", record)
+    with _opened(piece) as source:
+        batches = (_parquet if _is_parquet(piece) else _arrow)(source, piece, arguments)
+        for batch, decoders in batches:
+            for record in _rows(batch, piece.path, number, decoders):
+                yield Row(number, f"{piece.path}, row {number}", record)
                 number += 1
 
 
 _Batches = Iterator[tuple[Any, Mapping[str, Callable[[Any], Any]]]]  # with decoders of columns
 
 
-def _parquet(piece: Piece, arguments: Mapping[str, str] | None) -> _Batches:
+def _parquet(source: str | BinaryIO, piece: Piece, arguments: Mapping[str, str] | None) -> _Batches:
     import pyarrow
     from pyarrow import parquet
 
-    path = pathlib.Path(piece.path)
     texts = [
-        field.name for field in parquet.read_schema(path) if pyarrow.types.is_string(field.type)
+        field.name for field in parquet.read_schema(source) if pyarrow.types.is_string(field.type)
     ]
     # A value that is written once and used in many rows is also in memory once.
-    with parquet.ParquetFile(path, read_dictionary=texts) as file:
-        columns = _columns(file.schema_arrow.names, arguments, path)
+    with parquet.ParquetFile(source, read_dictionary=texts) as file:
+        columns = _columns(file.schema_arrow.names, arguments, piece.path)
         size = _rows_at_once(file.metadata)
         groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
         for batch in file.iter_batches(size, list(groups), columns):
             yield batch, {}
 
 
-def _arrow(piece: Piece, arguments: Mapping[str, str] | None) -> _Batches:
-    path = pathlib.Path(piece.path)
-    with arrow_files.opened(path) as file:
-        columns = _columns(file.schema.names, arguments, path)
+def _arrow(source: str | BinaryIO, piece: Piece, arguments: Mapping[str, str] | None) -> _Batches:
+    with arrow_files.opened(source) as file:
+        columns = _columns(file.schema.names, arguments, piece.path)
         if found := arrow_files.media(file.schema, columns):
             raise DataError(
-                f"{path}: {', '.join(f'{name!r} holds {kind}' for name, kind in found.items())}, of which no text is "
+                f"{piece.path}: {', '.join(f'{name!r} holds {kind}' for name, kind in found.items())}, of which no text is "
                 f"made. Remove the column (Dataset.remove_columns({list(found)})), or name the others in columns"
             )
         described = arrow_files.features(file.schema)
@@ -114,9 +118,7 @@ def _arrow(piece: Piece, arguments: Mapping[str, str] | None) -> _Batches:
                 yield whole.slice(first, at_once).select(columns), decoders
 
 
-def _columns(
-    names: Sequence[str], arguments: Mapping[str, str] | None, path: pathlib.Path
-) -> list[str]:
+def _columns(names: Sequence[str], arguments: Mapping[str, str] | None, path: str) -> list[str]:
     """Returns the columns to read; raises DataError if one is not there, or twice."""
     for key, argument in (arguments or {}).items():
         value_of(dict.fromkeys(names), key, argument, f"{path}, columns")
@@ -138,7 +140,7 @@ def _rows_at_once(metadata: Any) -> int:
 
 def _rows(
     batch: Any,
-    path: pathlib.Path,
+    path: str,
     first: int,
     decoders: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
 ) -> Iterator[dict[str, Any]]:

@@ -10,13 +10,11 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
 from espalier.common import files
-from espalier.common.bars import Bar
 from espalier.common.storage import paths
 
 COPIES = "ESPALIER_COPIES"
@@ -69,12 +67,6 @@ def local(
         raise FileNotFoundError(f"{address}: there is no such object or folder.")
     _pull(address, target, objects, prune=True)
     return target
-
-
-def local_files(addresses: Sequence[str]) -> list[str]:
-    """Returns local copies of objects, with a progress bar; see `local`."""
-    bar = Bar(addresses, desc="copying from the store", file=sys.stderr)
-    return [local(address) for address in bar]
 
 
 def copy_to(address: str, target: str) -> None:

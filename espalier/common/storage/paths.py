@@ -96,6 +96,11 @@ def split(address: str) -> tuple[str, str, str]:
     return scheme, bucket, key
 
 
+def as_path(path: str | os.PathLike) -> str:
+    """Returns a path by which an address or a path is named relative to others: of an address /SCHEME/BUCKET/KEY."""
+    return os.path.join("/", *split(absolute(path))) if is_remote(path) else os.fspath(path)
+
+
 def filesystem(address: str) -> Any:
     """Returns the fsspec file system of an address; raises StoreError if its package is not installed."""
     return _filesystem(split(address)[0])
@@ -305,18 +310,22 @@ def copy_tree(address: str, target: str, *, last: str) -> None:
             store.cp_file(join(address, name), join(target, name))
 
 
-def matches(pattern: str) -> list[str]:
-    """Returns the addresses of the objects that match a glob (`**` includes folders), sorted."""
+def matches(pattern: str) -> dict[str, Entry]:
+    """Returns the objects that match a glob (`**` includes folders), by their addresses, sorted."""
     pattern = absolute(pattern)
     scheme, bucket, _ = split(pattern)
     if re.search(r"[*?\[]", bucket):
         raise StoreError(f"{pattern!r}: a bucket's name must be written out.")
     with reporting(pattern):
         found = filesystem(pattern).glob(pattern, detail=True)
-    names = sorted(name for name, info in found.items() if info["type"] == "file")
-    if not names and not _has_bucket(pattern):
+    objects = {
+        f"{scheme}://{name}": Entry(int(info["size"] or 0), _version(info))
+        for name, info in sorted(found.items())
+        if info["type"] == "file"
+    }
+    if not objects and not _has_bucket(pattern):
         raise _no_bucket(pattern)
-    return [f"{scheme}://{name}" for name in names]
+    return objects
 
 
 def kvstore(path: str | os.PathLike) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def test_objects_are_written_listed_read_and_deleted(store):
     paths.write(f"{base}/a.txt", b"two")
     assert paths.entry(f"{base}/a.txt").version != version  # of a length that did not change
     assert paths.read(f"{base}/a.txt") == b"two"
-    assert paths.matches(f"{base}/**/*.txt") == [f"{base}/a.txt", f"{base}/b/c.txt"]
+    matching = [f"{base}/a.txt", f"{base}/b/c.txt"]
+    assert paths.matches(f"{base}/**/*.txt") == {each: paths.entry(each) for each in matching}
     paths.delete(f"{base}/a.txt", f"{base}/none")
     assert not paths.exists(f"{base}/a.txt")
     with pytest.raises(FileNotFoundError):

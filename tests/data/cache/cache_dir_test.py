@@ -172,12 +172,14 @@ def test_a_token_cache_in_the_store_is_copied_and_a_damaged_one_is_named(store, 
     assert paths.names(address) == []
 
 
-def test_files_of_a_corpus_are_copied_by_pattern(store, host):
+def test_files_of_a_corpus_are_found_by_pattern(store, host):
     for name in ("a.jsonl", "sub/b.jsonl", "c.csv"):
         paths.write(f"{store.address}/corpus/{name}", b'{"text": "x"}\n')
     pattern = f"{store.address}/corpus/**/*.jsonl"
     files = data_source._expand("mine", "files", pattern, None)
-    assert [file.rpartition("corpus/")[2] for file in files] == ["a.jsonl", "sub/b.jsonl"]
-    assert data_source._expand("mine", "files", "corpus/*.jsonl", store.address) == files[:1]
+    assert list(files) == [f"{store.address}/corpus/{name}" for name in ("a.jsonl", "sub/b.jsonl")]
+    assert files == {address: paths.entry(address) for address in files}
+    one = data_source._expand("mine", "files", "corpus/*.jsonl", store.address)
+    assert list(one) == list(files)[:1]
     with pytest.raises(FileNotFoundError, match="matches no file"):
         data_source._expand("mine", "files", f"{store.address}/other/*.jsonl", None)

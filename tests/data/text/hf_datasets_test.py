@@ -18,7 +18,7 @@ from espalier.data.pieces import Piece
 from espalier.data.preference import tasks as preference
 from espalier.data.prompts import tasks as prompts
 from espalier.data.stream import mixing
-from espalier.data.text import arrow_files, document_files, hf_datasets, tables, user_data
+from espalier.data.text import document_files, hf_datasets, tables, user_data
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
 
@@ -97,11 +97,17 @@ def test_arrow_files_of_other_libraries_in_both_forms(tmp_path):
         with opened(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
         assert read(path) == table.to_pylist()
-        assert [rows for rows, _ in arrow_files.batch_sizes(path)] == [3, 1]
-        with arrow_files.opened(path) as file:
-            assert [batch.num_rows for batch in file.batches(1)] == [1]
-        with arrow_files.opened(path) as file:
-            assert [batch.num_rows for batch in file.batches(0, 1)] == [3]
+        assert [group.rows for group in tables.groups(Piece(str(path)))] == [4]
+        plain = table.cast(pyarrow.schema({"text": "string", "n": "int64"}))
+        with opened(path, plain.schema) as writer:
+            writer.write_table(plain, max_chunksize=3)
+        one, two = tables.groups(Piece(str(path)))
+        assert (one.rows, two.rows) == (3, 1)
+        parts = (Piece(str(path), 0, two.begin), Piece(str(path), two.begin, None, 4))
+        for part, expected in zip(
+            parts, (table.to_pylist()[:3], table.to_pylist()[3:]), strict=True
+        ):
+            assert [row.content for row in tables.rows(part, None)] == expected
 
 
 def test_pieces_of_a_file_are_its_record_batches(tmp_path, monkeypatch):
@@ -112,7 +118,7 @@ def test_pieces_of_a_file_are_its_record_batches(tmp_path, monkeypatch):
     assert len(whole.pieces("train")) == 2
     monkeypatch.setattr(pieces, "BLOCK_BYTES", 64)
     divided = find(str(tmp_path / "set"), tmp_path, validation_fraction=0).pieces("train")
-    assert [(piece.begin, piece.first) for piece in divided] == [(0, 1), (1, 5), (2, 9)] * 2
+    assert [piece.first for piece in divided] == [1, 5, 9] * 2
     read_alone = [list(whole.read_piece(piece, "train")) for piece in reversed(divided)]
     assert sum(reversed(read_alone), []) == expected and len(expected) == 18
 
