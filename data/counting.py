@@ -79,7 +79,7 @@ class ReadByPieces(abc.ABC):
             if not bad:
                 raise
             raise DataError(
-                f"{error}. {len(bad):,} rows cannot be used, the first is {bad[0]}: {bad[0].reason}"
+                f"{len(bad):,} rows cannot be used, the first is {bad[0]}: {bad[0].reason}. Without them, {error}"
             ) from None
         if self.on_bad_row == "skip":
             counts["bad_rows"] = self._list(bad)

@@ -5,6 +5,7 @@ shard and sketch those that stay; compare those with equal keys, for each band; 
 process; write each shard; and write `counts.json`, which completes the output. What is there already is not made again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from espalier.common import pipelines
+from espalier.common import files, pipelines
 from espalier.common.bars import Bar
 from espalier.common.pipelines import Step
 from espalier.common.storage import output_files, paths
+from espalier.common.storage.lock import StoreLock
 from espalier.common.storage.result_folder import ResultFolder, together
 from espalier.data import pieces
 from espalier.data.cache import pool
@@ -47,6 +49,10 @@ _PART_BYTES = 64 << 30  # of files for each part of a band: about 20 million doc
 
 class OutputMismatchError(ValueError):
     """The output's folder holds something else."""
+
+
+class OutputInUseError(ValueError):
+    """Another process makes the same output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,14 +87,16 @@ class Cleaning:
 
         Raises:
           OutputMismatchError: the output is of other files or settings.
-          DataError: a file is malformed, or was changed meanwhile.
+          OutputInUseError: another process makes it now.
+          DataError: a file is malformed, or was changed meanwhile; or none of the rows can be used.
           PipelineError: the pipeline failed.
         """
-        self._start()
-        if not self._output.has(COUNTS):
-            run = functools.partial(pipelines.run, beam_options=beam_options)
-            (run if beam_options else _in_processes)(self.steps())
-        self._work.delete()
+        with self._locked():
+            self._start()
+            if not self._output.has(COUNTS):
+                run = functools.partial(pipelines.run, beam_options=beam_options)
+                (run if beam_options else _in_processes)(self.steps())
+        self._work.delete()  # with the lock; whoever takes it from now on finds the output complete
         return self._output.json(COUNTS)
 
     def steps(self) -> list[Step]:
@@ -111,7 +119,7 @@ class Cleaning:
         name = f"{shard:05d}.filtered.json"
         if not self._work.has(name):
             sieve, places, sketches = _Sieve(self.source), [], []
-            for place, document in enumerate(self._read(shard, sieve.keys, sieve.bad)):
+            for place, document in enumerate(self._read(shard, sieve)):
                 if sieve.keeps(document):
                     places.append(place)
                     sketches.append(dedup.sketch(dedup.shingles(document.text)))
@@ -171,6 +179,11 @@ class Cleaning:
             for name, count in counts["dropped"].items():
                 dropped.setdefault(name, Counter()).update(count)
         total: dict[str, Any] = {"read": read, "dropped": dropped, "kept": kept}
+        if bad and not read["documents"]:
+            first = BadRow(*bad[0])
+            raise DataError(
+                f"None of the {len(bad):,} rows can be used, the first is {first}: {first.reason}"
+            )
         if bad:
             total["bad_rows"] = {"rows": len(bad)}
             lines = [json.dumps(BadRow(*row)._asdict(), ensure_ascii=False) + "\n" for row in bad]
@@ -180,19 +193,22 @@ class Cleaning:
 
     def _staying(self, shard: int, sieve: "_Sieve") -> Iterator[Document]:
         if self.threshold is None:
-            keys = tuple(dict.fromkeys((*sieve.keys, *self.keys)))
-            yield from filter(sieve.keeps, self._read(shard, keys, sieve.bad))
+            yield from filter(sieve.keeps, self._read(shard, sieve))
             return
         places = np.frombuffer(self._work.read(f"{shard:05d}.places"), np.int64)
         staying = set(np.delete(places, self._search.duplicates_of(shard)).tolist())
-        for place, document in enumerate(self._read(shard, self.keys, sieve.bad)):
+        for place, document in enumerate(self._read(shard, sieve)):
             if place in staying:
                 yield document
 
-    def _read(self, shard: int, keys: Sequence[str], bad: BadRows) -> Iterator[Document]:
+    def _read(self, shard: int, sieve: "_Sieve") -> Iterator[Document]:
+        # Each reading needs the keys of both, so that all of them find the same rows bad, and the places of the others agree.
+        keys = tuple(dict.fromkeys((*sieve.keys, *self.keys)))
         for piece in self.shards[shard]:
             name = self.source.relative(piece.path)
-            yield from documents.read(piece, self.source.format, name=name, metadata=keys, bad=bad)
+            yield from documents.read(
+                piece, self.source.format, name=name, metadata=keys, bad=sieve.bad
+            )
             if _state(piece.path) != self._states[piece.path]:
                 raise DataError(
                     f"{piece.path} was changed while its documents were read: delete {self.output}, and start again"
@@ -223,6 +239,19 @@ class Cleaning:
     def _search(self) -> Search:
         parts = max(sum(size for size, _ in self._states.values()) // _PART_BYTES, 1)
         return Search(self._work, len(self.shards), parts, self.threshold or 1.0)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the output, so that another process neither deletes its work nor reads what is not complete."""
+        place = self._work.path
+        try:
+            held = StoreLock(place) if paths.is_remote(place) else files.lock_folder(place)
+        except BlockingIOError as error:
+            raise OutputInUseError(
+                f"{self.output} is in use: {error} writes it. Wait for its end, or give another output"
+            ) from None
+        with contextlib.closing(held):
+            yield
 
     def _start(self) -> None:
         """Writes what the output is made of, or compares it with what is there."""

@@ -22,7 +22,7 @@ from espalier.data.rows.columns import Columns
 from espalier.data.rows.records import Message, Record
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-from espalier.data.text.row_files import BadRows, OnBadRow, Row
+from espalier.data.text.row_files import BadRows, OnBadRow, Row, SettingError
 from espalier.data.tokenizers import chat_sandbox, control_tokens
 from espalier.data.tokenizers import chat_template as templates
 
@@ -114,10 +114,11 @@ class Tokeniser:
         """Returns messages rendered with the record's tools, see `ChatTemplate.render_spans`.
 
         Raises:
-          DataError: there is no chat template, or it rejects the messages.
+          SettingError: there is no chat template.
+          DataError: it rejects the messages.
         """
         if self.template is None:
-            raise DataError(
+            raise SettingError(
                 f"{record.where}: messages need a chat template, and the vocabulary has none. Set "
                 f"chat_template to a jinja file or one of {', '.join(templates.BUILT_IN)}, or write "
                 "texts"

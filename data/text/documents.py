@@ -6,6 +6,7 @@ Every problem with a file raises one `DataError` with the file, the position in 
 import dataclasses
 import io
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -270,6 +271,8 @@ def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
         value = tables.value_of(
             value if isinstance(value, Mapping) else {}, part, "the filter's key", where
         )
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    check_unicode(text, key, where)
     return value
 
 

@@ -29,6 +29,10 @@ class DataError(ValueError):
     """A file that cannot be used as data."""
 
 
+class SettingError(DataError):
+    """A setting that is missing or wrong, found at a row; it is an error whatever happens to bad rows."""
+
+
 class BadRow(NamedTuple):
     """A row that cannot be used."""
 
@@ -76,8 +80,8 @@ def piece_of(path: str | os.PathLike | Piece) -> Piece:
 def refuse(
     error: DataError, bad: BadRows, path: str | os.PathLike, row: int, offset: int | None
 ) -> None:
-    """Raises an error of a row, or adds it to the bad rows."""
-    if bad is None:
+    """Raises an error of a row, or adds it to the bad rows; raises what is an error of a setting."""
+    if bad is None or isinstance(error, SettingError):
         raise error from None
     reason = str(error).removeprefix(os.fspath(path)).lstrip(":, ")
     bad.append(BadRow(os.fspath(path), row, offset, reason))

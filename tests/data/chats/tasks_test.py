@@ -257,10 +257,12 @@ def test_messages_that_the_template_refuses_are_one_error(source, golden, plain)
         assert len(examples(made)) == 1
 
 
-def test_a_missing_template_is_one_error(source, vocabulary, monkeypatch):
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_missing_template_is_one_error(source, vocabulary, monkeypatch, on_bad_row):
     monkeypatch.setattr(type(vocabulary), "chat_template", None)
-    with pytest.raises(DataError, match="line 1: messages need a chat template.*Set chat_template"):
-        examples(source([chat("a", "b")]))
+    made = source([{"text": "a"}, chat("a", "b")], on_bad_row=on_bad_row)
+    with pytest.raises(DataError, match="line 2: messages need a chat template.*Set chat_template"):
+        examples(made)
 
 
 def test_a_split_that_would_be_empty_is_one_error(source):

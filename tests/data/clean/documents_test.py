@@ -16,7 +16,7 @@ from espalier.common.storage import paths
 from espalier.data import pieces
 from espalier.data.cache import pool
 from espalier.data.clean import documents
-from espalier.data.clean.documents import Cleaning, OutputMismatchError
+from espalier.data.clean.documents import Cleaning, OutputInUseError, OutputMismatchError
 from espalier.data.text import dedup, document_files
 from espalier.data.text.decontamination import Overlap
 from espalier.data.text.document_filters import DocumentFilter, Metadata
@@ -227,6 +227,49 @@ def test_bad_rows_can_be_left_out_and_listed(folder, threshold):
     assert counts["bad_rows"] == {"rows": 1}
     (listed,) = (folder / "out" / "bad_rows.jsonl").read_text().splitlines()
     assert (json.loads(listed)["row"], shard(folder / "out", 1)[-1]["text"]) == (6, "the last one")
+
+
+@pytest.mark.parametrize("threshold", [0.8, None])
+def test_a_row_without_a_key_of_filters_or_of_the_output_is_bad_in_each_reading(
+    tmp_path, threshold
+):
+    (tmp_path / "source").mkdir()
+    rng = np.random.default_rng(0)
+    rows = [{"text": " ".join(words(rng)), "lang": "de" if i % 2 else "en", "url": f"u{i}"} for i in range(12)]  # fmt: skip
+    del rows[1]["url"], rows[2]["url"], rows[5]["lang"]
+    rows[6]["url"], rows[8]["url"] = "half \ud800", {"\udfff": 1}  # which no file in UTF-8 can hold
+    (tmp_path / "source" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"threshold": threshold, "keys": ("url",), "on_bad_row": "skip"}
+    english = [Metadata(key="lang", keep=["en"])]
+    with pool.limited(1):
+        counts = cleaning(tmp_path, "out", filters=english, **settings).run()
+    assert counts["bad_rows"] == {"rows": 5}
+    listed = (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in listed] == [2, 3, 6, 7, 9]
+    assert shard(tmp_path / "out", 0) == [
+        {"id": f"a.jsonl:{i + 1}", "text": rows[i]["text"], "url": f"u{i}"} for i in (0, 4, 10)
+    ]
+    misspelt = {**settings, "keys": ("ulr",)}
+    with pool.limited(1), pytest.raises(DataError, match="None of the 12 rows .* no key 'ulr'"):
+        cleaning(tmp_path, "misspelt", filters=[], **misspelt).run()
+    assert not (tmp_path / "misspelt" / "counts.json").exists()
+    where = "a.jsonl, line 7: 'url' is not valid Unicode"
+    rows = [rows[0]] * 6 + rows[6:]
+    (tmp_path / "source" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pool.limited(1), pytest.raises(DataError, match=where):
+        cleaning(tmp_path, "error", filters=[], **{**settings, "on_bad_row": "error"}).run()
+
+
+def test_one_process_at_a_time_makes_an_output(folder):
+    with (
+        cleaning(folder, "out")._locked(),
+        pytest.raises(OutputInUseError, match="process .* writes"),
+    ):
+        cleaning(folder, "out").run()
+    with pool.limited(1):
+        counts = cleaning(folder, "out").run()
+    assert cleaning(folder, "out").run() == counts
+    assert not (folder / "out" / "work").exists()
 
 
 def test_large_files_are_divided(folder, monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from espalier.data import pieces
+from espalier.data.cache.file_digests import FileDigests
 from espalier.data.text import documents
 from espalier.data.text.documents import DataError, Document, Format
 
@@ -111,6 +113,16 @@ def test_a_value_of_many_rows_is_in_memory_once(tmp_path):
             assert pyarrow.total_allocated_bytes() - before < 64 << 20
             count += 1
     assert count == 1023
+
+
+def test_a_large_file_without_row_groups_is_one_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 1)
+    path = tmp_path / "a.parquet"
+    with parquet.ParquetWriter(path, pyarrow.schema([("text", pyarrow.string())])):
+        pass
+    whole = pieces.Piece(str(path), size=path.stat().st_size)
+    (piece,) = documents.divided(whole, FileDigests(tmp_path / "digests.json"))
+    assert piece == whole and list(documents.read(piece, Format())) == []
 
 
 def test_damaged_parquet(tmp_path):

@@ -167,12 +167,16 @@ def test_data_files_have_no_warnings(file, bindings):
     assert "make_eval_stream.changed_cache = 'build'" in config.text
 
 
-def test_rows_that_are_left_out_are_told(tmp_path, capsys):
+def test_rows_that_are_left_out_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n{"text": \n{"text": "two"}\n')
     flags = ["--gin_file=t5x_configs/data/hf_files.gin", "--gin.MIXTURE_OR_TASK_NAME=files"]
     flags += ["--gin.TOKENIZER='bytes'", f"--gin.FILES={str(path)!r}", "--gin.VALIDATION_FRACTION=0.0"]  # fmt: skip
     assert command.main([*flags, "--gin.ON_BAD_ROW='skip'"]) == 0
-    assert f"1 rows cannot be used and are left out, first {path}:2:16" in capsys.readouterr().out
+    assert (
+        f"1 rows cannot be used and are left out, the first is {path}:2:16"
+        in capsys.readouterr().out
+    )
     assert command.main(flags) == 2
     assert f"{path}, line 2: malformed JSON" in capsys.readouterr().err
