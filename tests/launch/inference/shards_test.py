@@ -136,6 +136,24 @@ def test_shards_in_a_store(store):
     assert not paths.entries(f"{store.address}")
 
 
+def test_rows_that_a_stopped_removal_left_are_of_no_other_model(tmp_path, store):
+    for out in (f"{tmp_path}/y.jsonl", f"{store.address}/z.jsonl"):
+
+        def divided(model, count, out=out):
+            rows = [{"n": count + i} for i in range(count)]
+            return shards.divided(out, rows, size=1, streams=1, record={"checkpoint": model})
+
+        old = divided("A", 3)
+        for i in range(3):
+            old.write(i, [[{"of": "A"}]])
+        paths.delete(f"{out}.shards/shards.json")
+        paths.write(f"{out}.shards/notes.txt", b"of somebody")
+        new = divided("B", 2)
+        assert new.missing() == [0, 1] and new.inputs(1) == [{"n": 3}]
+        assert not paths.exists(f"{out}.shards/000002.inputs.jsonl")
+        assert paths.read(f"{out}.shards/notes.txt") == b"of somebody"
+
+
 @pytest.mark.beam
 @pytest.mark.multiprocess
 @pytest.mark.timeout(600)
