@@ -176,9 +176,9 @@ _requests: dict[Work, queue.SimpleQueue] = {}  # of this process: (shard, where 
 
 def _serve(work: Work, requests: queue.SimpleQueue) -> None:
     """Answers requests for shards, one after the other; if the model cannot be opened, with this error."""
-    environment.prepare()
-    module, _, name = work.scorer.partition(":")
     try:
+        environment.prepare()
+        module, _, name = work.scorer.partition(":")
         with getattr(importlib.import_module(module), name)(work.words, work.shards) as score:
             while True:
                 shard, answer = requests.get()
@@ -186,11 +186,16 @@ def _serve(work: Work, requests: queue.SimpleQueue) -> None:
                     rows = work.shards.inputs(shard)
                     work.shards.write(shard, score(rows))
                     answer.set_result({"rows": len(rows)})
-                except Exception as error:
-                    answer.set_exception(error)
-    except Exception as error:
+                except BaseException as error:
+                    answer.set_exception(_failure(error))
+    except BaseException as error:
         while True:
-            requests.get()[1].set_exception(error)
+            requests.get()[1].set_exception(_failure(error))
+
+
+def _failure(error: BaseException) -> Exception:
+    """Returns an error for who waits for an answer: SystemExit would end the thread of a worker that has other shards."""
+    return error if isinstance(error, Exception) else RuntimeError(f"the scorer ended: {error!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Rows that are scored in shards: the bytes of one process, after any stop, here and by Apache Beam (`make test-beam`)."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -152,6 +153,37 @@ def test_rows_that_a_stopped_removal_left_are_of_no_other_model(tmp_path, store)
         assert new.missing() == [0, 1] and new.inputs(1) == [{"n": 3}]
         assert not paths.exists(f"{out}.shards/000002.inputs.jsonl")
         assert paths.read(f"{out}.shards/notes.txt") == b"of somebody"
+
+
+@contextlib.contextmanager
+def exits(words, all_shards):
+    """Is the scorer of the test below; `words` say where it ends."""
+
+    def score(rows):
+        sys.exit("a wrong row")
+
+    if words == ("flag",):
+        sys.exit("a wrong flag")
+    yield score
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("flag", "a wrong flag"), ("row", "a wrong row"), ("prepare", "a wrong variable")],
+)
+def test_a_scorer_that_exits_is_an_error_of_each_shard(word, message, tmp_path, monkeypatch):
+    def prepare():
+        if word == "prepare":
+            sys.exit("a wrong variable")
+
+    monkeypatch.setattr(shards.environment, "prepare", prepare)
+    monkeypatch.setitem(sys.modules, "exiting", sys.modules[__name__])
+    made = shards.divided(f"{tmp_path}/y", [{}, {}], size=1, streams=1, record={})
+    work = shards.Work(shards=made, scorer="exiting:exits", words=(word,))
+    for i in range(2):
+        with pytest.raises(RuntimeError, match=f"the scorer ended: SystemExit.'{message}'"):
+            work.do(i)
 
 
 @pytest.mark.beam
