@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from espalier.launch import cli, environment
 from espalier.launch.inference import row_files
 
 _RECORD = "shards.json"  # written once all inputs are there
+_FILE = re.compile(r"\d{6,}\.(inputs|\d+)\.jsonl")  # see `Shards._inputs` and `Shards._rows`
 _BYTES = 10 << 30  # of inputs, above which shards grow instead of becoming more
 _FLAG = "--beam_pipeline_options"
 
@@ -61,8 +63,7 @@ class Shards:
 
     def missing(self) -> list[int]:
         """Returns the shards that are not done."""
-        remote = paths.is_remote(self.folder)
-        there = set(paths.names(self.folder) if remote else os.listdir(self.folder))
+        there = set(_names(self.folder))
         last = self.streams - 1
         return [i for i in range(self.count) if os.path.basename(self._rows(i, last)) not in there]
 
@@ -73,20 +74,26 @@ class Shards:
 
     def remove(self) -> None:
         """Removes the folder."""
+        paths.delete(paths.join(self.folder, _RECORD))  # without it the rest counts for nothing
         if not paths.is_remote(self.folder):
             shutil.rmtree(self.folder)
             return
-        names = paths.entries(self.folder)
-        first = (
-            [_RECORD] if _RECORD in names else []
-        )  # what is left of a removal counts for nothing
-        paths.delete(*(paths.join(self.folder, name) for name in [*first, *names]))
+        paths.delete(*(paths.join(self.folder, name) for name in paths.entries(self.folder)))
 
     def _inputs(self, shard: int) -> str:
         return paths.join(self.folder, f"{shard:06d}.inputs.jsonl")
 
     def _rows(self, shard: int, stream: int) -> str:
         return paths.join(self.folder, f"{shard:06d}.{stream}.jsonl")
+
+
+def _names(folder: str) -> list[str]:
+    return paths.names(folder) if paths.is_remote(folder) else os.listdir(folder)
+
+
+def _clear(folder: str) -> None:
+    """Deletes the files of shards in a folder, and no others."""
+    paths.delete(*(paths.join(folder, name) for name in _names(folder) if _FILE.fullmatch(name)))
 
 
 def divided(
@@ -116,6 +123,7 @@ def divided(
         return Shards(folder=folder, streams=streams, count=stored["count"], rows=stored["rows"])
     if not paths.is_remote(folder):
         os.makedirs(folder, exist_ok=True)
+    _clear(folder)  # of a removal or a start that stopped, perhaps of another model
     iterator, count, total = iter(rows), 0, 0
     shards = Shards(folder=folder, streams=streams, count=0, rows=0)
     while part := list(itertools.islice(iterator, size)):
@@ -168,9 +176,9 @@ _requests: dict[Work, queue.SimpleQueue] = {}  # of this process: (shard, where 
 
 def _serve(work: Work, requests: queue.SimpleQueue) -> None:
     """Answers requests for shards, one after the other; if the model cannot be opened, with this error."""
-    environment.prepare()
-    module, _, name = work.scorer.partition(":")
     try:
+        environment.prepare()
+        module, _, name = work.scorer.partition(":")
         with getattr(importlib.import_module(module), name)(work.words, work.shards) as score:
             while True:
                 shard, answer = requests.get()
@@ -178,11 +186,16 @@ def _serve(work: Work, requests: queue.SimpleQueue) -> None:
                     rows = work.shards.inputs(shard)
                     work.shards.write(shard, score(rows))
                     answer.set_result({"rows": len(rows)})
-                except Exception as error:
-                    answer.set_exception(error)
-    except Exception as error:
+                except BaseException as error:
+                    answer.set_exception(_failure(error))
+    except BaseException as error:
         while True:
-            requests.get()[1].set_exception(error)
+            requests.get()[1].set_exception(_failure(error))
+
+
+def _failure(error: BaseException) -> Exception:
+    """Returns an error for who waits for an answer: SystemExit would end the thread of a worker that has other shards."""
+    return error if isinstance(error, Exception) else RuntimeError(f"the scorer ended: {error!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Rows that are scored in shards: the bytes of one process, after any stop, here and by Apache Beam (`make test-beam`)."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -134,6 +135,55 @@ def test_shards_in_a_store(store):
     assert [row["row"] for row in joined] == [0, 1, 2, 4] * 2
     again.remove()
     assert not paths.entries(f"{store.address}")
+
+
+def test_rows_that_a_stopped_removal_left_are_of_no_other_model(tmp_path, store):
+    for out in (f"{tmp_path}/y.jsonl", f"{store.address}/z.jsonl"):
+
+        def divided(model, count, out=out):
+            rows = [{"n": count + i} for i in range(count)]
+            return shards.divided(out, rows, size=1, streams=1, record={"checkpoint": model})
+
+        old = divided("A", 3)
+        for i in range(3):
+            old.write(i, [[{"of": "A"}]])
+        paths.delete(f"{out}.shards/shards.json")
+        paths.write(f"{out}.shards/notes.txt", b"of somebody")
+        new = divided("B", 2)
+        assert new.missing() == [0, 1] and new.inputs(1) == [{"n": 3}]
+        assert not paths.exists(f"{out}.shards/000002.inputs.jsonl")
+        assert paths.read(f"{out}.shards/notes.txt") == b"of somebody"
+
+
+@contextlib.contextmanager
+def exits(words, all_shards):
+    """Is the scorer of the test below; `words` say where it ends."""
+
+    def score(rows):
+        sys.exit("a wrong row")
+
+    if words == ("flag",):
+        sys.exit("a wrong flag")
+    yield score
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("flag", "a wrong flag"), ("row", "a wrong row"), ("prepare", "a wrong variable")],
+)
+def test_a_scorer_that_exits_is_an_error_of_each_shard(word, message, tmp_path, monkeypatch):
+    def prepare():
+        if word == "prepare":
+            sys.exit("a wrong variable")
+
+    monkeypatch.setattr(shards.environment, "prepare", prepare)
+    monkeypatch.setitem(sys.modules, "exiting", sys.modules[__name__])
+    made = shards.divided(f"{tmp_path}/y", [{}, {}], size=1, streams=1, record={})
+    work = shards.Work(shards=made, scorer="exiting:exits", words=(word,))
+    for i in range(2):
+        with pytest.raises(RuntimeError, match=f"the scorer ended: SystemExit.'{message}'"):
+            work.do(i)
 
 
 @pytest.mark.beam

@@ -72,7 +72,7 @@ def test_a_dry_run_says_what_starts_and_costs(config, golden, words, capsys, mon
 
 def test_without_a_price_there_is_no_money_and_without_tokens_no_estimate():
     text = shown(DATAFLOW, "tokens=3600000000000")
-    assert "3,600,000,000,000 tokens at 700,000 a second" in text and "Cost" not in text
+    assert "3,600,000,000,000 tokens at 500,000 a second" in text and "Cost" not in text
     assert "measured here; measure yours" in text
     assert "Estimate: none. Give --config.tokens=N" in shown(FLINK)
 
