@@ -1,15 +1,18 @@
 """Work over all files of a task by pipelines of Apache Beam, in the place of processes of this machine (data/cache/pool.py).
 
 Each call of `pool.run` is a pipeline: its items are distributed, and their results come back through files in the folder of the
-caches, which all workers therefore must see.
+caches, which all workers therefore must see. These files are JSON: reading what another has written there runs no code.
 """
 
 import contextlib
 import dataclasses
 import functools
+import itertools
+import json
 import os
 import pickle
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,7 +72,7 @@ def _run(
             beam_options=options,
             progress=lambda: f"{title}: {len(results.names()):,} of {len(items):,}",
         )
-        return together(lambda n: pickle.loads(results.read(f"{n}.pickle")), range(len(items)))
+        return together(lambda n: from_json(results.json(f"{n}.json")), range(len(items)))
     finally:
         results.delete()
 
@@ -84,10 +87,64 @@ class _Work:
 
     def do(self, number: int) -> Mapping[str, int]:
         result = self.function(self.items[number], lambda count: None)
-        self.results.write(f"{number}.pickle", pickle.dumps(result))
+        self.results.write(f"{number}.json", json.dumps(to_json(result)).encode())
         return getattr(result, "sums", {})
 
 
 def _last(last: Callable[[], None], _: None) -> Mapping[str, int]:
     last()
     return {}
+
+
+_PLAIN = (bool, int, float, str, type(None))
+_BUILT_IN = ("builtins:list", "builtins:tuple", "builtins:dict", "collections:Counter")
+
+
+def to_json(value: Any) -> Any:
+    """Returns a result as JSON: what is not plain is a list of the name of its class and its parts.
+
+    Raises:
+      PipelineError: a part is of a class that `from_json` does not make.
+    """
+    if type(value) in _PLAIN:
+        return value
+    name = f"{type(value).__module__}:{type(value).__qualname__}"
+    _class_of(name)
+    parts = value
+    if isinstance(value, dict):
+        parts = itertools.chain.from_iterable(value.items())
+    elif dataclasses.is_dataclass(value):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [name, *map(to_json, parts)]
+
+
+def from_json(value: Any) -> Any:
+    """Returns the result of which `to_json` made this.
+
+    Raises:
+      PipelineError: it names a class that is not one of this project's containers.
+    """
+    if not isinstance(value, list):
+        return value
+    cls, parts = _class_of(value[0]), [from_json(part) for part in value[1:]]
+    if issubclass(cls, dict):
+        return cls(dict(zip(parts[::2], parts[1::2], strict=True)))
+    has_fields = dataclasses.is_dataclass(cls) or hasattr(cls, "_fields")
+    return cls(*parts) if has_fields else cls(parts)
+
+
+def _class_of(name: str) -> Any:
+    """Returns a class that only holds its parts: of Python's, or a named tuple, dataclass, list or dict of this project."""
+    module, _, attribute = name.partition(":")
+    cls = getattr(sys.modules.get(module), attribute, None)
+    if not (
+        (name in _BUILT_IN or module.startswith("espalier."))
+        and isinstance(cls, type)
+        and (issubclass(cls, list | tuple | dict) or dataclasses.is_dataclass(cls))
+        and not hasattr(cls, "__post_init__")
+    ):
+        raise PipelineError(
+            f"a result has a part of {name}, which workers do not send back: they send numbers, texts, lists, tuples, dicts, "
+            "and this project's own named tuples and dataclasses"
+        )
+    return cls

@@ -1,6 +1,7 @@
 """Examples that are counted by pieces, in several processes, and rows that are left out because they cannot be used."""
 
 import abc
+import functools
 import itertools
 import pathlib
 import sys
@@ -19,6 +20,7 @@ from espalier.data.text.row_files import (
     OnBadRow,
     Row,
     bad_rows_text,
+    check_number,
     refuse,
 )
 
@@ -62,7 +64,7 @@ class ReadByPieces(abc.ABC):
         desc = f"checking {self.name}"
         with Bar(total=size, desc=desc, unit="B", unit_scale=True, file=sys.stderr) as bar:
             batches = pool.run(
-                self._read_pieces,
+                functools.partial(self._read_pieces, []),
                 pieces_lib.batches(every),
                 what=lambda batch: f"{desc}, {batch[0].path}",
                 bar=bar,
@@ -71,6 +73,8 @@ class ReadByPieces(abc.ABC):
             )
         read = list(itertools.chain.from_iterable(batches))
         bad = [row for _, rows in read for row in rows or ()]
+        if bad:
+            check_number(len(bad), bad[0])
         try:
             counts = self._total(
                 {piece: count for piece, (count, _) in zip(every, read, strict=True)}
@@ -87,12 +91,17 @@ class ReadByPieces(abc.ABC):
                 print(f"{self.name}: {bad_rows_text(counts['bad_rows'])}", file=sys.stderr)
         return counts
 
-    def _read_pieces(self, pieces: Sequence[Piece], report: pool.Report) -> "_Read":
-        """Returns the counts and the bad rows of each piece."""
+    def _read_pieces(
+        self, numbers: list[int], pieces: Sequence[Piece], report: pool.Report
+    ) -> "_Read":
+        """Returns the counts and the bad rows of each piece; `numbers` are those of bad rows that this process has found."""
         found = _Read()
         for piece in pieces:
             bad = self._bad_rows()
             found.append((self._count_piece(piece, bad), bad))
+            if bad:
+                numbers.append(len(bad))
+                check_number(sum(numbers), bad[0])
             report(piece.size)
         return found
 

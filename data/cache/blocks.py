@@ -16,13 +16,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from espalier.common import files
 from espalier.common.storage import paths, ranges
-from espalier.data.cache.cache_files import CacheCorruptError, canonical
+from espalier.data.cache.cache_files import CacheCorruptError, canonical, corrupt
 
 BYTES = 1 << 16  # of a block
 SUM = 8  # bytes of a checksum
@@ -109,14 +110,34 @@ def write(place: str | os.PathLike, name: str, content: bytes) -> None:
         files.write(paths.join(place, name), content, synced=True)
 
 
-def write_tables(place: str | os.PathLike, groups: Mapping[str, Iterable[str]]) -> None:
-    """Writes tables of files of a folder or an address."""
-    for table, names in groups.items():
-        write(place, table, table_of(place, names)[0])
+def write_table(
+    place: str | os.PathLike, table: str, names: Iterable[str], written: Mapping[str, Sequence]
+) -> None:
+    """Writes the table of files of a folder or an address.
+
+    Args:
+      place: where the files are.
+      table: its name.
+      names: of its files.
+      written: [bytes, SHA-256] of files as they were written, by name; others are taken as they are read.
+
+    Raises:
+      CacheCorruptError: a file is not what was written.
+      OSError: a file cannot be read or written.
+    """
+    content, found = table_of(place, names)
+    for name, entry in found.items():
+        if name in written and entry != tuple(written[name]):
+            raise corrupt(os.fspath(place), name, "does not match its checksum")
+    write(place, table, content)
 
 
 def write_index(
-    place: str | os.PathLike, groups: Mapping[str, Mapping[str, int]], *, of: str
+    place: str | os.PathLike,
+    groups: Mapping[str, Mapping[str, int]],
+    *,
+    of: str,
+    written: Mapping[str, Sequence] = types.MappingProxyType({}),
 ) -> None:
     """Writes `blocks.json` of a folder or an address, and the tables that it lacks.
 
@@ -124,15 +145,17 @@ def write_index(
       place: where the files are.
       groups: name of each table -> its files with their sizes.
       of: what the files are of; readers compare it.
+      written: see `write_table`.
 
     Raises:
+      CacheCorruptError: a file is not what was written.
       OSError: a file cannot be read or written.
     """
 
     def made(item: tuple[str, Mapping[str, int]]) -> Group:
         table, sizes = item
         if not paths.exists(paths.join(place, table)):
-            write_tables(place, {table: sizes})
+            write_table(place, table, sizes, written)
         raw = paths.read(paths.join(place, table))
         return Group(table, hashlib.sha256(raw).hexdigest(), dict(sizes))
 
@@ -151,6 +174,11 @@ def groups_of(shards: Iterable[Mapping], first: int = 0) -> dict[str, dict[str, 
         }
         for number, shard in enumerate(shards, start=first)
     }
+
+
+def entries_of(shards: Iterable[Mapping]) -> dict[str, Sequence]:
+    """Returns [bytes, SHA-256] of each file of the shards of a token cache, by their entries in its manifest."""
+    return {name: entry for shard in shards for name, entry in shard["files"].items()}
 
 
 def index_bytes(groups: Iterable[Group], *, of: str) -> bytes:

@@ -139,7 +139,9 @@ class Build:
         ):
             for record in self.task.records(self.split, self.shards[shard]):
                 writer.append(record)
-            blocks.write_tables(folder, blocks.groups_of([writer.finish()], shard))
+            entry = writer.finish()
+            for table, names in blocks.groups_of([entry], shard).items():
+                blocks.write_table(folder, table, names, entry["files"])
 
     def counts(self, shard: int) -> dict[str, int]:
         """Returns the numbers of records and tokens of a shard that is written."""
@@ -172,14 +174,15 @@ class Build:
             )
         body = _manifest(self.fingerprint, self.features, self.description, shards)
         content, groups = manifest_bytes(body), blocks.groups_of(shards)
+        index = {"of": body["content"], "written": blocks.entries_of(shards)}
         if self._is_remote:
-            blocks.write_index(self._folder, groups, of=body["content"])
+            blocks.write_index(self._folder, groups, **index)
             paths.write(paths.join(self._folder, MANIFEST), content)
             paths.delete(paths.join(self._folder, _STARTED))
             return
         folder, directory = pathlib.Path(self._folder), pathlib.Path(self.directory)
         with writing(f"The token cache {self.directory}"):
-            blocks.write_index(folder, groups, of=body["content"])
+            blocks.write_index(folder, groups, **index)
             files.write(folder / MANIFEST, content, synced=True)
             folder.rename(directory)
             (directory / _STARTED).unlink()

@@ -21,7 +21,7 @@ from espalier.common.storage import paths
 from espalier.data.cache import blocks, store
 from espalier.data.cache import cache_dir as directories
 from espalier.data.cache.block_folder import BlockFolder
-from espalier.data.cache.cache_files import CacheCorruptError, Column, corrupt, feature_dtype
+from espalier.data.cache.cache_files import CacheCorruptError, Column, feature_dtype
 from espalier.data.cache.ranged import RangedArray
 
 # How a cache of a store is read: 'copy' it to this machine first, read it 'in_place', or 'auto': by its size.
@@ -257,8 +257,7 @@ def add_checksums(place: str | os.PathLike, bar: Callable[[int], Any] = lambda s
     with contextlib.suppress(FileNotFoundError, CacheCorruptError):
         BlockFolder(place, of=manifest["content"])
         return False
-    entries = {name: tuple(e) for shard in manifest["shards"] for name, e in shard["files"].items()}
-    groups = blocks.groups_of(manifest["shards"])
+    entries, groups = blocks.entries_of(manifest["shards"]), blocks.groups_of(manifest["shards"])
 
     def add(table: str) -> None:
         sizes = groups[table]
@@ -266,11 +265,7 @@ def add_checksums(place: str | os.PathLike, bar: Callable[[int], Any] = lambda s
         with contextlib.suppress(FileNotFoundError):
             if len(paths.read(paths.join(place, table))) == wanted:
                 return
-        table_bytes, found = blocks.table_of(place, sizes)
-        for name, entry in found.items():
-            if entry != entries[name]:
-                raise corrupt(place, name, "does not match its checksum")
-        blocks.write(place, table, table_bytes)
+        blocks.write_table(place, table, sizes, entries)
 
     with concurrent.futures.ThreadPoolExecutor(blocks.THREADS) as pool:
         for table, _ in zip(groups, pool.map(add, groups), strict=True):

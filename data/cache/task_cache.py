@@ -96,8 +96,8 @@ def open_task_cache(
     # An existing cache is read without the lock, so that a read-only cache of another user works.
     if changed == "replace" or not directory.exists():
         with token_cache.building_lock(parent):
-            if changed == "replace":
-                _remove_others(parent, directory)
+            if changed == "replace" and (kept := _remove_others(parent, directory, read)):
+                return _not_empty(kept, task.name, split)
             if not directory.exists():  # another process may have built it meanwhile
                 with _shared_build(directory, read) as complete:
                     if isinstance(complete, token_cache.Cache):
@@ -154,20 +154,42 @@ def _shared_build(
         yield complete
 
 
-def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
+def _remove_others(
+    parent: pathlib.Path, directory: pathlib.Path, read: in_place.ReadCache
+) -> token_cache.Cache | None:
+    """Deletes all caches but an intact one in `directory`; returns that one if only the store has it, and it is read in place."""
     for other, _ in list(existing.manifests(parent)):
         if other == directory:
-            try:
+            with contextlib.suppress(CacheCorruptError):
                 token_cache.open_cache(other)
                 continue
-            except CacheCorruptError:
-                pass
         token_cache.remove(other)
-        directories.remove_in_store(other, token_cache.MANIFEST)
-        token_cache.remove_plans(other)
+        if other != directory or not directories.is_published(other, token_cache.MANIFEST):
+            directories.remove_in_store(other, token_cache.MANIFEST)
+            token_cache.remove_plans(other)
+    kept = None
     for address, _ in list(directories.others_in_store(parent, token_cache.MANIFEST)):
-        directories.remove_in_store(parent / address.rpartition("/")[2], token_cache.MANIFEST)
+        other = parent / address.rpartition("/")[2]
+        if other == directory:
+            with contextlib.suppress(CacheCorruptError):
+                kept = _open_in_store(directory, read)
+                continue
+        directories.remove_in_store(other, token_cache.MANIFEST)
         token_cache.remove_plans(address)
+    return kept
+
+
+def _open_in_store(directory: pathlib.Path, read: in_place.ReadCache) -> token_cache.Cache | None:
+    """Opens the cache that only the store has in place, or copies it; raises CacheCorruptError, and keeps no damaged copy."""
+    if opened := in_place.open_if_chosen(directory, read):
+        return opened
+    directories.fetch(directory, token_cache.MANIFEST)
+    try:
+        token_cache.open_cache(directory)
+    except CacheCorruptError:
+        token_cache.remove(directory)
+        raise
+    return None
 
 
 def _described(parent: pathlib.Path) -> Iterator[tuple[str, dict, int]]:

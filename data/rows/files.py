@@ -294,6 +294,12 @@ class PromptedFiles(FileSource, abc.ABC):
         return source
 
     @property
+    def reads_clock(self) -> bool:
+        """Whether records depend on when they are made; see `data.cache.description.describe`."""
+        template = self.tokeniser.template
+        return template is not None and template.reads_clock
+
+    @property
     def facts(self) -> dict[str, Any]:
         """Returns facts for the record of a run."""
         template = self.tokeniser.template

@@ -296,7 +296,8 @@ def _make(build: PlanBuild, shards: Sequence[Shard], target: pathlib.Path) -> No
     title = f"planning the rows of {build.cache}"
     with Bar(desc=title, total=len(shards), unit="shard", file=sys.stderr) as bar:
         name_of = lambda shard: f"The row plan of shard {shard.number + 1} of {build.cache}"  # noqa: E731
-        pool.run(build.write_shard, shards, what=name_of, bar=bar)
+        needed = (build.cache, str(build.folder))
+        pool.run(build.write_shard, shards, what=name_of, bar=bar, title=title, paths=needed)
     with writing(f"The row plan {target}"):
         build.finish(target, len(shards))
 

@@ -52,6 +52,7 @@ def bad_rows_text(counted: Mapping[str, Any]) -> str:
 
 
 BadRows = list[BadRow] | None  # None: a bad row is an error
+MAX_BAD_ROWS = 100_000  # of a source, that are left out
 
 
 class Line(NamedTuple):
@@ -85,6 +86,16 @@ def refuse(
         raise error from None
     reason = str(error).removeprefix(os.fspath(path)).lstrip(":, ")
     bad.append(BadRow(os.fspath(path), row, offset, reason))
+    check_number(len(bad), bad[0])
+
+
+def check_number(number: int, first: BadRow) -> None:
+    """Raises DataError if so many rows are bad that the files are not what the settings say; all are held in memory."""
+    if number > MAX_BAD_ROWS:
+        raise DataError(
+            f"{first.path}: more than {MAX_BAD_ROWS:,} rows cannot be used, the first is {first}: {first.reason}. The files "
+            "are not what the settings say: correct the files, or their format and columns"
+        )
 
 
 def lines(piece: Piece, max_bytes: int, remedy: str = "", bad: BadRows = None) -> Iterator[Line]:

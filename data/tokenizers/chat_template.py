@@ -85,6 +85,11 @@ class ChatTemplate:
     # tokens that contents may spell, of `control_tokens.of`; if empty, spellings in contents are control tokens too
     added: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
+    @property
+    def reads_clock(self) -> bool:
+        """Returns whether the text of a conversation depends on when it is rendered."""
+        return any("strftime_now" in source for source in self.templates.values())
+
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Returns the text of a conversation; `rendered` describes the arguments and errors."""
         return self.rendered(messages, **options).text

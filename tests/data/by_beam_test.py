@@ -1,16 +1,20 @@
 """Token caches that Apache Beam builds, against those of this process, byte for byte (`make test-beam`)."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from espalier.common.pipelines import PipelineError
 from espalier.common.storage import paths
-from espalier.data import by_beam, pieces, tasks
+from espalier.data import by_beam, counting, pieces, tasks
 from espalier.data.cache import pool, task_cache
+from espalier.data.rows import files as row_counts
+from espalier.data.rows.records import Record
 from espalier.data.stream import mixing
 from espalier.data.text import user_data
+from espalier.data.text.row_files import BadRow
 from espalier.data.tokenizers import vocabularies
 from tests.common.pipelines_test import PROCESSES, job_server  # noqa: F401
 from tests.data.clean.documents_test import KilledAt
@@ -57,6 +61,21 @@ def build(files, root, options, filters=(), **settings):
 def test_without_options_nothing_is_changed(files, tmp_path):
     found = build(files, tmp_path / "one", [])
     assert sum(name.endswith("targets.bin") for name in found) >= 4
+
+
+def test_results_are_sent_as_json_that_runs_no_code():
+    record = Record("w", "i", ({"role": "user", "content": "é"},), ("a",), template={"tools": [1]})
+    dropped = tasks.Tally(no_answer={"rows": 2, "first": "a:1"})
+    rows = row_counts._Rows(record, [2**70, 0], dropped)
+    read = counting._Read([(rows, [BadRow("p", 1, None, "r")]), (Counter(train=1), None)])
+    sent = json.dumps(by_beam.to_json(read))
+    found = by_beam.from_json(json.loads(sent))
+    assert found == read and found.sums == read.sums and type(found[0][0].dropped) is tasks.Tally
+    for name in ("builtins:eval", "os:system", "subprocess:Popen", "espalier.data.by_beam:used"):
+        with pytest.raises(PipelineError, match=name):
+            by_beam.from_json([name, "1"])
+    with pytest.raises(PipelineError, match="numpy:int64, which workers do not send back"):
+        by_beam.to_json([np.int64(1)])
 
 
 @pytest.mark.beam

@@ -15,9 +15,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from espalier.data import pieces, tasks
+from espalier.data import counting, pieces, tasks
 from espalier.data.cache import build, file_digests, pool, store
-from espalier.data.text import document_files
+from espalier.data.text import document_files, row_files
 from espalier.data.text.documents import DataError
 from tests.data.cache import piece_reader
 
@@ -291,6 +291,25 @@ def test_bad_rows_are_left_out_counted_and_listed(tmp_path, small, capfd):
         read += source.read_examples(pieces.Piece(str(path)), "validation")
         numbers = {int(x["document_id"].rpartition(":")[2]) for x in read}
         assert numbers == set(range(1, 121)) - set(bad)
+
+
+@pytest.mark.parametrize("where", ["in a piece", "in a process", "in all"])
+def test_files_of_which_most_rows_are_bad_are_refused(tmp_path, small, monkeypatch, where):
+    path = write(tmp_path / "data")["plain.jsonl"]
+    rows = path.read_bytes().split(b"\n")
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join([b"{broken"] * 5 + rows))
+    (tmp_path / "c.jsonl").write_bytes(b"\n".join([b"{broken"] * 5 + rows))
+    monkeypatch.setattr(row_files, "MAX_BAD_ROWS", 4 if where == "in a piece" else 9)
+    if where == "in all":
+        monkeypatch.setattr(
+            document_files.DocumentFiles,
+            "_read_pieces",
+            lambda self, _, *args: counting.ReadByPieces._read_pieces(self, [], *args),
+        )
+    paths = [tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
+    source = source_of(paths, tmp_path / "cache", on_bad_row="skip")
+    with pool.limited(1), pytest.raises(DataError, match="jsonl: more than . rows cannot be used"):
+        assert source.counts
 
 
 def test_a_line_that_is_too_long_is_left_out_alone(tmp_path, small):

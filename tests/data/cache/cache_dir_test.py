@@ -9,10 +9,12 @@ import pytest
 
 from espalier.common import files
 from espalier.common.storage import lock, mirror, paths
-from espalier.data import data_source
+from espalier.data import data_source, tasks
 from espalier.data.cache import cache_dir, task_cache
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError
+from espalier.data.text import document_files
+from espalier.data.tokenizers.vocabulary import ByteVocabulary
 
 
 @pytest.fixture
@@ -170,6 +172,46 @@ def test_a_token_cache_in_the_store_is_copied_and_a_damaged_one_is_named(store, 
     ] == [address]
     cache_dir.remove_in_store(third, token_cache.MANIFEST)
     assert paths.names(address) == []
+
+
+def test_replacing_keeps_an_intact_cache_that_only_the_store_has(store, host, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+
+    def opened(name, **settings):
+        host(name)
+        tasks.clear()
+        settings = {"changed": "replace", **settings}
+        found = document_files.find(name="t", files=str(path), validation_fraction=0.0)
+        vocabulary = {"vocabulary": ByteVocabulary(), "add_bos": False, "add_eos": False}
+        tasks.register_source("t", found, origin="x", **vocabulary)
+        try:
+            return task_cache.open_task_cache(tasks.find("t"), "train", **settings)
+        finally:
+            tasks.clear()
+
+    def deleted():
+        return [at for method, at in store.requests if method == "DELETE" and "/tokens/" in at]
+
+    address = cache_dir.address_of(opened("a").directory)
+    store.requests.clear()
+    in_place_of_b = opened("b", read="in_place")
+    assert str(in_place_of_b.directory) == address
+    copied = opened("c")
+    assert cache_dir.address_of(copied.directory) == address
+    values = copied.directory / "00000.targets.bin"
+    right = values.read_bytes()
+    values.write_bytes(bytes(len(right)))
+    assert opened("c").directory == copied.directory and values.read_bytes() == right
+    assert not [at for at in deleted() if not at.endswith(".building")]
+    for number, name in enumerate((token_cache.MANIFEST, "blocks.json", "00000.targets.bin")):
+        whole = paths.read(f"{address}/{name}")
+        paths.write(f"{address}/{name}", bytes(len(whole)))
+        store.requests.clear()
+        read = "copy" if name.endswith(".bin") else "in_place"
+        assert opened(f"d{number}", read=read).num_records == 2
+        assert any(name in at for at in deleted())
+        assert paths.read(f"{address}/{name}") == whole
 
 
 def test_files_of_a_corpus_are_found_by_pattern(store, host):

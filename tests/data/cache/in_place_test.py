@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import mirror, paths
-from espalier.data.cache import block_folder, blocks, in_place, ranged
+from espalier.data.cache import block_folder, blocks, build, in_place, ranged
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.cache.store import MANIFEST, write
+from espalier.data.pieces import Piece
+from tests.data.cache import piece_reader
 
 FEATURES = {"targets": 1000, "inputs": 70_000, "weights": "float32", "document_id": "text"}
 COUNT = 40_000  # records: more than one block of lengths in a shard
@@ -137,3 +139,32 @@ def test_a_build_writes_the_checksums_of_its_bytes(local):
         made, _ = blocks.table_of(local.directory, sizes)
         assert (local.directory / table).read_bytes() == made
     block_folder.BlockFolder(local.directory, of=local.content)
+
+
+@pytest.mark.parametrize("at", ["a shard's table", "the index"])
+def test_bytes_that_are_damaged_after_they_were_written_get_no_checksum(tmp_path, monkeypatch, at):
+    shards, directory = ((Piece("", 0, 1),),), tmp_path / "c"
+    made = build.Build(str(directory), piece_reader.Same(), "", {"targets": 100}, {}, shards)
+    name = tmp_path / "c.building" / "00000.targets.bin"
+    write_table = blocks.write_table
+
+    def damaged(*args):
+        raw = bytearray(name.read_bytes())
+        raw[9] ^= 1
+        name.write_bytes(raw)
+        return write_table(*args)
+
+    made.start()
+    if at == "the index":
+        made.write_shard(0)
+        (name.parent / "00000.blocks").unlink()
+    monkeypatch.setattr(blocks, "write_table", damaged)
+    with pytest.raises(CacheCorruptError, match="00000.targets.bin does not match"):
+        made.write_shard(0)
+        made.finish()
+    assert not directory.exists()
+    monkeypatch.undo()
+    made.write_shard(0)
+    made.finish()
+    opened = in_place.open_cache(directory)
+    np.testing.assert_array_equal(np.asarray(opened.columns["targets"].all_values), range(50))

@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from espalier.data import tasks
+from espalier.data.cache import description, fingerprint
 from espalier.data.chats.tasks import register_chats
 from espalier.data.pieces import Piece
 from espalier.data.stream import mixing
@@ -286,3 +287,17 @@ def test_a_vocabulary_without_offsets_is_divided_at_the_spans():
     text = tokeniser.vocabulary.decode([i for i, mark in zip(ids, marked, strict=True) if mark])
     assert text == "ü;b;"
     assert tokeniser.vocabulary.decode(ids) == "user:é;assistant:ü;user:a;assistant:b;"
+
+
+def test_a_template_that_writes_the_date_is_noticed_at_each_start(source, tmp_path, monkeypatch):
+    """What the first records are is stored for a start that reads none, but not where it depends on the clock."""
+    for clock, calls in (("", 1), ("{{ strftime_now('%Y') }}", 2)):
+        template = "{{ messages[0]['content'] }}{% generation %}{{ messages[1]['content'] }}{% endgeneration %}"
+        (tmp_path / "t.jinja").write_text(clock + template)
+        source([chat("a", "b")], chat_template=str(tmp_path / "t.jinja"))
+        seen = []
+        monkeypatch.setattr(description, "probe", lambda *args, seen=seen: str(seen.append(args)))
+        for _ in range(2):
+            files = fingerprint.FileDigests(tmp_path / "digests.json")
+            description.describe(tasks.find("chats"), "train", files, tmp_path / "cache")
+        assert len(seen) == calls
