@@ -1,5 +1,6 @@
 """Scores rows with a run's model: the log-probability of each token."""
 
+import argparse
 import contextlib
 import os
 import sys
@@ -37,7 +38,7 @@ def score(
     """
     row_files.check_output(output, compressed=True, others={"inputs": inputs})
     if pipeline is not None:
-        _score_by(pipeline, checkpoint, inputs, output, adapter, batch_size)
+        _score_by(pipeline, inputs, output, adapter, batch_size)
         return
     placed_rows = row_files.read(inputs, example=EXAMPLE)
     loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
@@ -112,7 +113,6 @@ def _scorer(run: LoadedRun, size: int, made: list[Scorer]) -> Scorer:
 
 def _score_by(
     pipeline: shards.Pipeline,
-    checkpoint: str,
     inputs: str,
     output: str,
     adapter: Sequence[str],
@@ -129,7 +129,6 @@ def _score_by(
     local = row_files.local(inputs, "inputs")
     record = {
         "words": pipeline.words,
-        "checkpoint": load_run.place(checkpoint),
         "inputs": row_files.digest(inputs, "inputs"),
     }
     done = pipeline.made(
@@ -138,7 +137,7 @@ def _score_by(
         size=shards.size_of(buckets.BATCHES_SORTED * batch_size, os.fspath(local)),
         streams=max(1, len(adapter)),
         record=record,
-        reads=(checkpoint, *adapter),
+        reads=(pipeline.checkpoint, *adapter),
     )
     row_files.write_lines(output, done.joined())
     done.remove()
@@ -146,16 +145,24 @@ def _score_by(
     print(f"{done.rows:,} rows of {done.count:,} shards in {seconds:.1f} s", file=sys.stderr)
 
 
+def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    load_run.add_row_flags(parser)
+    # In the rows, for each --adapter, which is a step of what the user has given.
+    parser.add_argument("--adapter_name", action="append", default=[])
+
+
 @contextlib.contextmanager
 def scorer_of(words: Sequence[str], all_shards: shards.Shards) -> Iterator[shards.Scorer]:
     """Context manager: yields what scores a shard, with the model that is loaded once; see `shards.Work`."""
-    start = load_run.start_of(words, load_run.add_row_flags)
+    start = load_run.start_of(words, _add_worker_flags)
     flags = start.flags
     loads = side_by_side.load(
         start(), flags.checkpoint, flags.adapter, params=flags.params, encoder_decoders=True
     )
     made: list[Scorer] = []
-    with start.config.in_use(), loads as runs:
+    with start.config.in_use(), loads as placed_runs:
+        names = flags.adapter_name or [None]
+        runs = [(name, run) for name, (_, run) in zip(names, placed_runs, strict=True)]
         if all_shards.count > 1 and flags.batch_size % (devices := runs[0][1].row_shards):
             raise LoadError(
                 f"--batch_size={flags.batch_size}: each batch of a worker is divided over {devices} devices: give a multiple."

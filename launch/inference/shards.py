@@ -7,6 +7,7 @@ inputs. A worker opens the command's model once, in a thread of its own: meshes 
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from espalier.common import files, pipelines
 from espalier.common.storage import output_files, paths
 from espalier.launch import cli, environment
 from espalier.launch.inference import row_files
+from espalier.launch.load import hf_checkpoint, load_run
 
 _RECORD = "shards.json"  # written once all inputs are there
 _FILE = re.compile(r"\d{6,}\.(inputs|\d+)\.jsonl")  # see `Shards._inputs` and `Shards._rows`
@@ -204,12 +206,16 @@ class Pipeline:
 
     Attributes:
       options: of the pipeline.
-      scorer, words: as of `Work`.
+      scorer, words: as of `Work`; the words name the step that all workers read, though the run may write newer ones.
+      checkpoint: this step, or a Hugging Face directory.
+      record: what the rows of every command depend on.
     """
 
     options: tuple[str, ...]
     scorer: str
     words: tuple[str, ...]
+    checkpoint: str
+    record: Mapping[str, Any]
 
     def made(
         self,
@@ -228,7 +234,7 @@ class Pipeline:
           reads: files and folders that workers read beside the shards.
         """
         pipelines.checked_options(self.options)  # before the inputs are written
-        shards = divided(out, rows, size=size, streams=streams, record=record)
+        shards = divided(out, rows, size=size, streams=streams, record={**self.record, **record})
         if missing := shards.missing():
             work = Work(shards=shards, scorer=self.scorer, words=self.words)
             step = pipelines.Step("score rows", work.do, missing, (shards.folder, *reads))
@@ -249,10 +255,34 @@ def pipeline(start: cli.Start, scorer: str) -> Pipeline | None:
         raise row_files.RowFileError(
             f"{_FLAG}: a pipeline has its own workers: remove --coordinator_address."
         )
+    checkpoint = load_run.place(start.flags.checkpoint)
+    adapters = {name: load_run.place(name) for name in getattr(start.flags, "adapter", ())}
     words, given = [], iter(start.words)
     for word in given:
-        if word == _FLAG:
-            next(given)
-        elif not word.startswith(f"{_FLAG}="):
+        flag, equals, _ = word.partition("=")
+        if flag not in (_FLAG, "--checkpoint", "--adapter"):
             words.append(word)
-    return Pipeline(options=tuple(options), scorer=scorer, words=tuple(words))
+        elif not equals:
+            next(given)
+    words.append(f"--checkpoint={checkpoint}")
+    for name in getattr(start.flags, "adapter", ()):
+        words += [f"--adapter={adapters[name]}", f"--adapter_name={name}"]
+    return Pipeline(
+        **{"options": tuple(options), "scorer": scorer, "words": tuple(words)},
+        checkpoint=checkpoint,
+        record={
+            **{"checkpoint": checkpoint, "adapters": adapters},
+            "configuration": _digest(start.config.text, checkpoint),
+        },
+    )
+
+
+def _digest(configuration: str, checkpoint: str) -> str:
+    """Returns the SHA-256 of the text of a configuration, wherever this machine has its copy of the run's files."""
+    from espalier.trainers.checkpoints import step_dir
+
+    if hf_checkpoint.is_hf(checkpoint):
+        copy, _ = hf_checkpoint.recorded(checkpoint)
+    else:
+        copy = os.fspath(step_dir.files_of_run(step_dir.absolute(checkpoint)))
+    return hashlib.sha256(configuration.replace(copy, "RUN").encode()).hexdigest()

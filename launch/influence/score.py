@@ -71,13 +71,14 @@ def _run(start: cli.Start) -> None:
     flags = start.flags
     source = inputs.Source(**setting_flags.given(flags, inputs.Source))
     source.import_mixtures()
+    pipeline = shards.pipeline(start, "espalier.launch.influence.score:scorer_of")
     score(
         start(),
-        checkpoint=flags.checkpoint,
+        checkpoint=pipeline.checkpoint if pipeline else flags.checkpoint,  # as its workers
         params=flags.params,
         source=source,
         method=methods.of_flags(flags),
-        pipeline=shards.pipeline(start, "espalier.launch.influence.score:scorer_of"),
+        pipeline=pipeline,
         **setting_flags.given(flags, score, (*_FILES, *_SIZES)),
     )
 

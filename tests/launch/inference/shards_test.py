@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import time
 import psutil
 import pytest
 
+from espalier.common import pipelines
 from espalier.common.storage import paths
 from espalier.launch.inference import score, shards
 from espalier.launch.inference.row_files import RowFileError
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.scoring import scoring
 
 PROCESSES = "--runner=DirectRunner,--direct_running_mode=multi_processing,--direct_num_workers=2"
@@ -85,6 +89,45 @@ def test_shards_have_the_batches_and_bytes_of_one_process_after_a_stop(
     batches.clear()
     assert command("score", *flags, f"--output={tmp_path}/z.jsonl", flag) == 0
     assert sorted(batches) == alone
+
+
+def test_all_workers_read_the_step_and_the_configuration_of_the_start(
+    trained_run, flags, one, command, in_shards, tmp_path, gin_file, monkeypatch, capsys
+):
+    """The run writes another step before a worker reads one."""
+    run, out = tmp_path / "run", tmp_path / "y.jsonl"
+    shutil.copytree(trained_run.path, run)
+    old = one()
+    make = pipelines.run
+
+    def later(steps, **options):
+        raw, ema = (trained_run.params[name] for name in ("raw", "ema"))
+        with Checkpointer(run / "checkpoints") as checkpointer:
+            meta = step_dir.read_meta(run)
+            checkpointer.save(5, {"params": ema, "ema_params": raw}, meta=meta)
+        make(steps, **options)
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    def score(*more):
+        file = f"--gin_file={tmp_path}/run.gin"
+        return command("score", *flags, file, f"--output={out}", in_shards[0], *more)
+
+    gin_file("START_TOKEN = 0")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipelines, "run", later)
+        patch.setattr(shards.Shards, "joined", stop)
+        score("--checkpoint", str(run))
+    assert score("--checkpoint", str(run)) == 2
+    assert "has shards of other checkpoint, words: give the same again" in capsys.readouterr().err
+    same = f"--checkpoint={run}/checkpoints/3"
+    gin_file("START_TOKEN = 1")
+    assert score(same) == 2
+    assert "has shards of other configuration: give the same again" in capsys.readouterr().err
+    gin_file("START_TOKEN = 0")
+    assert score(same) == 0
+    assert out.read_bytes() == old != one(f"--checkpoint={run}")
 
 
 def test_a_malformed_row_is_named_before_any_shard_is_made(
