@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from espalier.common.ranges import check_choice
-from espalier.common.storage import paths
+from espalier.common.storage import paths, ranges
 from espalier.data import pieces as pieces_lib
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
@@ -219,7 +219,7 @@ class FileSource(ReadByPieces, Counted, DataSource):
         """Returns a file as one piece."""
         if (entry := self.objects.get(path)) is not None:
             return Piece(path, size=entry.size, version=entry.version)
-        return Piece(path, size=os.path.getsize(path))
+        return Piece(path, size=os.path.getsize(path), version=ranges.version(path))
 
     @property
     def local_folders(self) -> tuple[str, ...]:

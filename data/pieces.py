@@ -27,7 +27,7 @@ class Piece:
         end of the file.
       first: the number of the first line or row, from 1.
       size: its bytes as stored; 0 if they do not matter.
-      version: of an object in a store, which its reader compares; empty for any.
+      version: of the file (`common.storage.ranges.version`) or object, which its reader compares; empty for any.
     """
 
     path: str

@@ -21,7 +21,7 @@ from typing import Protocol
 from espalier import __version__
 from espalier.common import files
 from espalier.common.storage import mirror, paths
-from espalier.data.cache import blocks
+from espalier.data.cache import blocks, description
 from espalier.data.cache.cache_files import (
     Record,
     ShardWriter,
@@ -31,12 +31,12 @@ from espalier.data.cache.cache_files import (
     finished_shard,
     writing,
 )
+from espalier.data.cache.fingerprint import code as code_of
 from espalier.data.pieces import Piece
 
 FORMAT = 2  # 2: text bytes may be unknown (null)
 MANIFEST = "manifest.json"
 _STARTED = "build.json"  # in the folder of a build: what it builds, and by which versions
-_PACKAGES = ("tokenizers", "sentencepiece", "numpy")
 
 
 class BuildMismatchError(ValueError):
@@ -91,9 +91,9 @@ class Build:
         now = {"fingerprint": self.fingerprint, "shards": _pieces_digest(self.shards)}
         started = self._started()
         if started and {key: started.get(key) for key in now} == now:
-            _check_versions(started["versions"], self._folder)
+            self._check_versions(started["versions"])
             return
-        content = canonical({**now, "versions": versions()})
+        content = canonical({**now, "versions": self._versions()})
         if self._is_remote:
             if found := paths.entries(self._folder):
                 paths.delete(*(paths.join(self._folder, name) for name in found))
@@ -129,7 +129,7 @@ class Build:
             raise BuildMismatchError(
                 f"{self._folder} is not the folder of this build; start the build again."
             )
-        _check_versions(started["versions"], self._folder)
+        self._check_versions(started["versions"])
         if self._entry(shard, checked=True) is not None:
             return
         where = self.name_of(shard)
@@ -205,6 +205,24 @@ class Build:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
+    def _versions(self) -> dict[str, str]:
+        """Returns `versions` and the digests of the code that makes the records, of users' classes too."""
+        code = code_of(self.task)
+        return versions() | {f"code of {name}": digest[:16] for name, digest in code.items()}
+
+    def _check_versions(self, started: Mapping[str, str]) -> None:
+        now = self._versions()
+        differing = [
+            f"{name} {started.get(name) or 'none'} (here {now[name] or 'none'})"
+            for name in now
+            if started.get(name, "") != now[name]
+        ]
+        if differing:
+            raise BuildMismatchError(
+                f"The build {self._folder} was started with {', '.join(differing)}. Other versions could write other tokens: "
+                "have the same ones wherever it is built, or delete the folder to build from the beginning."
+            )
+
     def _started(self) -> dict:
         """Returns what the build's folder was started for; {} if there is none, or if that cannot be read."""
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -241,26 +259,12 @@ class Build:
 def versions() -> dict[str, str]:
     """Returns the versions of what determines the bytes of a cache, by name; '' of a package that is not installed."""
     found = {"espalier": __version__}
-    for name in _PACKAGES:
+    for name in description.LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = ""
     return {**found, "Python": ".".join(platform.python_version_tuple()[:2])}
-
-
-def _check_versions(started: Mapping[str, str], folder: str) -> None:
-    now = versions()
-    differing = [
-        f"{name} {started.get(name) or 'none'} (here {now[name] or 'none'})"
-        for name in now
-        if started.get(name, "") != now[name]
-    ]
-    if differing:
-        raise BuildMismatchError(
-            f"The build {folder} was started with {', '.join(differing)}. Other versions could write other tokens: install "
-            "the same ones wherever it is built, or delete the folder to build from the beginning."
-        )
 
 
 def digest(value) -> str:
@@ -300,4 +304,5 @@ def _manifest(name: str, features: Mapping, description: Mapping, shards: list[d
 
 
 def _pieces_digest(shards: Sequence[Sequence[Piece]]) -> str:
-    return digest([[dataclasses.astuple(piece)[1:] for piece in shard] for shard in shards])
+    # Without paths and versions: the fingerprint covers what the files hold.
+    return digest([[dataclasses.astuple(piece)[1:-1] for piece in shard] for shard in shards])

@@ -104,7 +104,9 @@ def _stored_probe(
 ) -> str:
     """Returns `probe`, as it was stored for the same description and code: a start reads no example if nothing has changed."""
     modules = tuple(each.__module__ for each in type(task.source).__mro__)
-    key = fingerprint.of_json([described, PROBE_RECORDS, _code(modules)])
+    key = fingerprint.of_json(
+        [described, PROBE_RECORDS, fingerprint.code(task), _surroundings(modules)]
+    )
     path = directories.cache_dir("files", "probes", f"{key}.json", override=cache_dir)
     known = directories.recall(path)
     if known is None:
@@ -114,16 +116,16 @@ def _stored_probe(
 
 
 @functools.cache
-def _code(modules: tuple[str, ...]) -> str:
-    """Returns a digest of all code by which examples are read and encoded, with the modules of a source's classes."""
-    own = pathlib.Path(__file__).parent.parent.rglob("*.py")
+def _surroundings(modules: tuple[str, ...]) -> str:
+    """Returns a digest of the modules of a source's classes, and of what is installed."""
     imported = map(sys.modules.get, modules)
     files = {pathlib.Path(file) for each in imported if (file := getattr(each, "__file__", None))}
-    versions = [importlib.metadata.version(name) for name in _LIBRARIES]
-    return fingerprint.of_json([fingerprint.of_code(sorted({*own, *files})), versions, sys.version])
+    versions = [importlib.metadata.version(name) for name in LIBRARIES]
+    return fingerprint.of_json([fingerprint.of_code(sorted(files)), versions, sys.version])
 
 
-_LIBRARIES = ("jinja2", "numpy", "pyarrow", "sentencepiece", "tokenizers")
+# Packages that read and encode examples.
+LIBRARIES = ("jinja2", "numpy", "pyarrow", "sentencepiece", "tokenizers")
 
 
 def probe(task: Any, split: str) -> str:

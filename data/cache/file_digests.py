@@ -187,7 +187,8 @@ class FileDigests:
     def _wanted(self, path: str, by_line: bool) -> "_Wanted":
         stamp, entry = self._stamp(path), self._objects.get(path)
         block = pieces.BLOCK_BYTES if by_line and stamp[0] > pieces.BLOCK_BYTES else None
-        return _Wanted(self._name(path), stamp, block, entry.version if entry else "")
+        version = entry.version if entry else ranges.version(path)
+        return _Wanted(self._name(path), stamp, block, version)
 
     def _of(self, path: str, *, by_line: bool) -> _Digest:
         wanted = self._wanted(path, by_line)
@@ -213,7 +214,7 @@ class _Wanted:
     path: str
     stamp: list[int]
     block: int | None
-    version: str = ""  # of an object
+    version: str = ""
 
 
 def _read(wanted: _Wanted, report: pool.Report = lambda count: None) -> _Digest:

@@ -31,6 +31,7 @@ _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
 _MUTABLE = (list, dict, set)
 _PACKAGE = "espalier."
+_DATA = f"{_PACKAGE}data."  # modules of this package
 _LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
 # Described by name only: their versions belong to the environment, and their code has no end.
 _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
@@ -43,13 +44,14 @@ class _Seen:
     path: frozenset[int] = frozenset()  # ids of the values that enclose the current one
     # id of a function or class -> its number; each is described once.
     code: dict[int, int] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()  # beginnings of modules whose code is described by name only
 
     def enter(self, value) -> "_Seen":
-        return _Seen(self.path | {id(value)}, self.code)
+        return dataclasses.replace(self, path=self.path | {id(value)})
 
     def apart(self) -> "_Seen":
         """Returns an independent copy, for items without order: no item affects the others."""
-        return _Seen(self.path, dict(self.code))
+        return dataclasses.replace(self, code=dict(self.code))
 
     def again(self, code: types.FunctionType | type) -> dict | None:
         """Returns {"again": number} for code described before; numbers new code, returns None."""
@@ -78,7 +80,7 @@ def describe(value, seen: _Seen | None = None):
         return {"module": _home(value.__name__)}
     seen = seen or _Seen()
     if isinstance(value, types.FunctionType):
-        if _is_library(value.__module__):
+        if _is_library(value.__module__) or (value.__module__ or "").startswith(seen.left_out):
             return {"function": f"{value.__module__}.{value.__qualname__}"}
         return seen.again(value) or _function(value, seen)
     if id(value) in seen.path:
@@ -231,7 +233,7 @@ def _class(cls: type, seen: _Seen) -> dict:
         return {"class": name_of(cls), "members": again}
     members = []
     for owner in cls.__mro__:
-        if source_code.is_of_package(owner):
+        if source_code.is_of_package(owner) or owner.__module__.startswith(seen.left_out):
             continue
         for name, member in sorted(vars(owner).items()):
             # static and class methods, properties, cached properties
@@ -278,6 +280,59 @@ def of_json(value) -> str:
 def of_code(files: Iterable[pathlib.Path]) -> str:
     """Returns the SHA-256 of code files: a changed rule changes the key of what the rules made."""
     return _sha(b"\0".join(file.read_bytes() for file in files))
+
+
+def code(value) -> dict[str, str]:
+    """Returns digests of the code that a value runs by: of this package, and of each other class and function that it holds.
+
+    Args:
+      value: walked through containers, dataclasses, and objects of modules that are not installed. Names and versions stand for
+        the standard library and for libraries.
+    """
+    found = {"espalier.data": _own_code()}
+    held, seen = [value], set[int]()
+    while held:
+        each = held.pop()
+        if isinstance(each, _PLAIN) or id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, list | tuple):
+            held += each
+        elif isinstance(each, Mapping):
+            held += each.values()
+        elif isinstance(each, functools.partial):
+            held += [each.func, each.args, each.keywords]
+        elif isinstance(each, types.MethodType):
+            held += [each.__func__, each.__self__]
+        else:
+            item = each if isinstance(each, type | types.FunctionType) else type(each)
+            if (digest := _foreign_code(item)) is not None:
+                found[name_of(item)] = digest
+            if item is each:
+                continue
+            if dataclasses.is_dataclass(each):
+                held += [getattr(each, field.name) for field in dataclasses.fields(each)]
+            elif not source_code.is_of_package(item):
+                held += getattr(each, "__dict__", {}).values()
+    return dict(sorted(found.items()))
+
+
+def _foreign_code(item: types.FunctionType | type) -> str | None:
+    """Returns the digest of code outside of this package and of libraries: of an installed module, that of its file."""
+    module = item.__module__ or ""
+    if module.startswith(_DATA) or _is_library(module):
+        return None
+    if module.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+        return None
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or not source_code.is_installed(file):
+        return of_json(describe(item, _Seen(left_out=(_DATA,))))
+    return of_code([pathlib.Path(file)])
+
+
+@functools.cache
+def _own_code() -> str:
+    return of_code(sorted(pathlib.Path(__file__).parent.parent.rglob("*.py")))
 
 
 def _sha(data: bytes) -> str:

@@ -14,7 +14,9 @@ _CHANGES = frozenset(
 )
 _INSTALLED = tuple(
     os.path.join(os.path.realpath(path), "")
-    for path in {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    for path in sorted(
+        {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    )
 )
 
 

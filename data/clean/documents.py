@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import sys
 from collections import Counter
@@ -25,7 +24,7 @@ from espalier.common.storage import output_files, paths
 from espalier.common.storage.lock import StoreLock
 from espalier.common.storage.result_folder import ResultFolder, together
 from espalier.data import pieces
-from espalier.data.cache import pool
+from espalier.data.cache import fingerprint, pool
 from espalier.data.cache.file_digests import FileDigests
 from espalier.data.clean.near_duplicates import Search
 from espalier.data.pieces import Piece
@@ -88,7 +87,8 @@ class Cleaning:
         Raises:
           OutputMismatchError: the output is of other files or settings.
           OutputInUseError: another process makes it now.
-          DataError: a file is malformed, or was changed meanwhile; or none of the rows can be used.
+          DataError: a file is malformed; or none of the rows can be used.
+          ChangedError: a file was changed meanwhile; delete the output, and start again.
           PipelineError: the pipeline failed.
         """
         with self._locked():
@@ -209,10 +209,6 @@ class Cleaning:
             yield from documents.read(
                 piece, self.source.format, name=name, metadata=keys, bad=sieve.bad
             )
-            if _state(piece.path) != self._states[piece.path]:
-                raise DataError(
-                    f"{piece.path} was changed while its documents were read: delete {self.output}, and start again"
-                )
 
     def _row(self, document: Document) -> bytes:
         row: dict[str, Any] = {"id": document.id, "text": document.text}
@@ -224,8 +220,9 @@ class Cleaning:
 
     @functools.cached_property
     def _states(self) -> dict[str, list]:
-        """What is known of each file, which workers compare: with the pickle they get those of the start."""
-        return {path: _state(path) for path in self.source.files["train"]}
+        """The size and version of each file."""
+        wholes = map(self.source.whole, self.source.files["train"])
+        return {whole.path: [whole.size, whole.version] for whole in wholes}
 
     @property
     def _output(self) -> ResultFolder:
@@ -257,7 +254,7 @@ class Cleaning:
         """Writes what the output is made of, or compares it with what is there."""
         settings = {
             "files": self._states,
-            "shards": [[dataclasses.astuple(p) for p in shard] for shard in self.shards],
+            "shards": [[dataclasses.astuple(p)[:-1] for p in shard] for shard in self.shards],
             "on_bad_row": self.source.on_bad_row,
             "format": dataclasses.asdict(self.source.format),
             # A filter keeps what its settings have read of its files: workers need not have these.
@@ -265,6 +262,7 @@ class Cleaning:
             "keys": self.keys,
             "near_duplicates": self.threshold,
             "versions": pipelines.versions(),
+            **{f"code of {name}": digest for name, digest in fingerprint.code(self.source).items()},
         }
         self._work.make()
         if self._output.has(_STARTED):
@@ -344,12 +342,3 @@ def _in_processes(steps: Sequence[Step]) -> None:
 def _reported(work: Any, element: Any, report: pool.Report) -> None:
     work(element)
     report(1)
-
-
-def _state(path: str) -> list:
-    """Returns the size of a file, and what changes with its content."""
-    if paths.is_remote(path):
-        entry = paths.entry(path)
-        return [entry.size, entry.version]
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]

@@ -58,6 +58,8 @@ def _opened(piece: Piece) -> Iterator[str | BinaryIO]:
         if paths.is_remote(piece.path):
             source = stack.enter_context(ranges.opened(piece.path, version=piece.version))
         try:
+            if source is piece.path:
+                stack.enter_context(ranges.opened(piece.path, version=piece.version))
             yield source
         except paths.StoreError:
             raise

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from espalier.data import tasks
+from espalier.data.tasks import in_seqio
 from espalier.data.text import corpus, user_data
 from espalier.data.tokenizers import vocabularies
 
@@ -45,7 +46,7 @@ def _topics() -> str:
 
 
 def _records(name, split):
-    import seqio
+    seqio = in_seqio()
 
     task = seqio.TaskRegistry.get(name)
     dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
@@ -96,7 +97,7 @@ def test_eos_is_not_asked_of_a_vocabulary_without_it(small, byte, monkeypatch, n
 
 
 def test_mixtures_weigh_by_bytes_and_temperature(small, byte):
-    import seqio
+    seqio = in_seqio()
 
     user_data.register_corpus(
         vocabulary=byte, corpus=small, temperature=1.0, language_temperature=2.0
@@ -127,7 +128,7 @@ def test_registering_again_replaces_and_does_not_repeat(small, byte):
 
 
 def test_clear_takes_everything_back(small, byte):
-    import seqio
+    seqio = in_seqio()
 
     before = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     user_data.register_corpus(vocabulary=byte, corpus=small)
@@ -177,7 +178,7 @@ def test_names_that_are_taken_or_unknown(small, byte):
 def test_a_source_without_held_out_documents_has_no_validation_split(
     fake_environment, tmp_path, byte
 ):
-    import seqio
+    seqio = in_seqio()
 
     built = corpus.assemble(
         sources=["python"],

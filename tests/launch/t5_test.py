@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from espalier.data.tasks import in_seqio
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
@@ -100,7 +101,7 @@ def test_continuations_scores_and_tasks_agree(whole, command, tmp_path):
     from espalier.data.tokenizers import vocabularies
 
     cpu_tensorflow.load()
-    import seqio
+    seqio = in_seqio()
     import tensorflow as tf
 
     inputs = ["os.path", "a much longer input than the other one"]

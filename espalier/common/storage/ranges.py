@@ -1,7 +1,7 @@
 """Files that are read in place: those of this machine, and objects of a store as streams of ranges, which read ahead.
 
 An object that is read in several requests may be replaced between them. Its version is compared before and after, so that what
-was read is of one version, which the caller may name.
+was read is of one version, which the caller may name; of a file of this machine, if the caller names one.
 """
 
 import collections
@@ -24,12 +24,22 @@ _BUFFER = 1 << 20
 
 
 class ChangedError(paths.StoreError):
-    """An object was replaced or deleted since its version was noted, or while it was read."""
+    """A file or object was changed or deleted since its version was noted, or while it was read."""
 
 
 def size(path: str | os.PathLike) -> int:
     """Returns the bytes of a file or object; raises FileNotFoundError, and StoreError."""
     return paths.entry(os.fspath(path)).size if paths.is_remote(path) else os.path.getsize(path)
+
+
+def version(path: str | os.PathLike) -> str:
+    """Returns a text that changes with the content of a file of this machine: its size, and times of modification and change.
+
+    Programs such as `cp -p` and `rsync -t` can set the modification time, but not the change time. The inode is left out: some
+    network file systems number files anew on each machine.
+    """
+    status = os.stat(path)
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
 
 @contextlib.contextmanager
@@ -40,20 +50,26 @@ def opened(
 
     Args:
       path: a file, or the address of an object.
-      version: of an object, as in `paths.Entry`; empty: the one that is there now.
+      version: of an object, as in `paths.Entry`; empty: the one that is there now. Of a file, see `version`; empty: any.
       begin: where reading starts.
       end: where an object seems to end, so that nothing after it is asked for; None for its end.
 
     Raises:
       FileNotFoundError: there is no such file or object.
-      ChangedError: the object has another version, before or after it was read.
+      ChangedError: the file or object has another version, before or after it was read.
       StoreError: the store refuses, or cannot be reached.
     """
     path = os.fspath(path)
     if not paths.is_remote(path):
+        _check(path, version)
         with open(path, "rb", buffering=_BUFFER) as file:
             file.seek(begin)
-            yield file
+            try:
+                yield file
+            except Exception:
+                _check(path, version)  # which explains what was read
+                raise
+        _check(path, version)
         return
     now = _entry(path, version)
     version = version or now.version
@@ -65,6 +81,14 @@ def opened(
             _entry(path, version)  # which explains what was read
             raise
     _entry(path, version)
+
+
+def _check(path: str, before: str) -> None:
+    """Raises ChangedError if a file of this machine has another version than it had, and FileNotFoundError."""
+    if before and before != version(path):
+        raise ChangedError(
+            f"{path} was changed since this run began to read it. Start again, so that all of it is read anew."
+        )
 
 
 def _entry(address: str, version: str) -> paths.Entry:

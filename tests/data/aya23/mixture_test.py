@@ -7,6 +7,7 @@ import pytest
 
 from espalier.data import tasks
 from espalier.data.aya23 import mixture, packaged
+from espalier.data.tasks import in_seqio
 from espalier.data.tokenizers import vocabularies
 
 
@@ -38,7 +39,7 @@ def test_shares_within_a_group_are_by_temperature_of_languages_and_rows_of_sets(
 
 
 def test_groups_have_their_weights_whatever_their_sizes(tmp_path):
-    import seqio
+    seqio = in_seqio()
 
     for code, count in (("en", 40), ("cs", 10)):
         write(tmp_path / "human" / "asked" / f"{code}.jsonl", count)

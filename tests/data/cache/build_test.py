@@ -15,8 +15,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from espalier.common.storage.ranges import ChangedError
 from espalier.data import counting, pieces, tasks
-from espalier.data.cache import build, file_digests, pool, store
+from espalier.data.cache import build, file_digests, fingerprint, pool, store
 from espalier.data.text import document_files, row_files
 from espalier.data.text.documents import DataError
 from tests.data.cache import piece_reader
@@ -343,6 +344,39 @@ def test_other_versions_are_refused_by_name(tmp_path, small, monkeypatch):
         assert str(tmp_path / "made.building") in str(error.value)
     monkeypatch.undo()
     run(build_of(tmp_path / "made", source), 1)  # goes on
+
+
+def test_other_code_of_a_task_is_refused_by_name(tmp_path, small, monkeypatch):
+    source = source_of([write(tmp_path / "data")["plain.jsonl"]], tmp_path / "cache")
+    made = build_of(tmp_path / "made", source)
+    made.start()
+    made.write_shard(0)
+    monkeypatch.setattr(piece_reader.Bytes, "records", lambda self, split, pieces: iter(()))
+    for refused in (made.start, lambda: made.write_shard(1)):
+        with pytest.raises(build.BuildMismatchError, match=r"code of \S*Bytes \w+ \(here .*delete"):
+            refused()
+    monkeypatch.undo()
+    monkeypatch.setattr(fingerprint, "_own_code", lambda: "other")
+    with pytest.raises(build.BuildMismatchError, match=r"code of espalier.data \w+ \(here other\)"):
+        made.start()
+
+
+@pytest.mark.parametrize("name", ["plain.jsonl", "zipped.jsonl.gz", "rows.parquet", "rows.arrow"])
+def test_a_file_that_changes_after_its_digest_is_an_error(tmp_path, small, name):
+    path = write(tmp_path / "data")[name]
+    source = source_of([path], tmp_path / "cache", on_bad_row="skip")
+    made = build_of(tmp_path / "made", source)
+    made.start()
+    times = os.stat(path)
+    reading = source.read_examples(made.shards[0][0], "train")
+    next(reading)
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for refused in (lambda: list(reading), lambda: made.write_shard(0)):
+        with pytest.raises(ChangedError, match=f"{name} was changed since"):
+            refused()
+    assert made._entry(0) is None
+    run(build_of(tmp_path / "made", source_of([path], tmp_path / "cache", on_bad_row="skip")), 1)
 
 
 def test_a_shard_that_cannot_be_written_is_named_and_the_others_stay(tmp_path, small, monkeypatch):

@@ -185,7 +185,7 @@ class Reader:
         shard = parts[0].begin
         print("shard", shard, flush=True)
         for i in range(40):
-            if shard == 2 and i == 20 and {slow}:
+            if shard == 2 and i == 20 and "slow" in sys.argv:
                 print("waiting", flush=True)
                 time.sleep(60)
             rng = np.random.default_rng([shard, i])
@@ -202,8 +202,9 @@ made.finish()
 
 
 def start_builder(directory, *, slow, source="a"):
-    code = BUILDER.format(root=str(ROOT), directory=str(directory), slow=slow, source=source)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    code = BUILDER.format(root=str(ROOT), directory=str(directory), source=source)
+    command = [sys.executable, "-c", code, *["slow"] * slow]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def kill_in_third_shard(directory):

@@ -1,6 +1,7 @@
 """Caches of SeqIO tasks and the gin-bindable streams over them."""
 
 import collections
+import dataclasses
 import functools
 import importlib
 import json
@@ -16,7 +17,10 @@ from espalier.data import pieces, seqio_tasks, tasks
 from espalier.data.cache import build, description, fingerprint, pool, store, task_cache
 from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.data.stream import mixing, rows, stream
+from espalier.data.task import Feature, Task
 from espalier.data.text import document_files, user_data
+from espalier.data.text.document_filters import DocumentFilter
+from espalier.data.tokenizers.vocabulary import ByteVocabulary
 
 TEXTS = {
     "english": [f"English text number {i}. " + "word " * (i % 30) for i in range(100)],
@@ -225,6 +229,46 @@ def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypat
     assert (
         task_cache.open_task_cache(task, "validation", cache_dir=tmp_path).content == after.content
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Long(DocumentFilter):
+    def __call__(self, document):
+        return len(document["text"]) > 3
+
+
+class Characters(ByteVocabulary):
+    def encode_batch(self, texts):
+        return [np.array([3 + len(text)], np.int32) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (Long, "__call__", lambda self, document: len(document["text"]) > 5),
+        (Characters, "encode_batch", lambda self, texts: [np.array([3], np.int32)] * len(texts)),
+    ],
+)
+def test_code_of_filters_and_vocabularies_is_noticed(cls, name, value, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "abcd"}\n{"text": "hello world"}\n')
+    source = document_files.find(
+        name="coded",
+        files=str(tmp_path / "a.jsonl"),
+        validation_fraction=0.0,
+        filters=(Long(),),
+        cache_dir=tmp_path,
+    )
+    task = Task("coded", source, {"targets": Feature(Characters())}, tokenises=True)
+
+    def made():
+        with pool.limited(1):
+            return task_cache.open_task_cache(task, "train", cache_dir=tmp_path)
+
+    first = made()
+    assert made().fingerprint == first.fingerprint
+    monkeypatch.setattr(cls, name, value)
+    with pytest.raises(store.CacheMismatchError, match="the first records differ"):
+        made()
 
 
 def test_replacing_deletes_what_is_changed_or_damaged(tmp_path):

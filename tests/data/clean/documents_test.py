@@ -13,6 +13,7 @@ import pytest
 
 from espalier.common.pipelines import PipelineError
 from espalier.common.storage import paths
+from espalier.common.storage.ranges import ChangedError
 from espalier.data import pieces
 from espalier.data.cache import pool
 from espalier.data.clean import documents
@@ -218,6 +219,27 @@ def test_an_output_of_something_else_is_refused(folder):
         cleaning(folder, "out", threshold=80)
 
 
+def test_an_output_of_other_bytes_with_the_same_times_and_of_other_code_is_refused(
+    folder, monkeypatch
+):
+    def run(output):
+        with pool.limited(1):
+            cleaning(folder, output, filters=[KilledAt(text="none", seen="")]).run()
+
+    run("out")
+    run("out")  # as it was
+    path = folder / "source" / "1.jsonl"
+    times, text = os.stat(path), path.read_text()
+    path.write_text(text.replace("a", "b"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(OutputMismatchError, match="documents of other files: give"):
+        run("out")
+    run("later")
+    monkeypatch.setattr(KilledAt, "__call__", lambda self, document: False)
+    with pytest.raises(OutputMismatchError, match=r"other code of tests\.data\..*KilledAt: give"):
+        run("later")
+
+
 @pytest.mark.parametrize("threshold", [None, 0.8])
 def test_bad_rows_can_be_left_out_and_listed(folder, threshold):
     with open(folder / "source" / "1.jsonl", "a") as file:
@@ -293,7 +315,7 @@ def test_bad_files_are_one_error(folder):
     begun._start()
     with open(folder / "source" / "0.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(DataError, match="0.jsonl was changed while its documents were read"):
+    with pytest.raises(ChangedError, match="0.jsonl was changed since this run began to read it"):
         begun.filter_shard(0)
 
 

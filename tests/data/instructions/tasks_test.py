@@ -6,6 +6,7 @@ import pytest
 
 from espalier.data.instructions import ranking, t0
 from espalier.data.instructions.tasks import register_instructions
+from espalier.data.tasks import in_seqio
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
 
@@ -49,7 +50,7 @@ def register(tmp_path):
 
 def test_tasks_mixture_and_ranking(register):
     register(cap=20)
-    import seqio
+    seqio = in_seqio()
 
     from espalier.data import tasks
 

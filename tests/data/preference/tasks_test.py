@@ -13,6 +13,7 @@ from espalier.data.preference import records, stream
 from espalier.data.preference import tasks as preference_tasks
 from espalier.data.rows import files
 from espalier.data.stream import stream as plain_stream
+from espalier.data.tasks import in_seqio
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import chat_template, vocabularies
 
@@ -56,7 +57,7 @@ def register(tmp_path, byte):
 
 
 def read(name="pairs", split="train"):
-    import seqio
+    seqio = in_seqio()
 
     task = seqio.TaskRegistry.get(name)
     dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
@@ -308,7 +309,7 @@ def test_a_mixture_of_two_tasks_is_cached_and_streamed(register, tmp_path, byte)
 
 
 def test_a_cache_is_told_from_those_of_other_settings(register, tmp_path):
-    import seqio
+    seqio = in_seqio()
 
     def made(**settings):
         register(pairs(5), **settings)

@@ -9,6 +9,7 @@ from espalier.data import tasks
 from espalier.data.cache import in_place
 from espalier.data.prompts import stream
 from espalier.data.prompts import tasks as prompt_tasks
+from espalier.data.tasks import in_seqio
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
 
@@ -83,7 +84,7 @@ def test_several_updates_read_the_same_prompts(tmp_path, register):
 
 
 def test_held_out_prompts_are_others(register):
-    import seqio
+    seqio = in_seqio()
 
     register(ROWS, validation_fraction=0.5)
     task = seqio.TaskRegistry.get("prompts")

@@ -7,6 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from espalier.data import tasks
+from espalier.data.tasks import in_seqio
 from espalier.data.text import document_files, user_data
 from espalier.data.text.document_filters import DocumentFilter, Metadata
 from espalier.data.text.documents import DataError
@@ -113,7 +114,7 @@ def test_bad_filters_end_in_one_clear_error(files, tmp_path):
 
 
 def test_what_was_dropped_is_recorded_with_the_run_and_the_cache(tmp_path):
-    import seqio
+    seqio = in_seqio()
 
     from espalier.data.cache import task_cache
 

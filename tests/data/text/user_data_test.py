@@ -9,6 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from espalier.data import tasks
+from espalier.data.tasks import in_seqio
 from espalier.data.text import user_data
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
@@ -30,7 +31,7 @@ def register(byte, tmp_path):
 
 
 def _texts(name, split="train", **arguments):
-    import seqio
+    seqio = in_seqio()
 
     task = seqio.TaskRegistry.get(name)
     dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, **arguments)
@@ -61,7 +62,7 @@ def test_files_of_all_kinds_in_one_task(tmp_path, register):
 
 
 def test_shards_of_files_partition_them(tmp_path, register):
-    import seqio
+    seqio = in_seqio()
 
     for i in range(5):
         (tmp_path / f"{i}.jsonl").write_text(f'{{"text": "document {i}"}}\n')
@@ -83,7 +84,7 @@ def test_validation_split_by_hash(tmp_path, register):
 
 
 def test_lm_batches_of_a_user_task(tmp_path, register):
-    import seqio
+    seqio = in_seqio()
 
     (tmp_path / "x.jsonl").write_text('{"text": "abc"}\n{"text": "de"}\n')
     register(files=f"{tmp_path}/x.jsonl", validation_fraction=0)
@@ -130,7 +131,7 @@ def test_another_function_does_not_replace_a_task(tmp_path, register, byte):
 
 
 def test_sets_of_files_are_tasks_of_one_mixture(tmp_path, register):
-    import seqio
+    seqio = in_seqio()
 
     for name, texts in (("a", ["one", "two"]), ("b", ["three and more"])):
         rows = [json.dumps({"text": text}) + "\n" for text in texts]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import mirror, paths
+from espalier.data.tasks import in_seqio
 from espalier.launch import environment
 from espalier.launch.inference import shards
 from espalier.launch.influence import inputs, methods, outputs, scorers
@@ -269,7 +270,7 @@ def test_embeddings_are_mean_hidden_states(place, trained_run):
 
 
 def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_run, capsys):
-    import seqio
+    seqio = in_seqio()
     import tensorflow as tf
 
     from espalier.data.tokenizers import vocabularies

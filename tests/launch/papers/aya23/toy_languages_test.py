@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from espalier.data import tasks
+from espalier.data.tasks import in_seqio
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.papers.aya23 import toy_languages as toy
 
@@ -79,7 +80,7 @@ def test_an_answer_says_the_sentence_in_the_language_that_is_asked_for():
 
 
 def test_tasks_and_mixtures_are_registered_for_the_right_vocabulary():
-    import seqio
+    seqio = in_seqio()
 
     toy.register(vocabulary=vocabularies.characters(symbols=toy.symbols()), documents=4, requests=2)
     try:
