@@ -19,6 +19,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -192,20 +193,20 @@ class PlanBuild:
         """Joins the files of all shards in a folder.
 
         Raises:
+          CacheCorruptError: a file is not what was written.
           OSError: a file cannot be read or written.
         """
         stems = [f"{shard:05d}" for shard in range(num_shards)]
         entries = [json.loads((self.folder / f"{stem}.json").read_bytes()) for stem in stems]
         bounds = np.cumsum([0, *(entry["segments"] for entry in entries)], dtype="<i8")
+        written: dict[str, list] = {}
         for name in _ARRAYS:
+            checksum, size = hashlib.sha256(), 0
             with open(target / name, "wb") as out:
-                for stem, before in zip(stems, bounds[:-1], strict=True):
-                    content = (self.folder / f"{stem}.{name}").read_bytes()
-                    if name == "row_starts":
-                        content = (np.frombuffer(content, "<i8") + before).tobytes()
-                    out.write(content)
-                if name == "row_starts":
-                    out.write(bounds[-1:].tobytes())
+                for content in self._contents(name, stems, entries, bounds):
+                    checksum.update(content)
+                    size += out.write(content)
+            written[name] = [size, checksum.hexdigest()]
         long = [entry["first_long"] for entry in entries if entry["first_long"] is not None]
         sums = {key: collections.Counter[str]() for key in ("tokens", "counts")}
         for entry in entries:
@@ -213,8 +214,23 @@ class PlanBuild:
                 total.update(entry[key])
         facts = canonical({**sums, "first_long": min(long, default=None)})
         files.write(target / INDEX, facts, synced=True)
-        sizes = {name: os.path.getsize(target / name) for name in (*_ARRAYS, INDEX)}
-        blocks.write_index(target, {_TABLE: sizes}, of=self.name)
+        written[INDEX] = file_entry(facts)
+        sizes = {name: size for name, (size, _) in written.items()}
+        blocks.write_index(target, {_TABLE: sizes}, of=self.name, written=written)
+
+    def _contents(
+        self, name: str, stems: Sequence[str], entries: Sequence[Mapping], bounds: np.ndarray
+    ) -> Iterator[bytes]:
+        """Yields the parts of an array of the plan, which are compared with their checksums."""
+        for stem, entry, before in zip(stems, entries, bounds[:-1], strict=True):
+            content = (self.folder / f"{stem}.{name}").read_bytes()
+            if file_entry(content) != list(entry["files"][f"{stem}.{name}"]):
+                raise corrupt(self.folder, f"{stem}.{name}", "does not match its checksum")
+            if name == "row_starts":
+                content = (np.frombuffer(content, "<i8") + before).tobytes()
+            yield content
+        if name == "row_starts":
+            yield bounds[-1:].tobytes()
 
 
 def name_of(cache: store.Cache, policy: list) -> str:
