@@ -312,7 +312,7 @@ def code(value) -> dict[str, str]:
                 continue
             if dataclasses.is_dataclass(each):
                 held += [getattr(each, field.name) for field in dataclasses.fields(each)]
-            elif not source_code.is_of_package(item):
+            elif not source_code.is_of_package(type(each)):
                 held += getattr(each, "__dict__", {}).values()
     return dict(sorted(found.items()))
 
