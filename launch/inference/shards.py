@@ -268,10 +268,13 @@ def pipeline(start: cli.Start, scorer: str) -> Pipeline | None:
     for name in getattr(start.flags, "adapter", ()):
         words += [f"--adapter={adapters[name]}", f"--adapter_name={name}"]
     return Pipeline(
-        **{"options": tuple(options), "scorer": scorer, "words": tuple(words)},
+        options=tuple(options),
+        scorer=scorer,
+        words=tuple(words),
         checkpoint=checkpoint,
         record={
-            **{"checkpoint": checkpoint, "adapters": adapters},
+            "checkpoint": checkpoint,
+            "adapters": adapters,
             "configuration": _digest(start.config.text, checkpoint),
         },
     )
