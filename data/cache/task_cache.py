@@ -114,6 +114,7 @@ def open_task_cache(
     cache = in_place.open_here(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
+        task.source.num_input_examples(split)  # of files, this is an error that names them
     return _not_empty(cache, task.name, split)
 
 

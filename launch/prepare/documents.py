@@ -26,6 +26,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from espalier.common.ranges import Fraction
 from espalier.common.storage import paths
 from espalier.data.clean import documents
 from espalier.data.clean.documents import Cleaning
@@ -42,7 +43,7 @@ def prepare_documents(
     files: Patterns,
     output: str,
     filters: Sequence[DocumentFilter] = (),
-    near_duplicates: float | None = 0.8,
+    near_duplicates: Fraction | None = 0.8,
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",

@@ -169,13 +169,13 @@ def test_a_start_reads_no_example_unless_code_or_data_changed(vocabulary, tmp_pa
         return len(reads)
 
     assert reopened() == 0
-    monkeypatch.setattr(description, "_code", lambda source: "other code")
+    monkeypatch.setattr(description.fingerprint, "code", lambda task: "other code")
     assert reopened() > 0 and reopened() == 0
     for path in cache_dir.cache_dir("files", "probes", override=root["cache_dir"]).iterdir():
         path.write_text("[")
     assert reopened() > 0
     # Code that reads otherwise is noticed.
-    monkeypatch.setattr(description, "_code", lambda source: "code with a fault")
+    monkeypatch.setattr(description.fingerprint, "code", lambda task: "code with a fault")
     monkeypatch.setattr(
         document_files.DocumentFiles,
         "read_examples",

@@ -46,8 +46,11 @@ def test_what_others_cannot_load_runs_here(capfd):
         run(piece_reader.square, [1], 0)
 
 
+# A shell ignores SIGINT in what it starts in the background, and children inherit that.
 PROGRAM = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from espalier.data.cache import pool
 from tests.data.cache import piece_reader
