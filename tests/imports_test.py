@@ -27,11 +27,11 @@ CLOSURES = {
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
-    "espalier": (13, 1_947),
+    "espalier": (14, 1_960),
     "model": (80, 14_332),
     "trainers": (111, 18_266),
-    "data": (130, 25_564),
-    "launch": (273, 59_483),
+    "data": (130, 25_539),
+    "launch": (273, 59_484),
 }
 # Files of a folder, without __init__.py: of any, and of these.
 FOLDER = 15

@@ -9,19 +9,16 @@ store it is the folder of the cache itself, which counts as a cache only with it
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import pathlib
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from espalier import __version__
-from espalier.common import files
+from espalier.common import files, versions
 from espalier.common.storage import mirror, paths
-from espalier.data.cache import blocks, description
+from espalier.data.cache import blocks
 from espalier.data.cache.cache_files import (
     Record,
     ShardWriter,
@@ -206,20 +203,14 @@ class Build:
             return False
 
     def _versions(self) -> dict[str, str]:
-        """Returns `versions` and the digests of the code that makes the records, of users' classes too."""
+        """Returns the versions and the digests of the code that makes the records, of users' classes too."""
         code = code_of(self.task)
-        return versions() | {f"code of {name}": digest[:16] for name, digest in code.items()}
+        return versions.own() | {f"code of {name}": digest[:16] for name, digest in code.items()}
 
     def _check_versions(self, started: Mapping[str, str]) -> None:
-        now = self._versions()
-        differing = [
-            f"{name} {started.get(name) or 'none'} (here {now[name] or 'none'})"
-            for name in now
-            if started.get(name, "") != now[name]
-        ]
-        if differing:
+        if differing := versions.differing(started, self._versions()):
             raise BuildMismatchError(
-                f"The build {self._folder} was started with {', '.join(differing)}. Other versions could write other tokens: "
+                f"The build {self._folder} was started with {differing}. Other versions could write other tokens: "
                 "have the same ones wherever it is built, or delete the folder to build from the beginning."
             )
 
@@ -254,17 +245,6 @@ class Build:
             mirror.publish(
                 folder, self._folder, last=[name for name in names if name.count(".") == 1]
             )
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of what determines the bytes of a cache, by name; '' of a package that is not installed."""
-    found = {"espalier": __version__}
-    for name in description.LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    return {**found, "Python": ".".join(platform.python_version_tuple()[:2])}
 
 
 def digest(value) -> str:

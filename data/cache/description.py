@@ -6,7 +6,6 @@ records, and a probe. The probe is the hash of the first records; it detects cha
 
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common import versions
 from espalier.data.cache import cache_dir as directories
 from espalier.data.cache import fingerprint
 from espalier.data.cache.cache_files import canonical
@@ -120,12 +120,7 @@ def _surroundings(modules: tuple[str, ...]) -> str:
     """Returns a digest of the modules of a source's classes, and of what is installed."""
     imported = map(sys.modules.get, modules)
     files = {pathlib.Path(file) for each in imported if (file := getattr(each, "__file__", None))}
-    versions = [importlib.metadata.version(name) for name in LIBRARIES]
-    return fingerprint.of_json([fingerprint.of_code(sorted(files)), versions, sys.version])
-
-
-# Packages that read and encode examples.
-LIBRARIES = ("jinja2", "numpy", "pyarrow", "sentencepiece", "tokenizers")
+    return fingerprint.of_json([fingerprint.of_code(sorted(files)), versions.own(), sys.version])
 
 
 def probe(task: Any, split: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.common import files, pipelines
+from espalier.common import files, pipelines, versions
 from espalier.common.bars import Bar
 from espalier.common.pipelines import Step
 from espalier.common.storage import output_files, paths
@@ -261,7 +261,7 @@ class Cleaning:
             "filters": document_filters.described(self.source.filters),
             "keys": self.keys,
             "near_duplicates": self.threshold,
-            "versions": pipelines.versions(),
+            "versions": versions.own(),
             **{f"code of {name}": digest for name, digest in fingerprint.code(self.source).items()},
         }
         self._work.make()

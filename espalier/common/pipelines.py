@@ -9,7 +9,6 @@ completes the result (a manifest) is the last one, with one element. Apache Beam
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import platform
 import re
@@ -19,11 +18,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.common import spelling, stages
+from espalier.common import spelling, stages, versions
 from espalier.common.storage import paths
 
-# Versions that a worker must have in common with the process that starts the pipeline.
-_SAME = ("espalier-lm", "numpy", "pyarrow", "sentencepiece", "tokenizers")
 _DIRECT = ("direct", "directrunner", "fnapirunner", "bundlebaseddirectrunner")
 _FORWARDING = (
     "PortableRunner",
@@ -218,7 +215,7 @@ def _add(beam: Any, pipeline: Any, step: Step, before: Any) -> Any:
         | f"{step.name}: begin" >> beam.Create([None])
         | f"{step.name}: list" >> beam.FlatMap(_listed, list(step.elements), *waits)
         | f"{step.name}: distribute" >> beam.Reshuffle()
-        | f"{step.name}" >> beam.Map(_do, step.work, versions(), step.paths)
+        | f"{step.name}" >> beam.Map(_do, step.work, versions.own(), step.paths)
         | f"{step.name}: done" >> beam.combiners.Count.Globally()
     )
 
@@ -248,26 +245,12 @@ def _do(
         Metrics.counter(_NAMESPACE, name).inc(int(count))
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of what determines the bytes that workers write."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in _SAME:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def check_versions(expected: Mapping[str, str]) -> None:
     """Raises PipelineError if this worker has other versions than the process that started the pipeline."""
-    own = versions()
-    if own != expected:
-        different = [
-            f"{name} {own.get(name, 'missing')} and not {expected.get(name, 'missing')}"
-            for name in sorted(own.keys() | expected.keys())
-            if own.get(name) != expected.get(name)
-        ]
+    if differing := versions.differing(expected, versions.own()):
         raise PipelineError(
-            f"worker {platform.node()} has {', '.join(different)}: give all workers the environment that starts the pipeline"
+            f"worker {platform.node()} has other versions than the process that started the pipeline, {differing}: give all workers "
+            "its environment"
         )
 
 

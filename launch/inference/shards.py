@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.common import files, pipelines
+from espalier.common import files, pipelines, versions
 from espalier.common.storage import output_files, paths
 from espalier.launch import cli, environment
 from espalier.launch.inference import row_files
@@ -115,7 +115,7 @@ def divided(
     """
     folder = f"{paths.absolute(out)}.shards"
     place = paths.join(folder, _RECORD)
-    record = json.loads(json.dumps({**record, "size": size, "versions": pipelines.versions()}))
+    record = json.loads(json.dumps({**record, "size": size, "versions": versions.own()}))
     if paths.exists(place):
         stored = files.json_object(paths.read(place)) or {}
         if names := sorted(name for name in record if stored.get(name) != record[name]):

@@ -1,5 +1,6 @@
 """What work on a whole corpus with Apache Beam needs, starts and costs, whichever cluster runs it (dataflow.py, flink.py)."""
 
+import abc
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ MEASURED = {"prepare cache": 500_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Beam(Launch):
+class Beam(Launch, abc.ABC):
     """Apache Beam: workers, and an estimate of what they cost.
 
     Attributes:
@@ -55,8 +56,8 @@ class Beam(Launch):
                 )
 
     @property
-    def cores_of_worker(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def cores_of_worker(self) -> int: ...
 
     def notes(self) -> list[str]:
         return []  # see `costs`

@@ -15,6 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from espalier.common import versions
 from espalier.common.storage.ranges import ChangedError
 from espalier.data import counting, pieces, tasks
 from espalier.data.cache import build, file_digests, fingerprint, pool, store
@@ -334,8 +335,8 @@ def test_other_versions_are_refused_by_name(tmp_path, small, monkeypatch):
     made = build_of(tmp_path / "made", source)
     made.start()
     made.write_shard(0)
-    now = build.versions()
-    monkeypatch.setattr(build, "versions", lambda: {**now, "tokenizers": "0.0.1"})
+    now = versions.own()
+    monkeypatch.setattr(versions, "own", lambda: {**now, "tokenizers": "0.0.1"})
     for refused in (made.start, lambda: made.write_shard(1)):
         with pytest.raises(
             build.BuildMismatchError, match=r"tokenizers .*here 0.0.1.*delete"
