@@ -1,7 +1,9 @@
 # make quickstart: a code-mix ablation on real text and code, in minutes, on a laptop.
 # make test:       the whole test suite.
-# make bench:      a benchmark of docs/benchmarks.md: NAME=train_step; NAME=--help lists them; ARGS=--out=FILE keeps the figures.
-# make faults:     the faults of docs/reliability.md, made again; ARGS=--sample makes a few of each row.
+# make bench:      a benchmark of docs/evidence/benchmarks.md: NAME=train_step; NAME=--help lists them; ARGS=--out=FILE keeps the figures.
+# make bench-smoke: tries every benchmark, after make peers, peers-kvpress and peers-lm-eval.
+# make faults:     the faults of docs/evidence/reliability.md, made again; ARGS=--sample makes a few of each row.
+# make docs:       the documentation as a site, build/docs/html/index.html; a warning is an error.
 # Other versions: PYTHON=python3.13, VENV=.venv-new, CONSTRAINTS=constraints/minimum.txt (or empty, for the newest).
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,23 +11,33 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 3
 EXTRAS ?= test,test_stores
+RECORDED := (/goldens/|^docs/reproductions/|\.(svg|png|json|jsonl)$$)
 
-.PHONY: help venv quickstart test smoke wheel test-tpu test-pretrained beam test-beam bench faults lint audit peers peers-kvpress peers-lm-eval xmanager clean
+.PHONY: help venv quickstart test smoke wheel test-tpu test-pretrained beam test-beam bench bench-smoke faults docs docs-packages lint audit peers peers-kvpress peers-lm-eval xmanager clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make wheel: builds one and trains with it.  make test-tpu: compiles for absent TPUs.  make beam: Apache Beam in .venv-beam; make test-beam: its tests.  make peers: reference implementations in .venv-peers.  make xmanager: XManager in .venv-xmanager."
+	@echo "make lint: ruff, mypy, words, spelling, secrets.  make audit: known vulnerabilities of the pinned versions.  make wheel: builds one and trains with it.  make test-tpu: compiles for absent TPUs.  make beam: Apache Beam in .venv-beam; make test-beam: its tests.  make peers: reference implementations in .venv-peers.  make xmanager: XManager in .venv-xmanager."
 
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py $(wildcard $(CONSTRAINTS))
+	$(call install,$(EXTRAS))
+
+# What the quickstart needs, if nothing is installed yet.
+$(VENV)/.quickstart: setup.py $(wildcard $(CONSTRAINTS))
+	$(call install,data)
+
+define install
 	@$(PYTHON) -c 'import sys; sys.exit("Espalier needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	@echo "Installing into $(VENV): some minutes, most of them for downloads."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) -e '.[$(EXTRAS)]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) -e '.[$(1)]'
 	@touch $@
+endef
 
-quickstart: venv
+quickstart: $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.quickstart)
 	$(BIN)/espalier quickstart
 
 test: venv
@@ -62,15 +74,31 @@ test-beam: beam
 bench: venv
 	$(BIN)/python -m tests.benchmarks $(NAME) $(ARGS)
 
+# Every benchmark beside its peer, of tiny sizes: that it runs.
+bench-smoke: venv
+	$(BIN)/python -m tests.benchmarks.smoke
+
 faults: venv
 	$(BIN)/python -m tests.faults --out=/tmp/faults --workers=2 $(ARGS)
 
-# Secrets: in all text files but recorded data, two processes at a time. Strings that only look random are not reported.
+# Nothing is fetched while the site is built; `docs-packages` installs what builds it.
+docs: docs-packages
+	$(BIN)/python docs/build.py
+
+docs-packages: $(VENV)/.docs
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) -e '.[docs]'
+	@touch $@
+
+# Spelling and secrets: in all text files but recorded data. Strings that only look random are not reported.
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH= $(BIN)/mypy
-	git ls-files | grep -vE '(/goldens/|^docs/reproductions/|\.(svg|png|json|jsonl)$$)' | xargs -P 2 -n 300 $(BIN)/detect-secrets-hook \
+	$(BIN)/python -m tests.words
+	git ls-files | grep -vE '$(RECORDED)' | xargs $(BIN)/codespell
+	git ls-files | grep -vE '$(RECORDED)' | xargs -P 2 -n 300 $(BIN)/detect-secrets-hook \
 	  --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString
 
 # Known vulnerabilities of the pinned versions; asks PyPI, so it needs a network.
@@ -84,7 +112,7 @@ peers: .venv-peers/.installed
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install -q --upgrade pip
-	.venv-peers/bin/pip install -q 'torch>=2.4' 'transformers>=5.0' gguf jinja2 sentencepiece protobuf 'trl>=1.16' 'mergekit>=0.1.5' 'kronfluence>=1.0.1' 'bergson>=2.5' \
+	.venv-peers/bin/pip install -q -c constraints/peers.txt 'torch>=2.4' 'transformers>=5.0' gguf jinja2 sentencepiece protobuf 'trl>=1.16' 'mergekit>=0.1.5' 'kronfluence>=1.0.1' 'bergson>=2.5' \
 	  'datasets>=5.2' 'datatrove>=0.10' orjson
 	.venv-peers/bin/pip uninstall -q -y torchaudio  # bergson declares it, and imports it nowhere; with a newer torch, transformers cannot be imported beside it
 	@touch $@

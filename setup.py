@@ -79,6 +79,9 @@ SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 # BM25, a baseline of influence.
 LEXICAL = ["bm25s>=0.2.8"]
 
+# The documentation site, docs/build.py.
+DOCS = ["sphinx>=8", "myst-nb>=1.4", "furo>=2025.12", "sphinx-copybutton>=0.5.2"]
+
 # Downloads sets of Hugging Face's hub; what it has saved is read without it. Version 4 is the first that runs no code of a set.
 DATASETS = ["datasets>=4"]
 
@@ -102,6 +105,7 @@ EXTRAS = {
     "serve": SERVE,
     "influence": LEXICAL,
     "datasets": DATASETS,
+    "docs": DOCS,
     "beam": BEAM,
     "gcs": GCS,
     "s3": S3,
@@ -118,6 +122,7 @@ EXTRAS = {
         "mypy>=1.15",
         "pre-commit>=4",
         "detect-secrets>=1.5",
+        "codespell>=2.4",
         "psutil>=6",
         "kubernetes-validate>=1.35",
         *TEXT,
@@ -152,7 +157,7 @@ EXTRAS = {
 
 setup(
     name="espalier-lm",
-    version="0.1.0",
+    version="0.2.0",
     description="Run, combine and check recent methods for making language models, in JAX.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

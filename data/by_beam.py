@@ -1,4 +1,4 @@
-"""Work over all files of a task by pipelines of Apache Beam, in the place of processes of this machine (data/cache/pool.py).
+"""Work over all files of a task by pipelines of Apache Beam, instead of processes of this machine (data/cache/pool.py).
 
 Each call of `pool.run` is a pipeline: its items are distributed, and their results come back through files in the folder of the
 caches, which all workers therefore must see. These files are JSON: reading what another has written there runs no code.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from espalier.launch.train import train
     from espalier.trainers.recipe import Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Recipe", "Run", "load", "train"]
 # Imported when they are first used: `import espalier` is quick and starts no JAX.
 _PLACES = {

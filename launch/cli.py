@@ -295,7 +295,7 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
     if name in (None, "-h", "--help"):
         width = max(map(len, commands))
         lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
-        print("\n".join([help_text, "", *lines]))
+        _write_help("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
     from espalier.common import spelling
 
@@ -357,6 +357,16 @@ def papers_with(pattern: str) -> list[tuple[str, str]]:
     ]
 
 
+def _write_help(text: str) -> None:
+    """Prints a help text, without an error if its reader, such as `head`, closes the pipe before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes again at its end
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser that refuses an empty path, which would mean the working directory, or fail after the work.
 
@@ -364,6 +374,12 @@ class _Parser(argparse.ArgumentParser):
     """
 
     address_flags: Sequence[str] = _ADDRESS_FLAGS
+
+    def print_help(self, file=None):
+        if file is None:
+            _write_help(self.format_help().rstrip("\n"))
+        else:
+            super().print_help(file)
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
@@ -416,8 +432,8 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="gin file, relative to here, a search path or the root of the repository, or "
-        "absolute; repeatable, later ones win",
+        help="a gin file: an absolute path, or one relative to this folder, a search path or the root of the repository; "
+        "repeatable, and later files win",
     )
     config.add_argument(
         "--gin.NAME",
@@ -431,29 +447,33 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR,DIR",
-        help="more folders in which relative gin files are looked for",
+        help="search relative gin files in these folders too; repeatable",
     )
     processes = parser.add_argument_group("several processes")
     processes.add_argument(
         "--coordinator_address",
         metavar="HOST:PORT",
-        help="of process 0; 'auto' on TPU pods, SLURM and Open MPI",
+        help="address of process 0, which all processes connect to; 'auto' on TPU pods, SLURM and Open MPI",
     )
-    processes.add_argument("--process_count", type=int, metavar="N", help="number of processes")
-    processes.add_argument("--process_index", type=int, metavar="I", help="this one, from 0")
+    processes.add_argument(
+        "--process_count", type=int, metavar="N", help="number of processes of the run"
+    )
+    processes.add_argument(
+        "--process_index", type=int, metavar="I", help="index of this process, from 0"
+    )
     processes.add_argument(
         "--initialization_timeout",
         type=int,
         default=300,
         metavar="SECONDS",
-        help="time to wait for all processes to start (300)",
+        help="seconds to wait until all processes have started (default 300)",
     )
     processes.add_argument(
         "--heartbeat_timeout",
         type=int,
         default=100,
         metavar="SECONDS",
-        help="time without a sign of life after which a process counts as lost, and all others end (100)",
+        help="seconds without a sign of life after which a process counts as lost and all others end (default 100)",
     )
 
 

@@ -9,12 +9,20 @@ conversation on the terminal.
 
 --inputs=x.jsonl has rows {"text": "..."}, {"messages": [...]}, {"tokens": [...]} or {"prompt": ...}
 (a text or messages, as in files of prompts and of preference pairs). --output=y.jsonl has --num_samples
-rows of each in the same order, with "prompt"; "text" and "tokens" of the continuation; "logprobs", the
-natural logarithms of the tokens' probabilities at temperature 1; "score" of a beam; "sample", from 0;
-"adapter", with --adapter, for each of which all rows follow; and "ended", which is "eos", "stop" or "length". The tokens include EOS and a --stop, the text does not. Without
-VOCABULARY a run continues only tokens, without "text", and --eos_id sets the tokens that end. Finished rows
-are in y.jsonl.partial until all are finished. A row's continuation depends on --seed and its index, not on
-other rows.
+rows for each of them, in the same order:
+
+  prompt    the text or tokens that are continued
+  text      the continuation, without EOS and --stop; absent if the run has no VOCABULARY
+  tokens    the tokens of the continuation, with EOS and --stop
+  logprobs  natural logarithms of the tokens' probabilities at temperature 1
+  ended     "eos", "stop" or "length"
+  sample    number of the sample, from 0
+  score     score of the beam, with --num_beams
+  adapter   name of the adapter, with --adapter: all rows of one adapter, then all of the next
+
+Without VOCABULARY a run continues only tokens, and --eos_id sets the tokens that end a continuation.
+Finished rows are in y.jsonl.partial until all are finished. A continuation depends on --seed and the index
+of its row, not on other rows.
 """
 
 import argparse
@@ -50,15 +58,15 @@ class GenerateFlags:
     """What is continued, and how.
 
     Attributes:
-      prompt: one text, continued on standard output.
+      prompt: continue this text, on standard output.
       chat: texts are messages of the user, rendered with the model's chat template; without --prompt and --inputs: a
         conversation on the terminal.
       stream: print the continuation of --prompt as it is generated (default on a terminal).
-      eos_id: a token that ends a continuation, in place of the vocabulary's; repeatable; -1 for none.
+      eos_id: a token that ends a continuation, instead of the vocabulary's; repeatable; -1 for none.
       stop: end before this text; repeatable. Its tokens stay in 'tokens'.
-      token_healing: draw the last token of a text anew among the tokens that begin with its text, so that a text that ends
+      token_healing: draw the last token of a text again among the tokens that begin with its text, so that a text that ends
         within a word is completed; it is the first of the new tokens (default for --prompt).
-      seed: seed of sampling.
+      seed: random seed of sampling.
       cache_policy: the policy that selects which keys and values of the prompt stay cached.
       cache: a setting of the policy, such as capacity=1024; repeatable.
       compare: continue with the full cache too, and report how many continuations are equal and the costs of both; rows of

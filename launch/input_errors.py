@@ -32,6 +32,7 @@ _REMEDIES = {
 }
 _LONGEST = 4000  # characters of a line of a message, which may quote a value of another's file
 _NUL = "embedded null"  # how Python's errors about a path with this character begin
+_EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA's errors about a device's memory begin
 
 
 def reason(error: BaseException) -> BaseException | None:
@@ -46,7 +47,16 @@ def reason(error: BaseException) -> BaseException | None:
             return cause
         cause = cause.__cause__
     unreadable = isinstance(error, UnicodeDecodeError) and _open_file(error)
-    return error if unreadable or str(error).startswith(_NUL) else None
+    return error if unreadable or str(error).startswith(_NUL) or _out_of_memory(error) else None
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """Returns words for an error about memory of this host or of a device; '' for another error."""
+    if isinstance(error, MemoryError):
+        return "this host is out of memory"
+    # The name of the class has changed between versions of jax, which is not imported here.
+    of_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return "a device is out of memory" if of_xla and _EXHAUSTED in str(error) else ""
 
 
 def _is_copy(error: BaseException, of: BaseException | None) -> bool:
@@ -91,6 +101,10 @@ def _text(error: BaseException) -> str:
         if isinstance(error, UnicodeDecodeError) and (name := _open_file(error)):
             where = f"byte {error.start}: {error.reason}"
             return f"{name} is not UTF-8 text ({where}): put an undamaged copy back, or convert it."
+        if memory := _out_of_memory(error):
+            lines = str(error).strip().removeprefix(f"{_EXHAUSTED}: ").splitlines() or [""]
+            detail = f" ({lines[0].rstrip('.')})" if lines[0] else ""
+            return f"{memory}{detail}. docs/scale/out_of_memory.md has what saves memory, and how much."
         hint = ": a path holds the character NUL" if str(error).startswith(_NUL) else ""
         return f"{str(error).rstrip()}{hint}"
     names = [

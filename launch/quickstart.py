@@ -20,9 +20,17 @@ PROMPTS = ("The ", "def ")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/quickstart", help="parent of the run directories")
     parser.add_argument(
-        "--gin_file", action="append", default=[], metavar="FILE", help="changes to all arms"
+        "--out",
+        default="runs/quickstart",
+        help="write the run directories into this folder (default runs/quickstart)",
+    )
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="gin file that changes all arms, read after theirs; repeatable",
     )
 
 

@@ -4,11 +4,11 @@ The same command continues where it stopped: runs and measurements stay in --mod
 
   espalier reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
   espalier reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
-  espalier reproduce code_mix --again --out=docs/reproductions   # the page anew, from results.json
+  espalier reproduce code_mix --again --out=docs/reproductions   # the page again, from results.json
 
-On two idle cores snapkv, low_rank, code_mix and influence take about an hour each, bam, mov and preference up to an hour and a half, and
-nexus and aya_expanse an hour and a half or more. espalier reproduce PAPER --help lists the
-flags of a paper.
+Seeds run in blocks, such as 5, 8 and 12: after each, the claims are judged, and only the arms of those that are still
+undecided go on. On two idle cores a paper takes between half an hour and two and a half hours; its page says how long.
+espalier reproduce PAPER --help lists the flags of a paper.
 The exit status is 1 if a claim that must hold fails or was not measured by one of --parts, and 75 if --minutes or a
 signal stopped the command.
 """
@@ -20,7 +20,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.launch import cli, papers
@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def slugs() -> list[str]:
     """Returns the papers that can be reproduced: the folders of launch/papers with an experiment.py and a report.py.
 
-    experiment.py has TITLE, PARTS (name -> description), `run(model_dir, parts, **other flags)` and optionally
-    `add_flags(parser)`. If SEEDS, the default number of seeds, is not None, its runs are sweeps, with the flags --seeds,
-    --workers and --minutes. report.py has REPORT, a `shared.page.Report`.
+    experiment.py has TITLE, PARTS (name -> description), SWEEPS (part -> its sweep as PAPER/FILE:TEXT, in which {seeds} is
+    their number), EARLIER (rounds of runs before this one, a sentence each), `run(model_dir, parts, **other flags)` and
+    optionally `add_flags(parser)`. If SEEDS, the numbers of seeds at which claims are judged, is not None, its runs are sweeps,
+    with the flags --seeds, --workers and --minutes. report.py has REPORT, a `shared.page.Report`.
     """
     reports = (one for path in papers.__path__ for one in pathlib.Path(path).glob("*/report.py"))
     return sorted(one.parent.name for one in reports if one.with_name("experiment.py").exists())
@@ -68,11 +69,14 @@ def _module(slug: str, name: str) -> Any:
 
 def _add_flags(parser: argparse.ArgumentParser, experiment: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model_dir", metavar="DIR", help="folder of runs and measurements")
+    source.add_argument("--model_dir", metavar="DIR", help="folder of the runs and measurements")
     again_help = "run nothing: write the page again from results.json in --out"
     source.add_argument("--again", action="store_true", help=again_help)
     parser.add_argument(
-        "--out", default="docs/reproductions", metavar="DIR", help="folder of the report"
+        "--out",
+        default="docs/reproductions",
+        metavar="DIR",
+        help="write the page and its figures to this folder (default docs/reproductions)",
     )
     parser.add_argument(
         "--parts",
@@ -83,10 +87,16 @@ def _add_flags(parser: argparse.ArgumentParser, experiment: Any) -> None:
     )
     if (seeds := experiment.SEEDS) is not None:
         number = {"type": int, "metavar": "N"}
-        seeds_help = f"seeds of each arm (default: {seeds})"
-        parser.add_argument("--seeds", default=seeds, help=seeds_help, **number)
+        looks = ", ".join(map(str, seeds))
+        seeds_help = f"at most so many seeds of an arm (default: as needed, of {looks})"
         parser.add_argument(
-            "--workers", default=1, help="runs at once, as of launch.sweep", **number
+            "--seeds",
+            default=seeds[-1],
+            help=seeds_help,
+            **number,
+        )
+        parser.add_argument(
+            "--workers", default=1, help="number of runs at the same time (default 1)", **number
         )
         minutes_help = "stop the sweeps after so many minutes; the same command continues them"
         parser.add_argument("--minutes", type=float, metavar="M", help=minutes_help)
@@ -100,26 +110,27 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     settings = vars(flags).copy()
     slug, out = settings.pop("paper"), pathlib.Path(settings.pop("out"))
-    report = _module(slug, "report").REPORT
+    report, experiment = _module(slug, "report").REPORT, _module(slug, "experiment")
     try:
         if settings.pop("again"):
             for name, default in (
-                ("seeds", _module(slug, "experiment").SEEDS),
+                ("seeds", (experiment.SEEDS or (None,))[-1]),
                 ("workers", 1),
                 ("minutes", None),
             ):
                 if settings.get(name, default) != default:
                     raise ValueError(f"--{name} is of runs, and --again runs nothing: remove it.")
-            measured, facts = _recorded(out / slug)
+            found, facts = _recorded(out / slug)
         else:
-            # The page has a command for everyone: where the runs lie on this machine is left out.
+            # The page has a command for everyone: where the runs and the page lie on this machine is left out.
             words = re.sub(r"--model_dir[= ]\S+", f"--model_dir=runs/{slug}", " ".join(arguments))
-            facts = _facts(report.claims, pathlib.Path(flags.model_dir), words)
-            measured = _module(slug, "experiment").run(**settings)
+            words = re.sub(r"--out[= ]\S+", "--out=docs/reproductions", words)
+            facts = _facts(report.claims, experiment, pathlib.Path(flags.model_dir), words)
+            found = measured(experiment, report, settings)
     except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED
-    judged = report.write(measured, out, facts)
+    judged = report.write(found, out, facts)
     for one in judged:
         print(f"{one.name:4} {one.verdict:13} {one.statement}")
     print(f"report {out / slug}.md")
@@ -129,14 +140,43 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     return int(bool(problems))
 
 
-def _facts(claims: Sequence[Any], model_dir: pathlib.Path, words: str) -> dict[str, Any]:
+def measured(experiment: Any, report: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what an experiment measures, with more seeds of the arms of undecided claims at each look."""
+    if experiment.SEEDS is None:
+        return experiment.run(**settings)
+    from espalier.launch.papers.shared import claim, results, sweeps
+
+    settings = dict(settings)
+    most, parts = settings.pop("seeds"), settings.pop("parts")
+    looks = [look for look in experiment.SEEDS if look <= most] or [most]
+    found = experiment.run(seeds=looks[0], parts=parts, **settings)
+    for before, look in zip(looks, looks[1:], strict=False):
+        judged = claim.judge(report.claims, report.read(found), report.places)
+        undecided = [one for one in judged if one.open]
+        if not undecided:
+            break
+        print(
+            f"undecided after {before} seeds: {', '.join(one.name for one in undecided)}",
+            flush=True,
+        )
+        with results.reading() as arms:
+            claim.judge(undecided, report.read(found), report.places, secondary=False)
+        further = sweeps.Further(looks[0], frozenset(arms))
+        some = [part for part in parts if part in {one.part for one in undecided}]
+        found |= experiment.run(seeds=look, parts=some, further=further, **settings)
+    return found
+
+
+def _facts(
+    claims: Sequence[Any], experiment: Any, model_dir: pathlib.Path, words: str
+) -> dict[str, Any]:
     """Returns what the numbers of a page depend on; the criteria are fixed by it before the first run."""
-    from espalier.launch.papers.shared import claim
+    from espalier.launch.papers.shared import criteria
 
     return {
         "command": f"espalier reproduce {words}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
-        "criteria": claim.fix_criteria(model_dir, claims),
+        "criteria": criteria.fix(model_dir, claims, experiment),
     }
 
 
@@ -148,6 +188,11 @@ def _recorded(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path} does not exist: run the reproduction with --model_dir first.")
     record = json.loads(path.read_bytes())
+    if "headline" not in record:
+        raise ValueError(
+            f"{path} is of an earlier version of this experiment, which measured other numbers: run the reproduction with "
+            "--model_dir."
+        )
     facts = {name: record[name] for name in ("command", "versions", "criteria") if name in record}
     return record["measured"], facts
 

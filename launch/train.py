@@ -280,7 +280,7 @@ def _checkpoint_meta(
 ) -> Callable[[int, int], Mapping[str, Any]]:
     """Returns a function that computes the facts in a checkpoint: `meta`, rate, positions, and what writers record.
 
-    The run's files are in its directory before the checkpoint that goes on from them.
+    The run's files are in its directory before the checkpoint that continues them.
     """
     before = meta.get("initial", {}).get("positions", {})
 

@@ -5,14 +5,14 @@ Shapes: B batch, T query length, S key length, D width, N query heads, K key/val
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Decay, Positive, recordable
+from espalier.common.ranges import Decay, Positive, check_choice, recordable, refuse_set
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted, mean_keys, weights
@@ -22,6 +22,8 @@ from espalier.model.kv_cache.base import AttentionForm, CachePolicy
 from espalier.model.linear import Dense, dropped
 from espalier.model.protocol import AttentionSettings
 from espalier.model.rope import Rope
+
+NormedPart = Literal["head", "projection"]
 
 
 class PositionBias(Protocol):
@@ -75,7 +77,9 @@ class Attention(Counted):
       adapters: factory that wraps each of them, called with (projection, heads=, layer_input=), or None; see
         model/adapters/adapter.py.
       rope: rotary embedding; None for models with a learned position table.
-      qk_norm: factory of norms over the heads of queries and keys, or None.
+      local_rope: rotary embedding of layers with a window (Gemma 3); None for `rope`.
+      qk_norm: factory of norms of queries and keys, or None.
+      qk_norm_of: what one norm is over: the dimensions of a 'head' (Qwen3), or of the whole 'projection' (OLMo 2).
       qkv_bias: biases on query, key and value projections.
       out_bias: bias on the output projection.
       query_init: initialiser of the query projection's kernel; None for the initialiser of `dense`.
@@ -85,6 +89,9 @@ class Attention(Counted):
       implementation: implementation used in training, see attention_ops.dot_product_attention.
         Ignored with a cache: prompts use 'auto', and attention over the cache has one
         implementation.
+
+    Raises:
+      ValueError: an unknown `qk_norm_of`, or one without `qk_norm`.
     """
 
     config: TransformerConfig
@@ -92,7 +99,9 @@ class Attention(Counted):
     dense: Callable[..., nn.Module] = Dense
     adapters: Callable[..., Any] | None = None
     rope: Rope | None = Rope()
+    local_rope: Rope | None = None
     qk_norm: Callable[..., nn.Module] | None = None
+    qk_norm_of: NormedPart = "head"
     qkv_bias: bool = False
     out_bias: bool = False
     query_init: Callable | None = None
@@ -100,6 +109,12 @@ class Attention(Counted):
     softcap: Positive | None = None
     dropout: Decay = 0.0
     implementation: Implementation = "auto"
+
+    def __post_init__(self):
+        check_choice("Attention.qk_norm_of", self.qk_norm_of, NormedPart)
+        if self.qk_norm is None:
+            refuse_set(self, ("qk_norm_of",), "qk_norm = None")
+        super().__post_init__()
 
     @property
     def query_heads(self) -> int:
@@ -153,7 +168,7 @@ class Attention(Counted):
         """
         q_BTNH = self._query(x_BTD)
         k_BTKH, v_BTKH = self._key_value(x_BTD)
-        rope = self.rope if self.kind.rope else None
+        rope = self._rope()
         if rope is not None:
             q_BTNH = rope(q_BTNH, positions_BT)
             k_BTKH = rope(k_BTKH, positions_BT)
@@ -199,6 +214,13 @@ class Attention(Counted):
             )
         return self._out(out_BTNH, x_BTD, segments_BT), cache
 
+    def _rope(self) -> Rope | None:
+        """Returns the rotary embedding of this layer, if it has one."""
+        if not self.kind.rope:
+            return None
+        local = self.kind.window is not None and self.local_rope is not None
+        return self.local_rope if local else self.rope
+
     def _form(self, rope: Rope | None) -> AttentionForm:
         return AttentionForm(
             scale=self.config.per_head_dim**-0.5 if self.scale is None else float(self.scale),
@@ -210,15 +232,28 @@ class Attention(Counted):
     def _query(self, x_BTD: jax.Array) -> jax.Array:
         init = {} if self.query_init is None else {"kernel_init": self.query_init}
         q_BTNH = self._heads("query", self.query_heads, axes.HEADS, x_BTD, **init)
-        return q_BTNH if self.qk_norm is None else self.qk_norm(name="query_norm")(q_BTNH)
+        return self._qk_normed("query_norm", q_BTNH)
 
     def _key_value(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
         k_BSKH = self._heads("key", self.cache_heads, axes.KV_HEADS, x_BSD)
         v_BSKH = self._heads("value", self.cache_heads, axes.KV_HEADS, x_BSD)
-        if self.qk_norm is not None:
-            k_BSKH = self.qk_norm(name="key_norm")(k_BSKH)
+        k_BSKH = self._qk_normed("key_norm", k_BSKH)
         # A weight that is dropped for all queries of a head is a value that is dropped.
         return k_BSKH, dropped(self, v_BSKH, self.dropout, over=-1)
+
+    def _qk_normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """Returns queries or keys after their norm, if they have one."""
+        if self.qk_norm is None:
+            return x_BTNH
+        norm = self.qk_norm(name=name)
+        if self.qk_norm_of == "head":
+            return norm(x_BTNH)
+        if norm.scale_dims != 1:
+            raise ValueError(
+                f"Attention.qk_norm_of = 'projection' has one gain for each dimension of all heads: remove "
+                f"{type(norm).__name__}.scale_dims = {norm.scale_dims}."
+            )
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:-2], -1)).reshape(x_BTNH.shape)
 
     def _out(
         self, out_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
@@ -269,6 +304,7 @@ class CrossAttention(Attention):
             raise ValueError(
                 "CrossAttention.rope has no effect, as there are no positions: remove it."
             )
+        refuse_set(self, ("local_rope",), "an encoder's output, which has no positions")
         super().__post_init__()
 
     @nn.nowrap
@@ -284,7 +320,7 @@ class CrossAttention(Attention):
     def __call__(  # type: ignore[override]
         self, x_BTD: jax.Array, *, encoded: Encoded, segments_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Encoded]:
-        """Returns the output [B, T, D], and `encoded` with this layer's keys and values in place of the states."""
+        """Returns the output [B, T, D], and `encoded` with this layer's keys and values instead of the states."""
         q_BTNH = self._query(x_BTD)
         if encoded.keys_values is None:
             assert encoded.states_BSD is not None  # see Encoded

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Layers, Size, recordable
-from espalier.model import axes
+from espalier.model import axes, layer_groups
+from espalier.model.layer_groups import Group
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)
@@ -16,15 +17,16 @@ LAYER_KINDS = ("full", "sliding", "full_nope", "bidirectional")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """The settings that differ between layers: attention mask, rotary embedding, and depth.
+    """The settings that differ between layers: attention mask, rotary embedding, the MLP's kind, and depth.
 
-    Two kinds are equal if their masks and rotation are equal. Depth is not compared, because it may
+    Two kinds are equal if all of these but depth are equal. Depth is not compared, because it may
     be a traced array.
 
     Attributes:
       window: keys each query sees, itself included; None for all earlier keys.
       rope: whether queries and keys are rotated (Cohere2's full layers are not).
       causal: whether a query sees only keys up to itself; False in encoders.
+      mlp: name of the layer's MLP, which `mlp.by_kind` reads; '' in models whose layers have one.
       depth: index of the layer, from 0. An int where layers are unrolled; an int32 scalar under `nn.scan`, which
         traces the pattern once for all repeats; None for a module outside of a model.
     """
@@ -32,6 +34,7 @@ class LayerKind:
     window: int | None = None
     rope: bool = True
     causal: bool = True
+    mlp: str = ""
     depth: int | jax.Array | None = dataclasses.field(default=None, compare=False)
 
 
@@ -65,17 +68,18 @@ class TransformerConfig(FloatDtypes):
 
     Attributes:
       vocab_size: V, rows of the embedding, padding rows included.
-      num_layers: L, a multiple of the layer pattern's length.
+      num_layers: L.
       embed_dim: D.
       num_heads: N query heads.
       num_kv_heads: K key/value heads, dividing N; None for N (multi-head attention).
       head_dim: H; None for D / N.
       mlp_dim: F, the hidden width of the MLP (of each of gate and up when gated).
-      layer_pattern: kinds of layers, repeated: 'full', 'sliding', 'full_nope' (no rotation), and 'bidirectional' of encoders,
-        which encoder-decoders set themselves.
+      layer_pattern: kinds of layers, repeated, the last time perhaps in part: 'full', 'sliding', 'full_nope' (no rotation), and
+        'bidirectional' of encoders, which encoder-decoders set themselves. A kind may name its MLP: 'full:dense', see
+        `mlp.by_kind`. Models without a period list all L layers.
       sliding_window: window of 'sliding' layers.
       dtype: compute dtype of products and activations; norms, softmax and loss use float32.
-      scan_layers: whether `nn.scan` loops over one traced period of the pattern; otherwise every layer is unrolled.
+      scan_layers: whether `nn.scan` loops over the traced blocks of each of `layer_groups`; otherwise every layer is unrolled.
       remat: 'none'; 'full' saves only layer inputs; 'dots' also saves weight products.
 
     Raises:
@@ -110,14 +114,17 @@ class TransformerConfig(FloatDtypes):
             problems.append(
                 f"num_kv_heads = {self.kv_heads} does not divide num_heads = {self.num_heads}"
             )
-        if not self.layer_pattern or self.num_layers % len(self.layer_pattern):
+        if not 1 <= len(self.layer_pattern) <= max(self.num_layers, 1):
             problems.append(
-                f"num_layers = {self.num_layers} is not a multiple of the pattern {self.layer_pattern}"
+                f"layer_pattern has {len(self.layer_pattern)} kinds for num_layers = {self.num_layers}"
             )
         for kind in self.layer_pattern:
-            if kind not in LAYER_KINDS:
+            name, colon, mlp = kind.partition(":")
+            if name not in LAYER_KINDS:
                 problems.append(f"layer_pattern names {kind!r}; known kinds are {LAYER_KINDS}")
-        if "sliding" in self.layer_pattern and not self.sliding_window:
+            if colon and not mlp:
+                problems.append(f"layer_pattern names no MLP after the colon of {kind!r}")
+        if not self.sliding_window and any(_attention(x) == "sliding" for x in self.layer_pattern):
             problems.append("a 'sliding' layer needs sliding_window")
         if self.remat not in REMAT_POLICIES:
             problems.append(f"remat = {self.remat!r}; known policies are {REMAT_POLICIES}")
@@ -141,20 +148,45 @@ class TransformerConfig(FloatDtypes):
             (axes.MLP, self.mlp_dim, "mlp_dim"),
             (axes.EMBED, self.embed_dim, "embed_dim"),
             (axes.VOCAB, self.vocab_size, "vocab_size"),
-            (
-                axes.LAYERS,
-                self.num_layers // len(self.layer_pattern),
-                "num_layers over the pattern",
+            *(
+                (axes.LAYERS, repeats, "num_layers over the pattern")
+                for repeats in sorted({group.repeats for group in self.layer_groups})
             ),
         )
 
+    @property
+    def layer_groups(self) -> tuple[Group, ...]:
+        """The groups of layers that repeat the same blocks; each is a scan."""
+        return layer_groups.divided(tuple(self.layer_pattern), self.num_layers)
+
+    @property
+    def kind_names(self) -> tuple[str, ...]:
+        """The kinds of all layers, as in `layer_pattern`."""
+        pattern = tuple(self.layer_pattern)
+        return (pattern * -(-self.num_layers // len(pattern)))[: self.num_layers]
+
     def layer_kind(self, layer: int) -> LayerKind:
         """Returns the kind of the layer with index `layer`, from 0."""
-        name = self.layer_pattern[layer % len(self.layer_pattern)]
+        name, _, mlp = self.layer_pattern[layer % len(self.layer_pattern)].partition(":")
         window = self.sliding_window if name == "sliding" else None
         return LayerKind(
             window=window,
             rope=name != "full_nope",
             causal=name != "bidirectional",
+            mlp=mlp,
             depth=layer,
         )
+
+    def bidirectional(self, num_layers: int) -> "TransformerConfig":
+        """Returns the sizes of an encoder of so many layers, whose pattern has the length and the MLPs of this one."""
+        pattern = (
+            f"bidirectional{kind.removeprefix(_attention(kind))}" for kind in self.layer_pattern
+        )
+        return dataclasses.replace(
+            self, num_layers=num_layers, layer_pattern=tuple(pattern)[:num_layers]
+        )
+
+
+def _attention(kind: str) -> str:
+    """Returns the part of a kind's name that says its attention: 'full' of 'full:dense'."""
+    return kind.partition(":")[0]

@@ -1,4 +1,7 @@
-"""A stack of layers, scanned or unrolled. Shapes: B batch, T length, D width, L layers, P length of the layer pattern."""
+"""A stack of layers, scanned or unrolled. Shapes: B batch, T length, D width, L layers.
+
+Scanned layers are divided into groups (model/layer_groups.py), each of which is a scan over its blocks.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +13,11 @@ import jax.numpy as jnp
 
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
+from espalier.model.layer_groups import Group
 
 
 class Layers(nn.Module):
-    """Blocks `block_0`, `block_1`, ...: one period of the layer pattern if scanned, otherwise all L layers."""
+    """Blocks `block_i`: if scanned, those of all groups, otherwise all L layers."""
 
     config: TransformerConfig
     block: Callable[..., nn.Module]
@@ -24,14 +28,16 @@ class Layers(nn.Module):
         x_BTD: jax.Array,
         caches: Sequence[Any] | None,
         *,
-        first: int | jax.Array = 0,
+        group: Group | None = None,
+        after: int | jax.Array = 0,
         **context: Any,
     ) -> tuple[jax.Array, Any]:
-        """Applies the blocks in order; `first` is the depth of the first block."""
+        """Applies the blocks of a group, or all layers, in order; `after` is their distance from the blocks' first layers."""
         new_caches = []
-        for i in range(_traced(self.config)):
-            kind = dataclasses.replace(self.config.layer_kind(i), depth=first + i)
-            block = self.block(config=self.config, kind=kind, name=f"block_{i}")
+        blocks = range(self.config.num_layers) if group is None else group.blocks
+        for i, number in enumerate(blocks):
+            kind = dataclasses.replace(self.config.layer_kind(number), depth=after + number)
+            block = self.block(config=self.config, kind=kind, name=f"block_{number}")
             cache = None if caches is None else caches[i]
             apply = _rematerialised(self.config, cache, context)
             x_BTD, cache = apply(block, x_BTD)
@@ -51,20 +57,37 @@ def apply(
             "Caches need unrolled layers: use layer_stack.unrolled(model) and "
             "layer_stack.unroll(params, config), both of model/transforms/layer_stack.py."
         )
-    period = len(config.layer_pattern)
-    repeats = config.num_layers // period
+    groups = config.layer_groups
+    for group in groups:
+        scan = _scanned(group, context, alone=len(groups) == 1)
+        # For layers that read their depth; if no layer does, it is not in the compiled program.
+        after_R = jnp.arange(group.repeats, dtype=jnp.int32) * group.period
+        x_BTD, _ = scan(layers, x_BTD, after_R)
+    return x_BTD, None
+
+
+def _scanned(group: Group, context: dict[str, Any], *, alone: bool) -> Callable[..., Any]:
+    """Returns a function (layers, x, distance of each of R repeats) -> (x, None) that scans a group's blocks."""
     scan = nn.scan(
-        lambda layers, x_BTD, first: layers(x_BTD, None, first=first, **context),
+        lambda layers, x_BTD, after: layers(x_BTD, None, group=group, after=after, **context),
         # Stack all collections of a block (parameters, sown values); every layer has its own RNGs.
         variable_axes={True: 0},
         split_rngs={True: True},
-        length=repeats,
+        length=group.repeats,
         metadata_params={nn.PARTITION_NAME: axes.LAYERS},
     )
-    # For layers that read their depth; if no layer does, it is not in the compiled program.
-    first_depths = jnp.arange(repeats, dtype=jnp.int32) * period
-    x_BTD, _ = scan(layers, x_BTD, first_depths)
-    return x_BTD, None
+    if alone:
+        return scan
+    names = {f"block_{block}" for block in group.blocks}
+
+    def own(variables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {
+            collection: {name: x for name, x in blocks.items() if name in names}
+            for collection, blocks in variables.items()
+        }
+
+    # A scan takes slices of all variables of its module, and groups have other numbers of layers.
+    return nn.map_variables(scan, True, trans_in_fn=own, mutable=True)
 
 
 def flops_per_token(
@@ -76,19 +99,17 @@ def flops_per_token(
       shapes: parameters of the layers or their shapes, 'block_0', ..., scanned or unrolled as `config` has them.
       **lengths: lengths for `Block.flops_per_token`.
     """
-    total, count = 0.0, _traced(config)
-    for layer in range(count):
-        own = shapes[f"block_{layer}"]
+    blocks = {layer: 1 for layer in range(config.num_layers)}
+    if config.scan_layers:
+        blocks = {b: group.repeats for group in config.layer_groups for b in group.blocks}
+    total = 0.0
+    for number, repeats in blocks.items():
+        own = shapes[f"block_{number}"]
         if config.scan_layers:  # the first axis is the scan's
             own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), own)
-        module = block(config=config, kind=config.layer_kind(layer), name=f"block_{layer}")
-        total += module.flops_per_token(own, **lengths)
-    return total * (config.num_layers // count)
-
-
-def _traced(config: TransformerConfig) -> int:
-    """Returns the number of blocks that are traced."""
-    return len(config.layer_pattern) if config.scan_layers else config.num_layers
+        module = block(config=config, kind=config.layer_kind(number), name=f"block_{number}")
+        total += module.flops_per_token(own, **lengths) * repeats
+    return total
 
 
 def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, Any]) -> Callable:

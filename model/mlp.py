@@ -1,10 +1,13 @@
 """Feed-forward blocks. Shapes: B batch, T length, D width, F hidden width."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from espalier.common.ranges import Decay, recordable
 from espalier.model import axes
@@ -23,16 +26,57 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns an activation without parameters.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
     if name not in ACTIVATIONS:
         raise ValueError(f"Unknown activation {name!r}: choose from {sorted(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
+
+
+def xielu(module: nn.Module) -> Callable[[jax.Array], jax.Array]:
+    """Returns xIELU (arXiv 2411.13010) with two trained parameters in `module`, computed in float32.
+
+    p x^2 + b x for x > 0, and n (exp(min(x, e)) - 1 - x) + b x elsewhere, where p = softplus(alpha_p) and
+    n = b + softplus(alpha_n) are 0.8 at the start; b = 0.5 and e = -1e-6 are stored, and not trained.
+    """
+
+    def inverse_softplus(value: float) -> Callable[..., jax.Array]:
+        return nn.initializers.constant(math.log(math.expm1(value)))
+
+    dtype = module.config.storage_dtype
+    alphas = {"alpha_p": inverse_softplus(0.8), "alpha_n": inverse_softplus(0.3)}
+    p, n = (
+        jax.nn.softplus(
+            axes.parameter(module, name, init, (axes.UNMODELED,), (1,), dtype).astype(jnp.float32)
+        )
+        for name, init in alphas.items()
+    )
+    b, e = (
+        axes.constant(module, name, nn.initializers.constant(value), (1,), dtype).astype(p.dtype)
+        for name, value in (("beta", 0.5), ("eps", -1e-6))
+    )
+
+    def apply(x: jax.Array) -> jax.Array:
+        x32, rest = x.astype(jnp.promote_types(x.dtype, jnp.float32)), (1,) * (x.ndim - 1)
+        p_, n_, b_, e_ = (value.reshape(*rest, 1) for value in (p, n, b, e))
+        below = (b_ + n_) * (jnp.expm1(jnp.minimum(x32, e_)) - x32)
+        return (jnp.where(x32 > 0, p_ * x32 * x32, below) + b_ * x32).astype(x.dtype)
+
+    return apply
+
+
+# Activations with parameters, made by a function of the module that holds them.
+LEARNED: dict[str, Callable[[nn.Module], Callable[[jax.Array], jax.Array]]] = {"xielu": xielu}
 
 
 class _Mlp(Counted):
     """Fields of both MLPs.
 
     Attributes:
-      activation: name in ACTIVATIONS.
+      activation: name in ACTIVATIONS or LEARNED.
       use_bias: biases on all projections.
       dense: factory of the projections.
       dropout: share of the hidden values that training drops before the last projection.
@@ -54,6 +98,10 @@ class _Mlp(Counted):
     def settings(self) -> MlpSettings:
         kind = type(self).__name__
         return MlpSettings(kind=kind, gated=self.gated, adapters=self.adapters)
+
+    def _activation(self) -> Callable[[jax.Array], jax.Array]:
+        learned = LEARNED.get(self.activation)
+        return activation(self.activation) if learned is None else learned(self)
 
     def _inward(self, name: str, x_BTD: jax.Array) -> jax.Array:
         return self._project(name, self.config.mlp_dim, axes.EMBED, axes.MLP, x_BTD)(x_BTD)
@@ -90,14 +138,24 @@ class _Mlp(Counted):
 
 @recordable
 class GatedMlp(_Mlp):
-    """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202): 'silu' is SwiGLU, 'gelu' GeGLU."""
+    """A gated MLP, x [B, T, D] -> down(act(gate(x)) * up(x)) [B, T, D] (Shazeer, arXiv 2002.05202).
+
+    `activation` 'silu' makes it SwiGLU, 'gelu' GeGLU. The hidden width is config.mlp_dim; `Mlp` has the same attributes.
+
+    Attributes:
+      activation: name in ACTIVATIONS or LEARNED.
+      use_bias: whether projections have biases.
+      dense: factory of the projections.
+      dropout: share of the hidden values that training drops before the last projection.
+      adapters: factory that wraps each projection; None for no adapters (model/adapters/adapter.py).
+    """
 
     gated: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         del segments_BT  # every token by itself, padding like any other
-        act = activation(self.activation)
+        act = self._activation()
         gate_BTF, up_BTF = self._inward("gate", x_BTD), self._inward("up", x_BTD)
         return self._down(_gated(act, gate_BTF, up_BTF), x_BTD, act(gate_BTF))
 
@@ -116,7 +174,13 @@ def _gated(
 
 @recordable
 class Mlp(_Mlp):
-    """down(act(up(x))) (GPT-2, T5 v1.0)."""
+    """An MLP without a gate, x [B, T, D] -> down(act(up(x))) [B, T, D] (GPT-2, T5 v1.0).
+
+    The hidden width is config.mlp_dim; the other attributes are described in `GatedMlp`.
+
+    Attributes:
+      activation: name in ACTIVATIONS or LEARNED.
+    """
 
     gated: ClassVar[bool] = False
 
@@ -125,5 +189,39 @@ class Mlp(_Mlp):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         del segments_BT  # every token by itself, padding like any other
-        act = activation(self.activation)
+        act = self._activation()
         return self._down(act(self._inward("up", x_BTD)), x_BTD)
+
+
+@recordable
+def by_kind(
+    *,
+    config: TransformerConfig,
+    kind: LayerKind,
+    name: str | None,
+    others: Callable[..., nn.Module] = GatedMlp,
+    **named: Callable[..., nn.Module],
+) -> nn.Module:
+    """Returns a layer's MLP, in models whose layers have several kinds, such as dense layers before mixtures.
+
+    Args:
+      config: shared sizes.
+      kind: the layer's kind.
+      name: name of the module.
+      others: factory of the MLP of layers whose kind names none.
+      named: factories of the MLPs that kinds name: 'dense' of the kind 'full:dense' in `TransformerConfig.layer_pattern`.
+
+    Raises:
+      ValueError: a kind names an MLP without a factory.
+    """
+    # Without the name, which has had its effect; a block refuses a name that has none.
+    plain = dataclasses.replace(kind, mlp="")
+    if not kind.mlp:
+        return others(config=config, kind=plain, name=name)
+    if kind.mlp not in named:
+        known = ", ".join(map(repr, sorted(named))) or "none"
+        raise ValueError(
+            f"layer_pattern names the MLP {kind.mlp!r}, which mlp.by_kind does not have: it has {known}. "
+            f"Bind mlp.by_kind.{kind.mlp}."
+        )
+    return named[kind.mlp](config=config, kind=plain, name=name)

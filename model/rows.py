@@ -47,11 +47,13 @@ class RowKind:
         """Whether an encoder reads a part of the row."""
         return "inputs" in self.features
 
-    def prompts(self, tokens_BT: jax.Array, lengths_B: jax.Array, *, start: int) -> Prompts:
+    def prompts(
+        self, tokens_BT: jax.Array, lengths_B: jax.Array, *, start: int | jax.Array
+    ) -> Prompts:
         """Returns prompts, padded on the right, where the model reads them.
 
         Args:
-          start: the token that the targets of an encoder-decoder follow.
+          start: the token that the targets of an encoder-decoder follow, or those of all rows, [B, 1].
         """
         if not self.encodes:
             return Prompts({}, tokens_BT, lengths_B)
@@ -62,6 +64,12 @@ class RowKind:
         }
         first_B1 = jnp.full_like(tokens_BT[:, :1], start)
         return Prompts(columns, first_B1, jnp.ones_like(lengths_B))
+
+    def begun(self, tokens_BT: jax.Array, lengths_B: jax.Array) -> Prompts:
+        """Returns `prompts` of rows whose first token is the start token, before a decoder's text or an encoder-decoder's targets."""
+        if not self.encodes:
+            return Prompts({}, tokens_BT, lengths_B)
+        return self.prompts(tokens_BT[:, 1:], lengths_B - 1, start=tokens_BT[:, :1])
 
     def placed(self, before: Sequence[int], prompt: Sequence[int]) -> dict[str, Sequence[int]]:
         """Returns the tokens that precede a text's targets, as 'context' of the decoder and 'encoder_inputs'.

@@ -29,7 +29,7 @@ from espalier.model.norm import RMSNorm
 from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
 from espalier.model.rows import TOKENS, RowKind
 
-Layout = Literal["sequential", "parallel"]
+Layout = Literal["sequential", "parallel", "parallel_norms"]
 LAYOUTS = get_args(Layout)
 
 
@@ -60,15 +60,16 @@ class LayerCache:
 
 @recordable
 class Block(Counted):
-    """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: both read n1(x).
+    """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: x + attn(n1(x)) + mlp(n1(x)).
 
     Layers of a decoder that reads an encoder's output, `encoded`, are sequential and have x + cross(n3(x)) in between.
 
     Attributes:
-      layout: 'sequential' (GPT, Llama) or 'parallel' (GPT-J, Cohere; one norm per block).
+      layout: 'sequential' (GPT, Llama); 'parallel' (GPT-J, Cohere), with one norm per block, or 'parallel_norms'
+        (GPT-NeoX), where the MLP reads n2(x).
       attention: factory, called with (config=, kind=, name=).
       mlp: factory, called with (config=, kind=, name=), of a module called with (x_BTD, segments_BT=).
-      norm: factory, called with (name=).
+      norm: factory of the norms before sublayers, called with (name=); None for none (OLMo 2, with `post_norm`).
       cross_attention: factory of attention over an encoder's output, called with (config=, kind=, name=).
       dropout: share of the output of every sublayer that training drops.
       post_norm: factory of norms on the outputs of attention and MLP (Gemma 2), called with (name=), or None.
@@ -79,7 +80,7 @@ class Block(Counted):
     layout: Layout = "sequential"
     attention: Callable[..., nn.Module] = Attention
     mlp: Callable[..., nn.Module] = GatedMlp
-    norm: Callable[..., nn.Module] = RMSNorm
+    norm: Callable[..., nn.Module] | None = RMSNorm
     post_norm: Callable[..., nn.Module] | None = None
     cross_attention: Callable[..., nn.Module] = CrossAttention
     dropout: Decay = 0.0
@@ -98,10 +99,14 @@ class Block(Counted):
     ) -> tuple[jax.Array, Any]:
         if self.layout not in LAYOUTS:
             raise ValueError(f"Block.layout = {self.layout!r}: choose from {LAYOUTS}.")
+        if self.norm is None and self.layout == "parallel_norms":
+            raise ValueError(
+                "Block.layout = 'parallel_norms' has no effect with norm = None: use 'parallel'."
+            )
         if isinstance(cache, LayerCache):
             cache, encoded = cache.attention, cache.encoded
         attention, mlp = self._attention(), self._mlp()
-        normed_BTD = self.norm(name="norm")(x_BTD)
+        normed_BTD = self._read("norm", x_BTD)
         attended_BTD, cache = attention(
             normed_BTD,
             positions_BT=positions_BT,
@@ -111,22 +116,24 @@ class Block(Counted):
             **({} if bias is None else {"bias": bias}),
         )
         attended_BTD = self._normed("attention_post_norm", attended_BTD)
-        if self.layout == "parallel":
+        if self.layout != "sequential":
             if encoded is not None:
                 raise ValueError(
-                    "Block.layout = 'parallel' has no cross-attention: use 'sequential'."
+                    f"Block.layout = {self.layout!r} has no cross-attention: use 'sequential'."
                 )
+            if self.layout == "parallel_norms":
+                normed_BTD = self._read("mlp_norm", x_BTD)
             out_BTD = mlp(normed_BTD, segments_BT=segments_BT)
             y_BTD = x_BTD + attended_BTD + self._normed("mlp_post_norm", out_BTD)
         else:
             x_BTD = x_BTD + attended_BTD
             if encoded is not None:
                 cross_BTD, encoded = self._cross_attention()(
-                    self.norm(name="cross_norm")(x_BTD), encoded=encoded, segments_BT=segments_BT
+                    self._read("cross_norm", x_BTD), encoded=encoded, segments_BT=segments_BT
                 )
                 x_BTD = x_BTD + self._normed("cross_post_norm", cross_BTD)
                 cache = None if cache is None else LayerCache(cache, encoded)
-            out_BTD = mlp(self.norm(name="mlp_norm")(x_BTD), segments_BT=segments_BT)
+            out_BTD = mlp(self._read("mlp_norm", x_BTD), segments_BT=segments_BT)
             y_BTD = x_BTD + self._normed("mlp_post_norm", out_BTD)
         return axes.constrain(y_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED), cache
 
@@ -155,11 +162,21 @@ class Block(Counted):
 
     @nn.nowrap
     def _mlp(self) -> Any:
-        return self.mlp(config=self.config, kind=self.kind, name="mlp")
+        mlp: Any = self.mlp(config=self.config, kind=self.kind, name="mlp")
+        if self.kind.mlp and getattr(mlp, "kind", LayerKind()).mlp:
+            raise ValueError(
+                f"layer_pattern names the MLP {self.kind.mlp!r}, but all layers have a {type(mlp).__name__}: make the blocks' MLPs "
+                "with mlp.by_kind."
+            )
+        return mlp
 
     @nn.nowrap
     def _cross_attention(self) -> Any:
         return self.cross_attention(config=self.config, kind=self.kind, name="cross_attention")
+
+    def _read(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """Returns what a sublayer reads: x after the norm of this name, if there are norms before sublayers."""
+        return x_BTD if self.norm is None else self.norm(name=name)(x_BTD)
 
     def _normed(self, name: str, out_BTD: jax.Array) -> jax.Array:
         """Returns a sublayer's output after its norm and dropout."""

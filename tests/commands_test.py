@@ -26,7 +26,7 @@ def commands():
     found = [
         ROOT / "README.md",
         ROOT / "PAPERS.md",
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("launch/papers/*/README.md"),
         *ROOT.glob("launch/*.py"),
     ]
@@ -88,7 +88,7 @@ def settings_of(words):
 
 def test_sweeps_that_are_shown_on_a_cluster_have_one_process_a_run():
     shown = 0
-    for page in ROOT.glob("docs/*.md"):
+    for page in ROOT.glob("docs/**/*.md"):
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for match in re.finditer(r"espalier sweep .*--cluster.*", text):
             words = shlex.split(match[0])
@@ -103,13 +103,20 @@ def test_sweeps_that_are_shown_on_a_cluster_have_one_process_a_run():
     assert shown == 2
 
 
+INFLUENCE_PAGES = (
+    "docs/use/influence.md",
+    "docs/use/influence_settings.md",
+    "docs/start/trace_an_answer.md",
+    "docs/start/released_mixture.md",
+)
 PARTS = [f"launch/influence/{part}.py" for part in ("fit", "score", "report")]
 
 
 def influence_commands():
     """(where, part, flags) of each `launch.influence` command shown."""
-    for path in ("launch/influence/__main__.py", "docs/influence.md", *PARTS):
-        text = (ROOT / path).read_text(encoding="utf-8")
+    for path in ("launch/influence/__main__.py", *INFLUENCE_PAGES, *PARTS):
+        text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
+        text = text.replace("\\\n", " ")  # a command on several lines
         shown = re.finditer(r"espalier influence (fit|score|report) (--.*)", text)
         for number, match in enumerate(shown):
             words = shlex.split(match[2].rstrip("`"))

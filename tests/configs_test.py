@@ -40,7 +40,7 @@ CHATS = {"aya23", "chat", "instructions_decoder"}  # which runs/finetune.gin lea
 PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
 # Methods of runs/online.gin and of runs/preference.gin, which is DPO without any.
-ONLINE = {"online_dpo", "rloo", "grpo", "ppo"}
+ONLINE = {"online_dpo", "rloo", "grpo", "gspo", "cispo", "ppo"}
 PREFERENCE = {
     "dpo_nll",
     "ipo",
@@ -76,9 +76,10 @@ T5_SIZES = {
 }
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
-# BAM's seed and BTX over it, SmolLM2, Aya 23, Mistral, Mixtral, Qwen, Gemma 2).
+# BAM's seed and BTX over it, SmolLM2 and 3, Aya 23, Mistral, Mixtral, Qwen, Gemma, OLMo, Pythia, Apertus).
 COUNTS = {
     "tiny": 384 * 64 + 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 192 + 64) + 64,
+    "cohere2_tiny": 512 * 64 + 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 192 + 64) + 64,
     "quickstart": 4096 * 128 + 3 * (4 * 128**2 + 3 * 128 * 512 + 128) + 128,
     "bench_llama": 8192 * 256 + 6 * (4 * 256**2 + 3 * 256 * 704 + 512) + 256,
     "bench_blocks": 512 * 1024 + 2 * (4 * 1024**2 + 3 * 1024 * 4096 + 2048) + 1024,
@@ -110,6 +111,26 @@ COUNTS = {
     "qwen3_0p6b": 596_049_920,
     "gemma2_2b": 2_614_341_888,
     "gpt2": 124_439_808,
+    "olmo2_7b": 7_298_617_344,
+    "olmo3_7b": 7_298_617_344,
+    "smollm3_3b": 3_075_098_624,
+    "pythia_160m": 162_322_944,
+    "pythia_410m": 405_334_016,
+    "pythia_1p4b": 1_414_647_808,
+    "pythia_6p9b": 6_857_302_016,
+    # Two of xIELU's four numbers of a layer are data.
+    "apertus_8b": 8_053_338_176 + 2 * 32,
+    "gemma3_1b": 999_885_952,
+    "qwen3_30b_a3b": 30_532_122_624,
+    # One dense layer and 48 of experts; 32 layers of experts, with the width of four more for every token.
+    "north_mini_30b_a3b": 262_144 * 2048
+    + 49 * (2 * 2048 * (4096 + 512) + 2048)
+    + 3 * 2048 * 3072
+    + 48 * (128 * 3 * 2048 * 768 + 2048 * 128)
+    + 2048,
+    "command_a_plus_218b": 262_144 * 4096
+    + 32 * (2 * 4096 * (16_384 + 1024) + (128 + 4) * 3 * 4096**2 + 4096 * 128 + 4096)
+    + 4096,
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
     "smollm_135m": 134_515_008,
@@ -170,7 +191,7 @@ def check_decay(boxed):
     """The rule over logical axes gives the masks and stacks of a rule over names."""
     param_axes = ParamAxes.of(boxed)
     decayed = {path: param_axes.decayed(path) for path in param_axes.names}
-    by_name = {path: not re.fullmatch(r"(.*/)?(scale|bias)", path) for path in decayed}
+    by_name = {path: not re.fullmatch(r"(.*/)?(scale|bias|alpha_.)", path) for path in decayed}
     data = {path for path, names in param_axes.names.items() if axes.CONSTANT in names}
     assert {path for path in decayed if decayed[path] != by_name[path]} <= data
     # One layer's parameter has two dimensions, or one; adafactor maps over the others.

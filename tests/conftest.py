@@ -50,8 +50,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Files that take longest, which begin first: no worker is left with one at the end while others have nothing to do.
 LONGEST = (
     "methods_test.py",
+    "launch/papers/code_mix/recipes_test.py",
     "trainers/influence/fit_test.py",
     "launch/influence/influence_test.py",
+    "launch/released_mixture_test.py",
     "launch/stores_test.py",
     "trainers/checkpoints/stores_test.py",
     "launch/resume_test.py",

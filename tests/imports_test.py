@@ -20,24 +20,25 @@ PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # How large the house may be. A number that falls is lowered here; one that has to rise needs a reason in its commit.
 # Files and lines of the project that an import of the module reads, itself included.
 CLOSURES = {
-    "trainers.step": (7, 712),
-    "trainers.recipe": (33, 4_567),
-    "model.transformer": (23, 3_524),
-    "launch.train": (84, 16_067),
+    "trainers.step": (7, 769),
+    "trainers.recipe": (34, 4_990),
+    "model.transformer": (24, 3_959),
+    "launch.train": (85, 16_703),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
     "espalier": (14, 1_960),
-    "model": (80, 14_332),
-    "trainers": (111, 18_266),
-    "data": (130, 25_539),
-    "launch": (273, 59_484),
+    "model": (97, 16_603),
+    "trainers": (112, 18_974),
+    "data": (132, 25_806),
+    "launch": (303, 65_379),
 }
 # Files of a folder, without __init__.py: of any, and of these.
 FOLDER = 15
 FOLDERS = {
     "trainers": 17,
     "trainers/influence": 16,
+    "launch/merge": 16,
 }
 # Folders that import those of papers (SLUGS) outside of launch/papers, and which: every entry is to go.
 INTO_SLUGS: dict[str, set[str]] = {
@@ -179,7 +180,7 @@ def test_what_is_allowed_passes(tmp_path):
 LEVELS = {
     "espalier": (("common",),),
     "model": (
-        ("axes", "kernels", "like"),
+        ("axes", "kernels", "layer_groups", "like"),
         ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope", "rows"),
         ("attention", "layers", "mlp", "transformer"),
         ("heads", "low_rank", "moe", "t5", "transforms", "vision"),
@@ -252,12 +253,12 @@ SLUGS = tuple(
             for path in (ROOT / folder).iterdir()
             if path.is_dir()
         }
-        - {"__pycache__", "adapters", "averaging", "shared"}
+        - {"__pycache__", "adapters", "averaging", "moe", "shared"}
     )
 )
 MOST_FROM_OUTSIDE = 9  # imports of modules in these folders by others, those of papers excepted
 # `reproduce` and `report` serve any paper by what the papers share.
-SHARED = ("claim", "page", "scorecard", "sweeps")
+SHARED = ("claim", "criteria", "page", "results", "scorecard", "sweeps")
 CORE_MAY_IMPORT = {f"launch.papers.shared.{name}" for name in SHARED}
 # Files of the core that still name a paper, to be mended: what they import or name.
 NAMES_A_PAPER = {

@@ -1,6 +1,6 @@
 """Every two files of t5x_configs/methods/ work together, in both orders, or are refused with a reason.
 
-`python -m tests.methods_test` writes the table of those that are refused, docs/methods_together.md.
+`python -m tests.methods_test` writes the table of those that are refused, docs/reference/methods_together.md.
 """
 
 import atexit
@@ -32,7 +32,7 @@ from espalier.trainers.optim import schedules
 from espalier.trainers.recipe import Recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
-TABLE = ROOT / "docs" / "methods_together.md"
+TABLE = ROOT / "docs" / "reference" / "methods_together.md"
 FOLDER = ROOT / "t5x_configs" / "methods"
 
 TEXT = ("pretrain", "preference", "online")
@@ -56,6 +56,10 @@ METHODS = {
     "low_rank/low_rank": ("low rank", TEXT),
     "low_rank/low_rank_conv": ("low rank", ("classify",)),
     "low_rank/spectrum": ("hook", ("pretrain", "classify", "preference", "online")),
+    "moe/balance_bias": ("routing", TEXT),
+    "moe/fine_grained": ("routing", TEXT),
+    "moe/shared_average": ("routing", TEXT),
+    "moe/sigmoid": ("routing", TEXT),
     "mov/molora": ("adapter", TEXT),
     "mov/mov": ("adapter", TEXT),
     "nexus/nexus": ("architecture", TEXT),
@@ -63,9 +67,11 @@ METHODS = {
     "nexus/nexus_linear": ("architecture", TEXT),
     "nexus/nexus_mlp": ("architecture", TEXT),
     "nexus/nexus_mlp_bam": ("architecture", TEXT),
+    "preference/cispo": ("online", ("online",)),
     "preference/cpo": ("losses", ("preference",)),
     "preference/dpo_nll": ("losses", ("preference",)),
     "preference/grpo": ("online", ("online",)),
+    "preference/gspo": ("online", ("online",)),
     "preference/indicators": ("hook", ("preference", "online")),
     "preference/ipo": ("losses", ("preference",)),
     "preference/kto": ("losses", ("preference",)),
@@ -83,6 +89,10 @@ METHODS = {
     "preference/slic": ("losses", ("preference",)),
     "preference/tr_dpo": ("reference", ("preference",)),
     "preference/wpo": ("losses", ("preference",)),
+    "averaging/merge": (
+        "transform",
+        TEXT,
+    ),  # the last: a pair of kinds is tried with the first of each
 }
 FILES = {
     "pretrain": ("models/tiny", "data/bytes", "runs/pretrain"),
@@ -97,6 +107,7 @@ BINDINGS = {
     "preference": (*_TUNED, "PAIRS='x.jsonl'"),
     "online": (*_TUNED, "PROMPT_FILES='x.jsonl'", "BATCH_SIZE=32"),
 }
+MERGE = {"merge_method": "karcher", "models": [{"model": "/x"}, {"model": "/y"}]}
 # What is given before a pair that lacks it: factors to read or to make, and how an online run trains.
 FACTORS = {"classify": "low_rank/low_rank_conv"}
 HAVE_EXPERTS = {name for name, (kind, _) in METHODS.items() if kind == "architecture"}
@@ -109,7 +120,8 @@ def needed(run: str, methods: Sequence[str]) -> list[str]:
     kinds = {METHODS[name][0] for name in methods}
     if {"low_rank/decompose", "low_rank/spectrum"} & {*methods} and "low rank" not in kinds:
         more.append(FACTORS.get(run, "low_rank/low_rank"))
-    if {*methods} & {"bam/attention_experts"} and not {*methods} & HAVE_EXPERTS:
+    of_experts = {"bam/attention_experts"} & {*methods} or "routing" in kinds
+    if of_experts and not {*methods} & HAVE_EXPERTS:
         more.append("bam/btx")
     if {"adapters/own_base", "adapters/own_base_online"} & {*methods} and "adapter" not in kinds:
         more.append("adapters/lora")  # without which the reference would be the policy
@@ -127,6 +139,8 @@ def arguments(run: str, methods: Sequence[str]) -> tuple[list[str], list[str]]:
     bindings = ["MODEL_DIR='/tmp/x'", *BINDINGS[run]]
     if "preference/reward_checkpoint" in methods:
         bindings.append("REWARD_CHECKPOINT='/y'")
+    if "averaging/merge" in methods:
+        bindings.append(f"MERGE={MERGE!r}")
     if "adapters/prompt" in methods:
         bindings.append("PROMPT_FIRST_ID=300")
     if any(name.startswith("distillation/") for name in methods):
@@ -182,7 +196,8 @@ PARTS = {
     "loss": r"(espalier\.)?trainers\.(distillation|inputs|objectives|online|preference|rewards)\.",
     "optimiser": r"(optax|(espalier\.)?trainers\.optim)\.",
 }
-OF_NO_PART = {"low_rank/spectrum", "preference/reference_run"}  # a hook; whose model a part reads
+# A hook; whose model a part reads; where parameters begin.
+OF_NO_PART = {"low_rank/spectrum", "preference/reference_run", "averaging/merge"}
 
 
 def check(run: str, methods: Sequence[str]) -> gin_reader.Checked:

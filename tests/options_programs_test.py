@@ -69,9 +69,9 @@ def module(target: Any, *arguments: Any, base=(), values=(), passed=(), **keywor
     return Options(fingerprint, dict(base), dict(values), passed)
 
 
-def layer(target: Any, *, values=(), **keywords: Any) -> Options:
+def layer(target: Any, *, base=(), values=(), **keywords: Any) -> Options:
     """A layer of a transformer, whose config and kind every caller passes."""
-    base = {"config": CONFIG}
+    base = {"config": CONFIG, **dict(base)}
     return module(target, X_BTD, base=base, values=values, passed=("config", "kind"), **keywords)
 
 
@@ -165,12 +165,21 @@ def policy_loss(target: Any, **base: Any) -> Options:
     tokens = online_losses.PolicyTokens(**arrays, mask=jnp.ones((2, 5)))
 
     def fingerprint(**arguments: Any) -> str:
-        return str(jax.tree.map(np.asarray, target(tokens, **arguments)))
+        # A ratio of completions takes no reduction but the usual one.
+        of_completions = {
+            k: x for k, x in arguments.items() if k not in ("reduction", "max_length")
+        }
+        of_tokens = {k: x for k, x in arguments.items() if k != "ratio"}
+        sums = [target(tokens, **settings) for settings in (of_completions, of_tokens)]
+        return str(jax.tree.map(np.asarray, sums))
 
-    return Options(fingerprint, base, {"reduction": ["bnpo"]}, ("tokens",))
+    others = {"reduction": ["bnpo"], "ratio": ["completion"]}
+    return Options(fingerprint, base, others, ("tokens",))
 
 
-NO_ROPE = {"rope": [None]}
+# Of a layer with a window, whose rotary embedding is the one of `local_rope`.
+ROPES = {"rope": [None], "local_rope": [rope.Rope(base=100.0)]}
+WINDOW = {"kind": config.LayerKind(window=2), "qk_norm": norm.RMSNorm}
 RELU = {"activation": ["relu"]}
 LOW_RANK = {"factorisation": RANK}
 LOWER = {"factorisation": [OTHER_RANK]}
@@ -187,11 +196,16 @@ BACKBONE = {"backbone": model_with()}
 COSINE = schedules.cosine(1.0, total_steps=20)
 
 PROGRAMS: dict[Any, Options] = {
-    attention.Attention: layer(attention.Attention, values=NO_ROPE, positions_BT=AT_BT),
+    attention.Attention: layer(attention.Attention, base=WINDOW, values=ROPES, positions_BT=AT_BT),
     attention.CrossAttention: layer(
-        attention.CrossAttention, values={"rope": [rope.Rope()]}, encoded=ENCODED
+        attention.CrossAttention,
+        base={"qk_norm": norm.RMSNorm},
+        values={"rope": [rope.Rope()], "local_rope": [rope.Rope()]},
+        encoded=ENCODED,
     ),
-    moa.MixtureOfAttention: layer(moa.MixtureOfAttention, values=NO_ROPE, positions_BT=AT_BT),
+    moa.MixtureOfAttention: layer(
+        moa.MixtureOfAttention, base=WINDOW, values=ROPES, positions_BT=AT_BT
+    ),
     mlp.GatedMlp: layer(mlp.GatedMlp, values=RELU),
     mlp.Mlp: layer(mlp.Mlp, values=RELU),
     moe.MoeMlp: layer(moe.MoeMlp, values=RELU),
@@ -220,8 +234,8 @@ PROGRAMS: dict[Any, Options] = {
     norm.LayerNorm: module(norm.LayerNorm, X_BTD),
     rope.Rope: Options(
         rotated,
-        {"scaling": "linear", "factor": 2.0},
-        {"layout": ["interleaved"], "scaling": ["none"]},
+        {"scaling": "yarn", "factor": 2.0, "truncate": False},
+        {"layout": ["interleaved"], "scaling": ["none"], "fraction": [0.5]},
     ),
     embed.Embed: module(embed.Embed, AT_BT, base=TABLE, passed=OF_TABLE),
     embed.Positions: module(
@@ -305,6 +319,7 @@ PROGRAMS: dict[Any, Options] = {
     **{target: preference(target) for target in PREFERENCE_LOSSES},
     online_losses.rloo: policy_loss(online_losses.rloo),
     online_losses.grpo: policy_loss(online_losses.grpo, reduction="dr_grpo", max_length=8),
+    online_losses.cispo: policy_loss(online_losses.cispo, reduction="dr_grpo", max_length=8),
     online_losses.ppo: policy_loss(online_losses.ppo),
 }
 

@@ -32,7 +32,13 @@ UNREAD = {
     "espalier.trainers.online.policy_gradient.policy_gradient.num_sources": "Recipe passes it to all objectives",
 }
 # Registered for recorded models, without a program of their own.
-WRAPPERS = {"adapter.named", "lowrank.factorised", "moa.experts_of", "moe.experts_of"}
+WRAPPERS = {
+    "adapter.named",
+    "lowrank.factorised",
+    "mlp.by_kind",
+    "moa.experts_of",
+    "moe.experts_of",
+}
 
 
 def test_no_option_is_ignored():

@@ -1,4 +1,4 @@
-"""The notebooks and docs/python.md run as shown.
+"""The notebooks and docs/use/python.md run as shown.
 
 They run in this process, cell after cell: a Jupyter kernel for each would start Python, JAX and TensorFlow anew, and Jupyter is
 not a dependency. The cells are plain Python, without magics.
@@ -17,7 +17,7 @@ from espalier.launch.run.metric_rows import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"
-RUN = "/tmp/espalier_tiny"  # the run in docs/python.md
+RUN = "/tmp/espalier_tiny"  # the run in docs/use/python.md
 
 
 def cells(path):
@@ -75,10 +75,10 @@ def test_the_notebook_that_uses_a_run(trained):
 
 
 def test_the_page(trained, folder):
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "use" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == page.count("```") // 2
-    names = run("docs/python.md", [b.replace(RUN, str(trained["FOLDER"])) for b in blocks])
+    names = run("docs/use/python.md", [b.replace(RUN, str(trained["FOLDER"])) for b in blocks])
     assert len(names["answers"]) == 2 and names["metrics"]["loss"] > 0
     assert (folder / "runs" / "mine" / "checkpoints" / "3").is_dir()
 
@@ -92,5 +92,5 @@ def test_notebooks_are_stored_without_outputs(path):
         assert cell["cell_type"] == "markdown" or (
             cell["outputs"] == [] and cell["execution_count"] is None
         )
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "use" / "python.md").read_text(encoding="utf-8")
     assert f"notebooks/{path.name}" in page

@@ -6,7 +6,7 @@ those of a run; the step, the state's first value and its shardings, and checkpo
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -27,6 +27,7 @@ class Update:
       extras: the objective's extras as they are stored, see objectives/base.py.
       loss: the batch's mean loss.
       grad_norm: norm of its gradient, before clipping.
+      counts: what layers counted over the whole batch, by path as parameters are; None if they count nothing.
     """
 
     step: jax.Array
@@ -36,6 +37,7 @@ class Update:
     extras: Any
     loss: jax.Array
     grad_norm: jax.Array
+    counts: Any = None
 
     @property
     def params(self) -> Any:
@@ -50,20 +52,32 @@ class StepExtension:
       name: of the part, see `TrainState.part`.
       like_params: whether the part has an array for each parameter, which is split over devices as the parameter is.
       of_data: whether the part describes the data, and is set to zeros where a new phase begins.
+      reads_counts: whether it reads `Update.counts`; layers that count need such an extension.
     """
 
     name: ClassVar[str]
     like_params: ClassVar[bool] = False
     of_data: ClassVar[bool] = False
+    reads_counts: ClassVar[bool] = False
 
     def init(self, params: Any, mask: Any) -> Any:
-        """Returns the part of a new run; `mask` is True where parameters are trained, None for all."""
+        """Returns the part of a new run; `mask` is True where parameters are trained, None for all.
+
+        None stands for an extension without a part, which is not asked for its `update`.
+        """
         raise NotImplementedError
 
     def objective_extras(self, extras: Any, part: Any) -> Any:
-        """Returns the extras that the objective reads in this step, in place of the stored ones; in evaluation too."""
+        """Returns the extras that the objective reads in this step, instead of the stored ones; in evaluation too."""
         del part
         return extras
+
+    def constants(self, update: Update) -> Any:
+        """Returns `update.frozen` with new values of data among the parameters (axes.constant).
+
+        All extensions do this before any part is updated, so that averages see the values.
+        """
+        return update.frozen
 
     def update(self, part: Any, update: Update) -> Any:
         """Returns the part after an update."""
@@ -85,6 +99,31 @@ def named(**slots: StepExtension | None) -> tuple[StepExtension, ...]:
     Each method binds its own slot, so that one run can use several: `extensions.named.mine = @mine.Mine()`.
     """
     return tuple(extension for _, extension in sorted(slots.items()) if extension is not None)
+
+
+def with_constants(extensions: Sequence[StepExtension], update: Update) -> Update:
+    """Returns the update with the values that extensions give to data among the parameters.
+
+    Raises:
+      ValueError: layers count something for the step, and no extension reads it.
+    """
+    if update.counts and not any(each.reads_counts for each in extensions):
+        names = ", ".join(
+            sorted(
+                {
+                    trainable.path_name(path)
+                    for path, _ in jax.tree_util.tree_leaves_with_path(update.counts)
+                }
+            )
+        )
+        raise ValueError(
+            f"Layers count {names} for an extension of the step, and this run has none that reads it, so that what the counts "
+            "should move would stay as it is: add the extension (of choice_bias: methods/moe/balance_bias.gin, where "
+            "BIAS_RATE = 0 keeps the biases), or turn counting off."
+        )
+    for each in extensions:
+        update = dataclasses.replace(update, frozen=each.constants(update))
+    return update
 
 
 def of_model(extensions: Iterable[StepExtension], variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from espalier.trainers.partitioning import mesh_spec, shards_of
 from espalier.trainers.train_state import TrainState
 
 # Collections of a single call: sown values and perturbations. The state stores all other collections.
-TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
+TRANSIENT = ("counts", "intermediates", "losses", "metrics", "perturbations")
 
 _TEXT = PackedTokens(8)
 
@@ -109,6 +109,7 @@ class StateMaker:
         params = collections["params"]
         lasting = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
         parts = {each.name: each.init(params, self.mask) for each in self.extensions}
+        parts = {name: part for name, part in parts.items() if part is not None}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

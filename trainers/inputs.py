@@ -6,7 +6,7 @@ stream (trainers/batches.py) makes arrays of these shapes.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from espalier.common.ranges import Size
 from espalier.model.protocol import Model
+from espalier.model.rows import RowKind
 
 Arrays = dict[str, jax.ShapeDtypeStruct]
 # (prompt including the start token, completion including its end token)
@@ -42,6 +43,9 @@ class Inputs(Protocol):
     def init_arguments(self) -> tuple[jax.Array, ...]:
         """Returns the arguments of the model's `init` after its rng; parameters do not depend on the values."""
 
+    def read_by(self, row: RowKind) -> "Inputs":
+        """Returns these inputs in the kind of row that a model reads; themselves if they have one kind."""
+
 
 class TokenRows:
     """The part of `Inputs` that all rows of tokens share."""
@@ -52,6 +56,11 @@ class TokenRows:
     def init_arguments(self) -> tuple[jax.Array, ...]:
         """See `Inputs`. Parameters do not depend on the length, and few tokens are traced faster."""
         return (jnp.zeros((1, 8), jnp.int32),)
+
+    def read_by(self, row: RowKind) -> Self:
+        """See `Inputs`."""
+        del row
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +106,13 @@ class InputsAndTargets(TokenRows):
         }
 
 
+def packed(feature_lengths: Mapping[str, int]) -> PackedTokens | InputsAndTargets:
+    """Returns rows of packed tokens of these lengths: of a decoder or, with 'inputs', of an encoder-decoder."""
+    if "inputs" in feature_lengths:
+        return InputsAndTargets(feature_lengths["inputs"], feature_lengths["targets"])
+    return PackedTokens(feature_lengths["targets"])
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedPairs(TokenRows):
     """Pairs of completions packed into rows: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
@@ -125,13 +141,9 @@ class PackedPairs(TokenRows):
     def arrays(self, rows: int) -> Arrays:
         per_pair = jax.ShapeDtypeStruct((rows, self.pairs), jnp.float32)
         both = jax.ShapeDtypeStruct((rows, 2 * self.pairs), jnp.float32)
-        targets = self.feature_lengths["targets"]
-        per_token = jax.ShapeDtypeStruct((rows, targets), jnp.float32)
-        packed: Inputs = PackedTokens(targets)
-        if "inputs" in self.feature_lengths:
-            packed = InputsAndTargets(self.feature_lengths["inputs"], targets)
+        per_token = jax.ShapeDtypeStruct((rows, self.feature_lengths["targets"]), jnp.float32)
         return {
-            **packed.arrays(rows),
+            **packed(self.feature_lengths).arrays(rows),
             "pair_weights": per_pair,
             "chosen_tokens_per_pair": jax.ShapeDtypeStruct((rows,), jnp.float32),
             **({"reference_log_probs": both} if self.stored_reference else {}),
@@ -162,6 +174,10 @@ class Images:
     def init_arguments(self) -> tuple[jax.Array, ...]:
         return (jnp.zeros((1, self.size, self.size, self.channels), jnp.float32),)
 
+    def read_by(self, row: RowKind) -> Self:
+        del row
+        return self
+
 
 def rows_of(
     model: Model, inputs: Inputs | None, feature_lengths: Mapping[str, int] | None
@@ -186,6 +202,7 @@ def rows_of(
                 'reads, for example {"inputs": 512, "targets": 114}.'
             )
         return InputsAndTargets(lengths["inputs"], lengths["targets"])
+    inputs = inputs.read_by(model.row)
     has_inputs = "encoder_input_tokens" in inputs.arrays(1)
     if has_inputs and not model.row.encodes:
         raise ValueError(
@@ -193,9 +210,8 @@ def rows_of(
         )
     if not has_inputs and model.row.encodes:
         raise ValueError(
-            f"The model, an {name}, reads inputs, and {type(inputs).__name__} has none. Preferences have them with "
-            "TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 512}; online methods, reward models and distillation train "
-            "decoders alone."
+            f"The model, an {name}, reads inputs, and {type(inputs).__name__} has none: set TASK_FEATURE_LENGTHS = "
+            "{'inputs': 512, 'targets': 512}."
         )
     if model.inputs_prefix:
         raise ValueError(
@@ -232,3 +248,36 @@ def pack(
             columns["decoder_loss_weights"][b, start + len(prompt) - 1 : end] = 1
             start = end
     return {**columns, "source_ids": np.asarray(source_B, np.int32)}
+
+
+def pack_encoded(
+    rows: Sequence[Sequence[Text]], source_B: np.ndarray, *, inputs: int, targets: int
+) -> dict[str, np.ndarray]:
+    """Returns the columns of `InputsAndTargets`: segment k of the inputs is a prompt, and that of the targets its completion.
+
+    The first token of a prompt is the one that the targets follow. The encoder reads the others.
+
+    Args:
+      rows: the texts of each row; see `pack`.
+      inputs, targets: tokens of a row that the encoder and the decoder read.
+
+    Raises:
+      ValueError: a prompt has no token that an encoder could read.
+    """
+    names = ("input_tokens", "segment_ids", "positions")
+    columns = {f"encoder_{name}": np.zeros((len(rows), inputs), np.int32) for name in names}
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, (prompt, _) in enumerate(row, 1):
+            if len(prompt) < 2:
+                raise ValueError(
+                    "A prompt is empty, and an encoder reads at least one token: set PROMPT_EOS = True, so that prompts end "
+                    "with EOS."
+                )
+            end = start + len(prompt) - 1
+            columns["encoder_input_tokens"][b, start:end] = prompt[1:]
+            columns["encoder_segment_ids"][b, start:end] = segment
+            columns["encoder_positions"][b, start:end] = np.arange(len(prompt) - 1)
+            start = end
+    completions = [[(prompt[:1], completion) for prompt, completion in row] for row in rows]
+    return {**columns, **pack(completions, source_B, length=targets)}

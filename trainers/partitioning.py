@@ -217,7 +217,14 @@ def rules_named(name: str) -> Rules:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Enters mesh, rules and target platform, so that models constrain and choose kernels for it."""
+    """Context manager in which models are traced and steps are called for a mesh.
+
+    Inside it `with_sharding_constraint` of models has an effect, and models choose kernels for the mesh's platform.
+
+    Args:
+      mesh: devices with named axes, see `make_mesh`.
+      rules: pairs of a logical axis and the mesh axes that split it, or None, such as the values of `RULE_SETS`.
+    """
     platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules), use_platform(platform):
         yield

@@ -298,7 +298,14 @@ class Program:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def steps(self, num_sources: int) -> Steps:
-        """Returns the jitted functions, which report the loss of `num_sources` data sources separately."""
+        """Returns the jitted step of training and the jitted evaluation of a batch.
+
+        `steps.train(state, batch)` returns the next state and metrics, and uses up the memory of the state that it is given.
+        `steps.evaluate(params, batch)` returns metrics as (sum, weight), which `divide` makes means of.
+
+        Args:
+          num_sources: number of data sources whose losses are reported separately; 0 for none.
+        """
         recipe = self.recipe
         objective = Objective.of(recipe.objective(model=recipe.model, num_sources=num_sources))
         # The steps take the extras as an argument: wherever their files are, the program is the same.

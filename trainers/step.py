@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import optax
 
 from espalier.trainers import trainable
-from espalier.trainers.extensions import StepExtension, Update, gated, of_model, present_extras
+from espalier.trainers.extensions import (
+    StepExtension,
+    Update,
+    gated,
+    of_model,
+    present_extras,
+    with_constants,
+)
 from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from espalier.trainers.objectives.gradients import in_parts, make_gradients
 from espalier.trainers.train_state import TrainState
@@ -73,8 +80,14 @@ def make_train_step(
             extras=extras,
             loss=out.sum / divisor,
             grad_norm=optax.tree.norm(grads),
+            counts=out.counts,
         )
-        parts = {each.name: each.update(state.part(each.name), update) for each in extensions}
+        update = with_constants(extensions, update)
+        parts = {
+            each.name: each.update(part, update)
+            for each in extensions
+            if (part := state.part(each.name)) is not None
+        }
         after = dataclasses.replace(
             state, step=update.step, params=update.params, opt_state=opt_state
         ).with_parts({**collections, **parts})

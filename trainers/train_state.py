@@ -36,8 +36,8 @@ class TrainState:
         return self.params if self.ema_params is None else self.ema_params
 
     def part(self, name: str) -> Any:
-        """Returns a collection of `variables`, or 'ema_params'."""
-        return self.ema_params if name == AVERAGE else self.variables[name]
+        """Returns a collection of `variables`, or 'ema_params'; None if the state holds none of this name."""
+        return self.ema_params if name == AVERAGE else self.variables.get(name)
 
     def with_parts(self, parts: Mapping[str, Any]) -> "TrainState":
         """Returns the state with these parts."""

@@ -79,8 +79,8 @@ def describe(
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns the keys of what has changed since a cache was built.
 
-    Tasks of this project were once read by SeqIO: descriptions of then have SeqIO's preprocessors in place of steps, and the
-    version of TensorFlow in place of the tokeniser's. The probe vouches for the tokeniser.
+    Tasks of this project were once read by SeqIO: descriptions of then have SeqIO's preprocessors instead of steps, and the
+    version of TensorFlow instead of the tokeniser's. The probe vouches for the tokeniser.
     """
     if "steps" in now and "preprocessors" in was:
         names = [each.get("partial", each).get("function") for each in was["preprocessors"]]

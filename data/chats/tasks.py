@@ -24,6 +24,7 @@ from espalier.common.ranges import check_choice
 from espalier.data import tasks
 from espalier.data.data_source import Files, named_sets
 from espalier.data.pieces import Piece
+from espalier.data.rows import sentences
 from espalier.data.rows.files import (
     TOKENS_VERSION,
     ExactSplit,
@@ -39,6 +40,7 @@ from espalier.data.rows.records import (
     template_variables,
     text_of,
 )
+from espalier.data.stream import rows
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
@@ -174,6 +176,7 @@ class _Example(NamedTuple):
     key: str  # examples with equal keys are in one split
     ids: list[int]
     learnt: list[bool]  # whether each id is learnt
+    sentence: Mapping[str, np.ndarray]  # its embedding, if there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,7 @@ class ChatFiles(ExactSplit, PromptedFiles):
     EXAMPLE: ClassVar[str] = EXAMPLE
 
     turns: Turns  # the turns of the assistant that are learnt
+    sentences: bool = False  # whether rows have embeddings, see data/rows/sentences.py
 
     def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
         for example in self._examples(piece, split, self._bad_rows()):
@@ -191,16 +195,19 @@ class ChatFiles(ExactSplit, PromptedFiles):
                 "targets": np.array(example.ids, np.int32),
                 "loss_weights": np.array(example.learnt, np.float32),
                 "document_id": example.record.id,
+                **example.sentence,
             }
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
-        return {"targets": ((None,), "int32"), "loss_weights": ((None,), "float32")}
+        targets = {"targets": ((None,), "int32"), "loss_weights": ((None,), "float32")}
+        return {**targets, **sentences.features(self.sentences)}
 
     def _settings(self) -> dict[str, Any]:
         return {
             **super()._settings(),
             "version": [VERSION, ROWS_VERSION, splits.VERSION, documents.VERSION, TOKENS_VERSION],
             "turns": self.turns,
+            **({"sentences": True} if self.sentences else {}),
             "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
         }
 
@@ -219,13 +226,16 @@ class ChatFiles(ExactSplit, PromptedFiles):
                 kind, record = parse(row.content, row.where, id)
                 key = prompt_key(kind, record)
                 if split is None or self._split_of(key, piece.path) == split:
-                    yield _Example(kind, record, key, *self._tokenised(kind, record))
+                    ids, learnt = self._tokenised(kind, record)
+                    sentence: dict[str, np.ndarray] = {}
+                    if self.sentences:
+                        sentence = {rows.SENTENCE: sentences.of_row(row.content, row.where)}
+                    yield _Example(kind, record, key, ids, learnt, sentence)
             except DegenerateError as error:
                 if dropped is not None:
                     dropped.add(error.reason, id)
 
-        rows = self._rows(piece, bad)
-        return self._usable(piece, rows, use, bad)
+        return self._usable(piece, self._rows(piece, bad), use, bad)
 
     def _tokenised(self, kind: Kind, record: Record) -> tuple[list[int], list[bool]]:
         """Returns the ids of a row, and whether each is learnt; raises DegenerateError if none is."""
@@ -280,6 +290,7 @@ def register_chats(
     validation_files: Files | None = None,
     turns: Turns = "all",
     add_bos: bool | None = None,
+    with_sentences: bool = False,
 ) -> None:
     """Registers a task over files of conversations, prompts with completions, or texts; see the module.
 
@@ -296,6 +307,7 @@ def register_chats(
       turns: the turns of the assistant that are learnt: 'all', or the 'last' one of each conversation.
       add_bos: begin texts, and prompts that are texts, with BOS; None: if the tokenizer does. A chat template writes
         its own.
+      with_sentences: read an embedding of each row for routers, see data/rows/sentences.py.
 
     `data.rows.files.PromptedSettings` describes the other arguments.
 
@@ -309,14 +321,14 @@ def register_chats(
         add_bos = getattr(settings.vocabulary, "adds_bos", False)
     settings = dataclasses.replace(settings, add_bos=add_bos)
     sets = named_sets(name, files, validation_files)
+    embedded = dict.fromkeys(sentences.features(with_sentences))
     for each, (patterns, held_out) in sets.items():
-        source = ChatFiles.open(
-            settings, name=each, files=patterns, validation_files=held_out, turns=turns
-        )
+        paths = {"files": patterns, "validation_files": held_out}
+        source = ChatFiles.open(settings, name=each, turns=turns, sentences=with_sentences, **paths)
         tasks.register_rows(
             source,
             origin="register_chats",
-            features={"targets": settings.vocabulary, "loss_weights": None},
+            features={"targets": settings.vocabulary, "loss_weights": None, **embedded},
             facts={"turns": turns, **source.facts},
         )
     if isinstance(files, Mapping):

@@ -1,6 +1,6 @@
 """Near-duplicates of a corpus that is divided over processes: those that `dedup.near_duplicates` finds in one pass in memory.
 
-Documents are numbered in the order of the corpus. Those whose sketches agree in a band are compared: they have the same key. Each
+Documents are numbered in the order of the corpus. Documents with sketches that agree in a band have the same key and are compared. Each
 pair of similar documents and each copy is then known, which decides document by document what is a duplicate. `Search` does this
 by files, which each step leaves for the next one.
 """

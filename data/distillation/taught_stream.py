@@ -15,12 +15,18 @@ import numpy as np
 from espalier.data.stream.predictions import PredictionStore, StoredStream
 
 FOLDER = "teacher_log_probs"
-READ = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
+_READ = ("input_tokens", "positions", "segment_ids")
+
+
+def read_columns(batch: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns the names of the columns that a teacher reads: of the decoder and, where there is one, of the encoder."""
+    names = [f"{part}_{name}" for part in ("decoder", "encoder") for name in _READ]
+    return [name for name in names if name in batch]
 
 
 def row_digests(batch: Mapping[str, np.ndarray]) -> list[str]:
     """Returns the digest of each row, as hexadecimal text."""
-    columns = [np.ascontiguousarray(batch[name], np.int32) for name in READ]
+    columns = [np.ascontiguousarray(batch[name], np.int32) for name in read_columns(batch)]
     rows = [b"".join(map(np.ndarray.tobytes, row)) for row in zip(*columns, strict=True)]
     return [hashlib.blake2b(row, digest_size=16).hexdigest() for row in rows]
 

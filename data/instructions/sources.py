@@ -73,7 +73,7 @@ class Encoding:
     Attributes:
       template: the prompt template.
       tokeniser: converts texts to ids.
-      ranking: whether each answer choice of a row is an example, in place of its target.
+      ranking: whether each answer choice of a row is an example, instead of its target.
     """
 
     template: Template

@@ -57,7 +57,7 @@ def register_instructions(
 
     The rows of a set, such as `super_glue/rte`, are the files `train*` and `validation*` (JSON lines, also .gz and
     .zst, or Parquet) in the folder `data_dir/super_glue/rte`. Its templates are in
-    `templates_dir/super_glue/rte/templates.yaml`, or in the folder above, as those of `anli` for `anli/r1`;
+    `templates_dir/super_glue/rte/templates.yaml`, or in the folder above, such as `anli` for `anli/r1`;
     `data.instructions.templates` describes them. Tasks are called after set and template:
     `super_glue_rte_does_this_imply`. A set for evaluation is never trained: its tasks end with `_score_eval`, and have
     an example for each answer choice of a row.
@@ -76,8 +76,8 @@ def register_instructions(
       held_out: evaluated task -> its sets, whose results are averaged; only templates with answer choices and
         metadata `original_task: true` are evaluated.
       templates_dir: directory of templates; None for `data_dir`.
-      tfds_sets: set -> name, config and version of a prepared TFDS set, in place of files; `data_dir` has it.
-      hf_sets: set -> a data set of Hugging Face, in place of files: a folder of `save_to_disk`, or an address of the hub; see
+      tfds_sets: set -> name, config and version of a prepared TFDS set, instead of files; `data_dir` has it.
+      hf_sets: set -> a data set of Hugging Face, instead of files: a folder of `save_to_disk`, or an address of the hub; see
         `data.text.hf_datasets`.
       columns: set -> {key that its templates read: column of its files}; see `data.rows.columns`.
       cap: greatest number of rows of a set that counts fully; None for no limit.

@@ -53,9 +53,9 @@ class PairPlan(Plan):
 
     def positions(self) -> int:
         """Returns the number of filled positions of all rows, of targets."""
-        if self.encodes:
-            return self.tokens()
         pairs = len(self.records)
+        if self.encodes:
+            return self.tokens() + 2 * self.read_last * pairs
         return 2 * (self.tokens("prompt") + self._more * pairs) + self.tokens()
 
     @property
@@ -142,12 +142,12 @@ def plan_pairs(
     lengths = {"prompt": full["prompt"], **truncated}
     lengths = {feature: size_N[records] for feature, size_N in lengths.items()}
     prompts = 2 * lengths["prompt"]
-    completions = lengths["chosen"] + lengths["rejected"]
+    completions = lengths["chosen"] + lengths["rejected"] + 2 * read_last
     row_lengths = {"targets": row_length}
     if packing == "examples":
         rows = np.arange(len(records))
     elif inputs_length is None:
-        rows = best_fit(prompts + 2 * (read_last - read_only) + completions, row_length)
+        rows = best_fit(prompts - 2 * read_only + completions, row_length)
     else:
         rows = first_fit(np.stack([prompts, completions]), [inputs_length, row_length])
     if inputs_length is not None:

@@ -233,11 +233,10 @@ def _planner(
             f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the positions of a row, or for an "
             "encoder-decoder 'inputs' as well."
         )
-    if "inputs" in feature_lengths and (read_last or start_token is None):
-        setting = "read_last = True, as rewards need it," if read_last else "start_token = None"
+    if "inputs" in feature_lengths and start_token is None:
         raise ValueError(
-            f"{setting} is for decoders, and task_feature_lengths has 'inputs': an encoder-decoder learns preferences by "
-            "log-probabilities, and its targets follow a start token."
+            "start_token = None is for decoders, and task_feature_lengths has 'inputs': the targets of an encoder-decoder "
+            "follow a start token."
         )
     return functools.partial(
         pair_rows.plan_source,

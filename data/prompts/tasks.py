@@ -15,7 +15,7 @@ import numpy as np
 from espalier.data import tasks
 from espalier.data.pieces import Piece
 from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles, PromptedSettings
-from espalier.data.rows.records import Record, text_of
+from espalier.data.rows.records import Record, check_unicode, text_of
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
@@ -75,6 +75,7 @@ class PromptFiles(PromptedFiles):
             **super()._settings(),
             "version": [VERSION, documents.VERSION, splits.VERSION, TOKENS_VERSION],
             "add_bos": self.tokeniser.add_bos,
+            **({"prompt_eos": True} if self.tokeniser.prompt_eos else {}),
         }
 
     def _count_piece(self, piece: Piece, bad: BadRows) -> dict[str, int]:
@@ -98,6 +99,7 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
         raise DataError(
             f"{where}: no key 'prompt'; present are {', '.join(map(repr, row)) or 'none'}. A row is {EXAMPLE}"
         )
+    check_unicode(row["prompt"], "prompt", where)
     prompt = text_of(row["prompt"], "prompt", where)
     if not prompt:
         raise DataError(f"{where}: 'prompt' is empty; delete the line")
@@ -107,7 +109,7 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
 @with_settings(
     PromptedSettings,
     *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_bos"),
-    *("columns", "on_bad_row", "data_root", "cache_dir"),
+    *("prompt_eos", "columns", "on_bad_row", "data_root", "cache_dir"),
     validation_fraction=0.0,
     add_eos=False,
 )

@@ -5,7 +5,7 @@ empty environment and with limits on its resources. On Linux it has no network, 
 and an empty work folder of its own, and cannot start, signal or see other processes. The protections are
 namespaces and seccomp, or Landlock and seccomp where namespaces are forbidden; a kernel may offer only some of
 them. Programs of root run as another user. macOS has the limits only. `Protections` lists the active protections,
-and a warning is printed once if the network or files are reachable, or if programs run as root. docs/evaluation.md
+and a warning is printed once if the network or files are reachable, or if programs run as root. docs/reference/code_sandbox.md
 lists what is not protected.
 
 Output, exit status and exit handlers of a program do not make it pass; only running to its end does, which it

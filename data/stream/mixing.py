@@ -30,7 +30,13 @@ def tempered(
 ) -> dict[str, float]:
     """Returns min(weight, cap)^(1 / temperature) of every weight.
 
-    Temperature 1 preserves the proportions; larger temperatures make the weights more equal.
+    Args:
+      weights: weight of each source, such as its number of documents.
+      temperature: 1 preserves the proportions; larger temperatures make the weights more equal.
+      cap: larger weights count as this one; None for no cap.
+
+    Raises:
+      ValueError: the temperature is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0.")

@@ -92,6 +92,14 @@ class RowStream(Iterable, abc.ABC):
             )
         self.batch_size = batch_size
         self._sources = tuple(sources)
+        self._sentences = (0, 0)
+        if width := rows.sentence_width(sources):
+            self._sentences = max(int(np.diff(s.plan.row_starts).max()) for s in sources), width
+            if cross_document_attention:
+                raise ValueError(
+                    f"cross_document_attention joins the examples of a row, each of which has its own {rows.SENTENCE!r}: turn it off, "
+                    "or leave the embeddings out."
+                )
         self._cross_document_attention = cross_document_attention
         self._start_token = start_token
         self._vocabulary = rows.shared_vocabulary(self._sources)
@@ -102,6 +110,11 @@ class RowStream(Iterable, abc.ABC):
     def length(self) -> int:
         """Tokens per row, of all features."""
         return sum(self._sources[0].plan.row_lengths.values())
+
+    @property
+    def targets_length(self) -> int:
+        """Tokens per row of the feature 'targets'."""
+        return self._sources[0].plan.row_lengths["targets"]
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -122,6 +135,7 @@ class RowStream(Iterable, abc.ABC):
             row_B,
             cross_document_attention=self._cross_document_attention,
             start_token=self._start_token,
+            sentences=self._sentences,
         )
 
     def places(self, step: int, lo: int, hi: int) -> list[dict]:

@@ -1,6 +1,6 @@
 """Reads plan rows into the arrays of a batch: tokens, shifted inputs, segment ids and positions.
 
-Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segments.
+Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segments; of sentences K examples, S their width.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from espalier.data.stream.plan import LOSS_WEIGHTS, Plan, check_loss_weights, ma
 
 Notice = tuple[str, str]  # name and text
 MANY = 0.05  # the share of dropped records above which a notice is a warning
+# The feature with an embedding of each example, float32 of one width, and the column of a batch that it becomes.
+SENTENCE, SENTENCES = "sentence_embedding", "sentence_embeddings"
 NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
 
@@ -223,6 +225,7 @@ def read_rows(
     *,
     cross_document_attention: bool = False,
     start_token: int | None = 0,
+    sentences: tuple[int, int] = (0, 0),
 ) -> dict[str, np.ndarray]:
     """Returns a batch of rows, with the column names that models expect.
 
@@ -239,9 +242,11 @@ def read_rows(
     Args:
         source_B: index of each row's source.
         row_B: plan row in that source, or `NO_ROW` for a row of padding.
+        sentences: (K, width) of the feature SENTENCE: the most examples of a row, and `sentence_width`.
 
     Returns:
-        column -> int32 [B, L]; loss weights are float32 [B, L], and `source_ids` are int32 [B].
+        column -> int32 [B, L]; loss weights are float32 [B, L], `source_ids` are int32 [B], and SENTENCES, of the examples in
+        segments 1, 2, ..., are float32 [B, K, width].
     """
     lengths = sources[0].plan.row_lengths
     tokens, segment_ids, positions = (
@@ -249,6 +254,8 @@ def read_rows(
         for _ in range(3)
     )
     weights = np.zeros(tokens["targets"].shape, np.float32)
+    examples, width = sentences
+    sentences_BKS = np.zeros((len(row_B), examples, width), np.float32)
     continued = []
     for index in np.unique(source_B[row_B != NO_ROW]):
         source, plan = sources[index], sources[index].plan
@@ -257,6 +264,11 @@ def read_rows(
         row_S, ordinal_S, segment_S = segments(plan, row_B[here_B])
         offset_S = plan.offsets[segment_S]
         first_S = np.arange(len(row_S)) - ordinal_S  # the first segment of the same row
+        if examples:
+            begin_S = plan.records[segment_S].astype(np.int64) * width
+            to_S = (here_B[row_S] * examples + ordinal_S) * width
+            size_S = np.full_like(begin_S, width)
+            columns[SENTENCE].gather(begin_S, size_S, sentences_BKS.reshape(-1), to_S)
         for feature, length in lengths.items():
             size_S = plan.lengths[feature][segment_S].astype(np.int64)
             begin_S = source.begins(feature, segment_S)
@@ -296,11 +308,37 @@ def read_rows(
         "decoder_positions": positions["targets"],
         "source_ids": source_B.astype(np.int32),
     }
+    if examples:
+        batch[SENTENCES] = sentences_BKS
     if "inputs" in lengths:
         batch["encoder_input_tokens"] = tokens["inputs"]
         batch["encoder_segment_ids"] = segment_ids["inputs"]
         batch["encoder_positions"] = positions["inputs"]
     return batch
+
+
+def sentence_width(sources: Sequence[Source]) -> int:
+    """Returns the width of the feature SENTENCE; 0 without it.
+
+    Raises:
+        ValueError: some sources have none, or the widths differ.
+    """
+    if not any(SENTENCE in source.cache.columns for source in sources):
+        return 0
+    widths: dict[int, str] = {}
+    for source in sources:
+        if SENTENCE not in source.cache.columns:
+            raise ValueError(
+                f"Source {source.name!r} has no feature {SENTENCE!r}, and other sources of the mixture have: give all their examples "
+                "one, or none."
+            )
+        for width in np.unique(np.asarray(source.cache.columns[SENTENCE].lengths)).tolist():
+            widths.setdefault(width, source.name)
+    if len(widths) > 1 or 0 in widths:
+        raise ValueError(
+            f"The embeddings {SENTENCE!r} have different widths: {widths}. One model makes embeddings of one width: make them again."
+        )
+    return next(iter(widths))
 
 
 def segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

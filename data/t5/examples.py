@@ -18,8 +18,10 @@ from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.pieces import Piece
+from espalier.data.rows import sentences
 from espalier.data.rows.files import ExactSplit
 from espalier.data.rows.records import DegenerateError
+from espalier.data.stream import rows
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 from espalier.data.text.row_files import BadRows, OnBadRow, Row
@@ -36,6 +38,7 @@ class _Example(NamedTuple):
     inputs: list[int]
     targets: list[int]
     weights: list[float]  # of the targets
+    sentence: Mapping[str, np.ndarray]  # its embedding, if there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class ExampleFiles(ExactSplit):
       vocabulary: a SeqIO vocabulary.
       keys: the keys of inputs and targets in a row.
       inputs_eos: whether inputs that are texts end with EOS. Targets always do.
+      sentences: whether rows have embeddings, see data/rows/sentences.py.
     """
 
     MACRO: ClassVar[str] = "EXAMPLES"
@@ -53,6 +57,7 @@ class ExampleFiles(ExactSplit):
     vocabulary: Any
     keys: tuple[str, str]
     inputs_eos: bool
+    sentences: bool = False
 
     def read_examples(self, piece: Piece, split: str) -> Iterator[dict[str, Any]]:
         for example in self._examples(piece, split, self._bad_rows()):
@@ -61,11 +66,13 @@ class ExampleFiles(ExactSplit):
                 "targets": np.array(example.targets, np.int32),
                 _WEIGHTS: np.array(example.weights, np.float32),
                 "document_id": example.id,
+                **example.sentence,
             }
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         ids = ((None,), "int32")
-        return {"inputs": ids, "targets": ids, _WEIGHTS: ((None,), "float32")}
+        weights = {_WEIGHTS: ((None,), "float32")}
+        return {"inputs": ids, "targets": ids, **weights, **sentences.features(self.sentences)}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -73,6 +80,7 @@ class ExampleFiles(ExactSplit):
             "vocabulary": fingerprint.vocabulary(self.vocabulary),
             "keys": self.keys,
             "inputs_eos": self.inputs_eos,
+            **({"sentences": True} if self.sentences else {}),
         }
 
     def _examples(
@@ -93,8 +101,8 @@ class ExampleFiles(ExactSplit):
             if split is None or self._split_of(example.key, piece.path) == split:
                 yield example
 
-        rows = documents.read_rows(piece, example=EXAMPLE, bad=bad)
-        return self._usable(piece, rows, use, bad)
+        read = documents.read_rows(piece, example=EXAMPLE, bad=bad)
+        return self._usable(piece, read, use, bad)
 
     def _example(self, row: Mapping[str, Any], where: str, id: str) -> _Example:
         """Returns the tokens of a row; raises DataError if it is malformed, DegenerateError if nothing can be learnt."""
@@ -104,7 +112,8 @@ class ExampleFiles(ExactSplit):
         weights = self._weights(row, targets, where)
         if not any(weights):
             raise DegenerateError("no_weight", f"no id of {learnt!r} has a weight above 0")
-        return _Example(f"{row[read]!r}", id, inputs, targets, weights)
+        sentence = {rows.SENTENCE: sentences.of_row(row, where)} if self.sentences else {}
+        return _Example(f"{row[read]!r}", id, inputs, targets, weights, sentence)
 
     def _ids(self, row: Mapping[str, Any], key: str, where: str, *, eos: bool) -> list[int]:
         value = row.get(key)
@@ -159,6 +168,7 @@ def register_examples(
     inputs_key: str = "inputs",
     targets_key: str = "targets",
     inputs_eos: bool = True,
+    with_sentences: bool = False,
     on_bad_row: OnBadRow = "error",
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -177,6 +187,7 @@ def register_examples(
         in one split. 0 makes no validation split.
       inputs_key, targets_key: keys of a row.
       inputs_eos: end inputs that are texts with EOS. Targets that are texts always end with it.
+      with_sentences: read an embedding of each row for routers, see data/rows/sentences.py.
       on_bad_row: what a malformed row is: an 'error', or left out, counted and listed ('skip').
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
@@ -197,10 +208,12 @@ def register_examples(
         vocabulary=vocabulary,
         keys=(inputs_key, targets_key),
         inputs_eos=inputs_eos,
+        sentences=with_sentences,
     )
+    embedded = dict.fromkeys(sentences.features(with_sentences))
     tasks.register_rows(
         source,
         origin="register_examples",
-        features={"inputs": vocabulary, "targets": vocabulary, _WEIGHTS: None},
+        features={"inputs": vocabulary, "targets": vocabulary, _WEIGHTS: None, **embedded},
         facts={"vocabulary": str(vocabulary), "inputs_eos": inputs_eos},
     )

@@ -56,8 +56,8 @@ class ArbitrageFlags:
     """What is made, of what.
 
     Attributes:
-      pool: YAML file of the teachers.
-      prompts: JSON lines with "prompt" and "language".
+      pool: YAML file that lists the teachers.
+      prompts: file of JSON lines with "prompt" and "language".
       out: folder of the outputs, and of the answers of earlier starts.
       routing: how the teacher of a prompt is chosen, see below.
       per: whether routing by reward, or learned, chooses for each prompt or for each language.
@@ -65,14 +65,14 @@ class ArbitrageFlags:
       fuser: the teacher that writes one answer out of the others' for --routing=fusion.
       translator: the teacher that translates for --routing=translated.
       subset: share of the prompts that all teachers answer for --routing=learned.
-      router: the router.npz of an earlier start for --routing=learned, in place of a subset.
+      router: the router.npz of an earlier start for --routing=learned, instead of a subset.
       tau: temperature of the rewards that the router learns; 0 for the best teacher alone.
       languages: languages to read, such as tr,uk (default all).
       per_language: number of prompts of each language (default all).
       language_of: package.module:function that returns the code of a text's language, or None if it cannot tell. Answers in
         another language than their prompt are not used.
       keep_cut: also use answers that were cut at the maximum length.
-      form: of the rows: conversations, or texts with "prompt" and "completion".
+      form: form of the written rows: conversations, or texts with "prompt" and "completion".
       attempts: requests of an answer that does not come, in one start.
     """
 

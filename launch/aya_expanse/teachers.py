@@ -22,10 +22,10 @@ class SamplingFlags:
     """How completions are sampled; a teacher of the pool may have its own values.
 
     Attributes:
-      max_tokens: maximum new tokens.
-      temperature: 0 for greedy completions.
+      max_tokens: maximum number of new tokens of a completion.
+      temperature: temperature of sampling; 0 for greedy completions.
       top_p: draws among the fewest tokens whose probabilities sum to at least p.
-      seed: of the draws; those of a prompt depend on it and the prompt's text.
+      seed: random seed of sampling; a completion depends on it and on the prompt's text.
     """
 
     max_tokens: int = 512

@@ -23,7 +23,9 @@ _SETTINGS = ("num_documents", "seed", "variants", "mutated_share", "validation_f
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="write the files to this folder"
+    )
     setting_flags.add(parser, synthetic_code.build, names=_SETTINGS)
 
 

@@ -4,7 +4,7 @@ A configuration is a value. Nothing is registered or set for the process, so tha
 own, and those of the models that it only reads.
 
 The rules are gin's: bindings of the current scope and of the scopes around it apply, inner ones win; `@x/f` is called in
-the scope `x`, `@f` in the scope in which it is called; the value of `%NAME` is evaluated in the scope `NAME`, anew each
+the scope `x`, `@f` in the scope in which it is called; the value of `%NAME` is evaluated in the scope `NAME`, each
 time; a caller's arguments win over bindings. What `@f` without a call gives is a function or class of the same name,
 signature and documentation, which adds the bindings to a call's arguments: classes stay classes, for `nn.scan` and `nn.remat`.
 """
@@ -317,7 +317,7 @@ def configured(value: Any) -> Configured | None:
 
 
 def _factory(of: Configured) -> Any:
-    """Returns a function or class in place of `of`, with its name, signature and documentation."""
+    """Returns a function or class instead of `of`, with its name, signature and documentation."""
     call, target = of.configuration.call, of.target
     made: Any
     if inspect.isclass(target.value) and not of.configuration.shows_bindings:
@@ -336,7 +336,7 @@ def _factory(of: Configured) -> Any:
 
 
 class _Function:
-    """A function in place of another one (or of a class), whose bindings it adds to the arguments of each call."""
+    """A function instead of another one (or of a class), whose bindings it adds to the arguments of each call."""
 
     def __init__(self, of: Configured):
         names: tuple[str, ...] = ("__module__", "__qualname__", "__doc__", "__annotations__")
@@ -412,7 +412,7 @@ def _is_decorated(target: Target) -> bool:
 
 
 def _give(bindings: Sequence[tuple[str, Target, str, Callable[[], Any]]]) -> None:
-    """Gives gin the bindings of a configuration, in place of those of the last one.
+    """Gives gin the bindings of a configuration, instead of those of the last one.
 
     Args:
       bindings: (scope, decorated function or class, argument, a function that returns the value).

@@ -3,7 +3,7 @@
 Gin itself stops at the first error, accepts unused macros and bindings without effect, and reports missing
 arguments only when a function is called, perhaps after hours of data work.
 Nothing of this project is decorated with gin, and gin's own state is not used. Files begin with `from __gin__ import dynamic_registration`,
-import modules and bind plain functions and classes. See docs/configuration.md.
+import modules and bind plain functions and classes. See docs/reference/configuration.md.
 """
 
 import dataclasses

@@ -63,7 +63,7 @@ def is_written_as_itself(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def parse(text: str, name: str) -> tuple[Any, ...]:
-    """Returns gin's statements, with a `Problem` in place of each statement that cannot be parsed.
+    """Returns gin's statements, with a `Problem` instead of each statement that cannot be parsed.
 
     What imports a module by a former name imports it by its name of today.
     """

@@ -60,6 +60,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
 # Functions with named slots (**slots), and the arguments that they pass to the factory in each slot.
 _SLOTS = {
     "espalier.model.adapters.adapter.named": ("name",),
+    "espalier.model.mlp.by_kind": ("config", "kind", "name"),
     "espalier.trainers.hooks.named": ("run",),
     "espalier.trainers.reports.named": ("params",),
 }

@@ -96,7 +96,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Returns a value with what `leaf` returns in place of each literal, reference and macro in it."""
+    """Returns a value with what `leaf` returns instead of each literal, reference and macro in it."""
     if isinstance(value, dict):
         return {mapped(key, leaf): mapped(item, leaf) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -54,17 +54,32 @@ class ExportFlags:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--from_hf", metavar="DIR", help="config.json and safetensors")
-    source.add_argument("--from_gguf", metavar="FILE", help="GGUF of a Llama-like model")
-    source.add_argument("--from_peft", metavar="DIR", help="adapter_config.json and safetensors")
     source.add_argument(
-        "--from", dest="checkpoint", metavar="DIR", help="run directory or step directory"
+        "--from_hf",
+        metavar="DIR",
+        help="convert this folder of a Hugging Face model: config.json and safetensors",
+    )
+    source.add_argument(
+        "--from_gguf", metavar="FILE", help="convert this GGUF file of a Llama-like model"
+    )
+    source.add_argument(
+        "--from_peft",
+        metavar="DIR",
+        help="convert these adapters of peft: adapter_config.json and safetensors",
+    )
+    source.add_argument(
+        "--from",
+        dest="checkpoint",
+        metavar="DIR",
+        help="convert this run directory (its newest step) or step directory",
     )
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--to", metavar="DIR", help="run directory to be made")
-    target.add_argument("--to_hf", metavar="DIR", help="Hugging Face checkpoint to be made")
-    target.add_argument("--to_adapter", metavar="DIR", help="run directory of adapters to be made")
-    target.add_argument("--to_peft", metavar="DIR", help="directory of peft to be made")
+    target.add_argument("--to", metavar="DIR", help="write a run directory here")
+    target.add_argument("--to_hf", metavar="DIR", help="write a Hugging Face checkpoint here")
+    target.add_argument(
+        "--to_adapter", metavar="DIR", help="write a run directory with only the adapters here"
+    )
+    target.add_argument("--to_peft", metavar="DIR", help="write adapters for peft here")
     parser.add_argument(
         "--base",
         metavar="DIR",
@@ -73,7 +88,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="dtype of the written weights (default: as in the source; float32 for GGUF)",
+        help="dtype of the written weights (default: the dtype of the source; float32 for GGUF)",
     )
     setting_flags.add(parser.add_argument_group("for --to_hf"), ExportFlags)
 

@@ -17,9 +17,9 @@ from espalier.launch.weights.source_models import SourceModel
 from espalier.launch.weights.target_folder import ConvertError, new_directory
 from espalier.model.adapters import adapter
 from espalier.model.adapters.adapter import PREFIX, adapters_of, is_adapter
-from espalier.model.hf import peft
-from espalier.model.hf.families import family_named, family_of_model
+from espalier.model.hf import peft, peft_writer
 from espalier.model.hf.mapping import Piece, pieces_of
+from espalier.model.hf.registry import family_named, family_of_model
 from espalier.model.protocol import inference_model
 from espalier.trainers.checkpoints import base_step, step_dir
 from espalier.trainers.checkpoints.base_step import Part
@@ -176,7 +176,9 @@ def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str
         sites.setdefault(site, {})[rest.rpartition("/")[2]] = run.open(name).read()
     with new_directory(target) as folder:
         pieces = _pieces(run, model)
-        peft.write(folder, settings, sites, pieces, _kernels(run), encodes=model.row.encodes)
+        shapes = run.abstract.shapes
+        parts = (pieces, shapes, _kernels(run))
+        peft_writer.write(folder, settings, sites, *parts, encodes=model.row.encodes)
     return f"{settings['class']} at {len(sites)} projections"
 
 

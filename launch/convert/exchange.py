@@ -21,7 +21,6 @@ from espalier.launch.weights import source_models
 from espalier.launch.weights.target_folder import ConvertError, check_space, new_directory
 from espalier.model.adapters.adapter import adapters_of
 from espalier.model.hf.description import describe, differences
-from espalier.model.hf.families import family_named, family_of_config, family_of_model
 from espalier.model.hf.family import Family, UnsupportedModel
 from espalier.model.hf.files.gguf_file import GgufReader
 from espalier.model.hf.files.safetensors_files import (
@@ -29,8 +28,10 @@ from espalier.model.hf.files.safetensors_files import (
     SafetensorsWriter,
     read_json,
 )
+from espalier.model.hf.folded_routers import FoldedRouter, folded
 from espalier.model.hf.mapping import Piece
 from espalier.model.hf.plan import FLOATS, Plan, copy_cast, narrow_names
+from espalier.model.hf.registry import family_named, family_of_config, family_of_model
 from espalier.model.protocol import LanguageModel, inference_model, inference_root
 from espalier.trainers.checkpoints import array_files, manifest, step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
@@ -140,7 +141,7 @@ def export_hf(
       model: the linen module of the checkpoint; its part for inference is written.
       target: directory, which must not exist.
       params: see launch/load/load_run.py.
-      family: name of a family in model/hf/families.py; None for the family it was imported from, or else the first
+      family: name of a family in model/hf/families/; None for the family it was imported from, or else the first
         family that can express the model.
       dtype: dtype of all tensors; None for the dtypes of the run.
       shard_bytes: maximum bytes of tensors in one file.
@@ -186,10 +187,11 @@ def _export(
     root, saved = recorded.params(params)
     if params == "ema" and not saved:
         raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
-    root, model = root + inference_root(model), inference_model(model)
+    root, (model, routers) = root + inference_root(model), folded(inference_model(model))
     family = _family(model, name, source.get("family"))
     pieces = family.pieces(model)
-    arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}
+    read = {x.native: _read_for(x.native, routers) for x in pieces}
+    arrays = {path: recorded.arrays.get(root + path) for paths in read.values() for path in paths}
     if missing := sorted(path for path, entry in arrays.items() if entry is None):
         raise ConvertError(
             f"checkpoint {step} has no {root}{missing[0]}, which the model of its configuration has: give "
@@ -197,7 +199,10 @@ def _export(
         )
     shapes = family.shapes(model)
     imported = source.get("dtypes", {})
-    dtypes = {x.hf: FLOATS[dtype or imported.get(x.hf) or arrays[x.native].dtype] for x in pieces}
+    dtypes = {
+        x.hf: FLOATS[dtype or imported.get(x.hf) or _narrowest(arrays[y] for y in read[x.native])]
+        for x in pieces
+    }
     sizes = {hf: math.prod(shapes[hf]) * dtypes[hf].itemsize for hf in shapes}
     check_space(folder, sum(sizes.values()))
     main = max(
@@ -205,6 +210,11 @@ def _export(
     )
     if missing := run_vocabulary.export_files(step_dir.files_of_run(step), folder):
         print(f"note: {missing}.", file=sys.stderr)
+    for kind in sorted({type(one.router).__name__ for one in routers.values()}):
+        print(
+            f"note: each {kind} is written as the matrix that it amounts to; only the run has what it is made of.",
+            file=sys.stderr,
+        )
     config = {**_config(family, model, source), "torch_dtype": main.name, "dtype": main.name}
     generation = _generation(folder, config, source)
     # A run that was not imported has these ids only in its tokenizer's files.
@@ -219,7 +229,7 @@ def _export(
         progress(sum(sizes.values())) as bar,
     ):
         for group in _groups(pieces):
-            _write_group(step, recorded, root, group, writer, bar)
+            _write_group(step, recorded, root, group, routers, writer, bar)
     weights = described(family.name, shapes.values(), main.name, sum(sizes.values()))
     model_card.write(
         folder,
@@ -230,6 +240,15 @@ def _export(
         average=root.startswith("ema"),
     )
     return weights
+
+
+def _read_for(native: str, routers: Mapping[str, FoldedRouter]) -> list[str]:
+    """Returns the paths of the stored arrays that an array is read or computed from."""
+    return [*routers[native].inputs.values()] if native in routers else [native]
+
+
+def _narrowest(entries: Iterable[Any]) -> str:
+    return min((entry.dtype for entry in entries), key=lambda name: FLOATS[name].itemsize)
 
 
 def _family(model: Any, name: str | None, imported: str | None) -> Family:
@@ -284,31 +303,39 @@ def _write_group(
     recorded: Manifest,
     root: str,
     pieces: list[Piece],
+    routers: Mapping[str, FoldedRouter],
     writer: SafetensorsWriter,
     bar: Any,
 ) -> None:
-    """Writes the tensors of one group of arrays, and checks the arrays against their digests."""
+    """Writes the tensors of one group of arrays, and checks the arrays that are read against their digests."""
     stores = {
         x: array_files.StoredArray(step, root + x, recorded.arrays[root + x])
-        for x in {p.native for p in pieces}
+        for native in {p.native for p in pieces}
+        for x in _read_for(native, routers)
     }
     digests = dict.fromkeys(stores, 0)
     by_tensor: dict[str, list[Piece]] = {}
     for piece in pieces:
         by_tensor.setdefault(piece.hf, []).append(piece)
 
-    def region(piece: Piece, rows: tuple[int, int] | None = None) -> np.ndarray:
-        values = stores[piece.native].read(piece.native_at, rows)
-        start = [*piece.native_at, *(0 for _ in values.shape)]
-        start[len(piece.native_at)] += rows[0] if rows else 0
-        whole = values.reshape((1,) * len(piece.native_at) + values.shape)
-        digests[piece.native] += manifest.block_digest(whole, start)
+    def read(path: str, at: tuple[int, ...], rows: tuple[int, int] | None) -> np.ndarray:
+        values = stores[path].read(at, rows)
+        start = [*at, *(0 for _ in values.shape)]
+        if rows:
+            start[len(at)] += rows[0]
+        digests[path] += manifest.block_digest(values.reshape((1,) * len(at) + values.shape), start)
         return values
+
+    def region(piece: Piece, rows: tuple[int, int] | None = None) -> np.ndarray:
+        if (router := routers.get(piece.native)) is None:
+            return read(piece.native, piece.native_at, rows)
+        return router.kernel({x: read(y, piece.native_at, None) for x, y in router.inputs.items()})
 
     for hf, parts in by_tensor.items():
         info = writer.tensors[hf]
         first = parts[0]
-        if len(parts) == 1 and not first.transpose and first.hf_columns is None and info.shape:
+        stored = first.native in stores
+        if stored and len(parts) == 1 and not first.transpose and first.whole and info.shape:
             step_rows = max(1, _BLOCK_BYTES * info.shape[0] // max(1, info.nbytes))
             for low in range(0, info.shape[0], step_rows):
                 values = region(first, (low, min(low + step_rows, info.shape[0])))
@@ -318,8 +345,8 @@ def _write_group(
         else:
             tensor = np.empty(info.shape, info.dtype)
             for piece in parts:
-                values = region(piece)
-                copy_cast(piece.region(tensor), values.T if piece.transpose else values, hf)
+                for part, values in piece.to_hf(region(piece), tensor):
+                    copy_cast(part, values, hf)
             writer.write(hf, tensor)
         bar.update(info.nbytes)
     damaged = [x for x in digests if digests[x] % 2**64 != recorded.arrays[root + x].digest]

@@ -61,18 +61,20 @@ class StoredTeacher(predictions.StoredPredictions):
             )
         data = stream.summary()
         vocabulary = data["vocabulary"]["digest"]
+        objective.check_student(self.teacher, self.student)
         self.check({"vocabulary": vocabulary, "start_token": data["start_token"]})
         step = self.teacher.checkpoint.resolve()
         store = self._opened(
             step,
             taught_stream.FOLDER,
             {"top_k": self.top_k, "temperature": self.temperature},
-            [self.top_k, self.temperature, self._shared, stream.length],
-            shape=taught_stream.shape_of(stream.length, self.top_k),
+            [self.top_k, self.temperature, self._shared, stream.targets_length],
+            shape=taught_stream.shape_of(stream.targets_length, self.top_k),
         )
         missing = _missing(stream, store, stream.num_steps if steps is None else steps)
         bar: dict[str, Any] = {"desc": "teacher", "unit": "row"}
-        self._add(store, step, missing, self._values_of, at_once=_ROWS_AT_ONCE, **bar)
+        options: dict[str, Any] = {"at_once": _ROWS_AT_ONCE, "encoder_decoders": True}
+        self._add(store, step, missing, self._values_of, **options, **bar)
         return TaughtStream(stream, store, top_k=self.top_k, teacher=step.arrays)
 
     def _values_of(self, run: LoadedRun) -> Callable[[Sequence[Any]], np.ndarray]:
@@ -82,7 +84,7 @@ class StoredTeacher(predictions.StoredPredictions):
         predict = jax.jit(functools.partial(self._predictions, run.model), out_shardings=whole)
 
         def values(rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-            columns = {name: np.stack([row[name] for row in rows]) for name in taught_stream.READ}
+            columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             parts = [_padded(columns, at, size) for at in range(0, len(rows), size)]
             predicted = [predict(run.params, jax.device_put(part, over)) for part in parts]
             return np.concatenate(predicted)[: len(rows)]
@@ -116,7 +118,8 @@ def _missing(
         for digest in predictions.missing_anywhere(store, digests):
             if digest not in seen:
                 seen.add(digest)
-                yield digest, {name: batch[name][place_of[digest]] for name in taught_stream.READ}
+                row = place_of[digest]
+                yield digest, {name: batch[name][row] for name in taught_stream.read_columns(batch)}
 
 
 def _padded(columns: Mapping[str, np.ndarray], first: int, size: int) -> dict[str, np.ndarray]:

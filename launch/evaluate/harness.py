@@ -45,10 +45,10 @@ class SuiteFlags:
     Attributes:
       data_dir: folder of all evaluation sets (default: $ESPALIER_EVAL_DATA).
       code_results: a --json file of launch.evaluate code; repeatable.
-      model_args: more arguments of the model, as of launch.lm_eval, such as batch_tokens=16384,dtype=float32.
+      model_args: more arguments of the model, like --model_args of espalier lm_eval, such as batch_tokens=16384,dtype=float32.
       groups: name of a group of the suite to evaluate alone; repeatable.
       limit: number of examples of each benchmark (default: all).
-      json: file to write the results to.
+      json: write the results to this JSON file.
       samples: file to write every example and answer to, JSON lines.
     """
 
@@ -70,7 +70,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         choices=suites,
         default=suites[0],
         required=len(suites) > 1,
-        help="name of a paper with a suite",
+        help="run the suite of this paper",
     )
     setting_flags.add(group, SuiteFlags)
 

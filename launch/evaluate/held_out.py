@@ -34,7 +34,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_trust_flag(group)
     setting_flags.add(group, evaluate, names=_LIMITS)
     group.add_argument(
-        "--json", dest="json_file", metavar="FILE", help="also writes the results here"
+        "--json", dest="json_file", metavar="FILE", help="also write the results to this JSON file"
     )
 
 

@@ -38,11 +38,11 @@ def evaluate(
     """Checks a file of answers, prints a table and writes the files.
 
     Args:
-      inputs: JSON lines with the answers, such as those of launch.generate.
-      language: of all rows (default: the "language" of each row).
-      detector: lingua, or script.
-      text_key: key of the answer.
-      json: file for the rates.
+      inputs: JSON lines with the answers, such as launch.generate writes.
+      language: language of all rows (default: the "language" of each row).
+      detector: what detects the language: lingua, or the script of the letters.
+      text_key: key of the answer in a row.
+      json: write the rates to this JSON file.
       failures: file for the rows that fail, with their lines by language, JSON lines.
 
     Returns:

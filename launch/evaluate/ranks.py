@@ -1,6 +1,6 @@
 """Rank classification: accuracy of the most probable answer choice, for each prompt template of held-out tasks.
 
-Example, after a run with t5x_configs/data/instructions.gin (docs/instructions.md):
+Example, after a run with t5x_configs/data/instructions.gin (docs/use/instructions.md):
 
   espalier evaluate ranks --checkpoint=/runs/tuned --trust_config --json=/tmp/ranks.json
 
@@ -30,7 +30,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_adapter_flag(group)
     load_run.add_trust_flag(group)
     group.add_argument(
-        "--json", dest="json_file", metavar="FILE", help="also writes the results here"
+        "--json", dest="json_file", metavar="FILE", help="also write the results to this JSON file"
     )
 
 

@@ -27,6 +27,7 @@ from espalier.launch import cli
 from espalier.launch.evaluate import held_out
 from espalier.launch.inference import row_files
 from espalier.launch.load import load_run
+from espalier.model import layer_groups
 
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
@@ -37,13 +38,24 @@ _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/doma
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_trust_flag(load_run.add_flags(parser))
     parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="instead of the tasks of MIXTURE_OR_TASK_NAME"
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help="evaluate these tasks (default: the tasks of MIXTURE_OR_TASK_NAME)",
     )
     parser.add_argument(
-        "--rows", type=int, default=ROWS, metavar="N", help=f"rows of each task ({ROWS})"
+        "--rows",
+        type=int,
+        default=ROWS,
+        metavar="N",
+        help=f"number of rows of each task (default {ROWS})",
     )
-    parser.add_argument("--json", metavar="FILE", help="also writes the shares by layer here")
-    parser.add_argument("--figure", metavar="FILE", help="PNG of the first choices, task by expert")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the shares by layer to this JSON file"
+    )
+    parser.add_argument(
+        "--figure", metavar="FILE", help="draw the first choices, task by expert, as this PNG file"
+    )
 
 
 def _run(start: cli.Start) -> None:
@@ -78,9 +90,10 @@ def routing(
       params: see launch/load/load_run.py.
 
     Returns:
-      {"domains": {task: Tables}, "chosen": {task: Tables}, "tokens": {task: count}, "experts": names}. "domains" has the
-      mean probability of each expert, "chosen" the share of tokens with this expert as first choice. Names are from
-      launch.upcycle, and empty if it did not make the experts.
+      {"domains": {task: Tables}, "chosen": {task: Tables}, "gates": {task: {router: [by layer]}}, "tokens": {task: count},
+      "experts": names}. "domains" has the mean probability of each expert, "chosen" the share of tokens with this expert as
+      first choice, "gates" the mean probability of the first choice. Names are from launch.upcycle, and empty if it did not
+      make the experts.
 
     Raises:
       LoadError: the run has no router, or `rows` is not positive.
@@ -130,7 +143,7 @@ def _measured(
     for stream in streams:
         held_out.check_vocabulary(stream, meta, run_dir)
     count = jax.jit(functools.partial(_sums, recipe.model))
-    probable, chosen, tokens = {}, {}, {}
+    probable, chosen, gates, tokens = {}, {}, {}, {}
     with partitioning.use_mesh(program.mesh, program.rules):
         for stream in streams:
             steps = min(stream.num_steps, math.ceil(rows / stream.batch_size))
@@ -140,11 +153,14 @@ def _measured(
                     count(values, global_batch(stream, step, program.batch_sharding))
                 )
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
-            probable[stream.name], chosen[stream.name] = (
-                _shares(part, float(total[2])) for part in total[:2]
+            *parts, all_tokens = total
+            probable[stream.name], chosen[stream.name], tops = (
+                _shares(part, float(all_tokens)) for part in parts
             )
-            tokens[stream.name] = int(total[2])
-    return {"domains": probable, "chosen": chosen, "tokens": tokens, "experts": _experts(meta)}
+            gates[stream.name] = {router: [gate for (gate,) in tops[router]] for router in tops}
+            tokens[stream.name] = int(all_tokens)
+    shares = {"domains": probable, "chosen": chosen, "gates": gates}
+    return {**shares, "tokens": tokens, "experts": _experts(meta)}
 
 
 def _experts(meta: Mapping[str, Any]) -> list[str]:
@@ -152,8 +168,11 @@ def _experts(meta: Mapping[str, Any]) -> list[str]:
     return list(meta.get("upcycled", {}).get("experts", ()))
 
 
-def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, Any]:
-    """Returns sums over tokens of probabilities and of first choices, each [E] by router and layer, and the tokens."""
+def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, dict, Any]:
+    """Returns sums over tokens, by router and layer, and the tokens: of probabilities, first choices, and their probabilities.
+
+    The first two are [E], the last is [1].
+    """
     import jax
     import jax.numpy as jnp
 
@@ -167,14 +186,19 @@ def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict
         method="hidden",
     )
     real_BT = (segments_BT != 0).astype(jnp.float32)
-    probable, chosen = {}, {}
+    probable, chosen, gates = {}, {}, {}
     for router, layers in _routers(model).items():
-        probs = [_sown(model.config, written["intermediates"], layer, router) for layer in layers]
-        firsts = [jax.nn.one_hot(x.argmax(-1), x.shape[-1]) for x in probs]
-        probable[router], chosen[router] = (
-            [jnp.einsum("bte,bt->e", x_BTE, real_BT) for x_BTE in each] for each in (probs, firsts)
+        sown = functools.partial(_sown, model.config, written["intermediates"], router=router)
+        probs = [sown(layer) for layer in layers]
+        # Biases that balance the load enter the choice: the first expert need not be the most probable one.
+        first = [sown(layer, name="router_experts")[..., 0] for layer in layers]
+        firsts = [jax.nn.one_hot(at, x.shape[-1]) for at, x in zip(first, probs, strict=True)]
+        tops = [(x * one).sum(-1, keepdims=True) for x, one in zip(probs, firsts, strict=True)]
+        probable[router], chosen[router], gates[router] = (
+            [jnp.einsum("bte,bt->e", x_BTE, real_BT) for x_BTE in each]
+            for each in (probs, firsts, tops)
         )
-    return probable, chosen, real_BT.sum()
+    return probable, chosen, gates, real_BT.sum()
 
 
 def _routers(model: Any) -> dict[str, list[int]]:
@@ -187,12 +211,19 @@ def _routers(model: Any) -> dict[str, list[int]]:
     return {router: layers for router, layers in routers.items() if layers}
 
 
-def _sown(config: Any, intermediates: Mapping[str, Any], layer: int, router: str) -> Any:
-    """Returns the probabilities [B, T, E] that a layer's router sowed."""
-    period = len(config.layer_pattern)
-    block = layer % period if config.scan_layers else layer
-    (probs,) = intermediates["layers"][f"block_{block}"][router]["router_probs"]
-    return probs[layer // period] if config.scan_layers else probs
+def _sown(
+    config: Any,
+    intermediates: Mapping[str, Any],
+    layer: int,
+    router: str,
+    name: str = "router_probs",
+) -> Any:
+    """Returns the probabilities [B, T, E], or the experts [B, T, K] in their order, that a layer's router sowed."""
+    block, index = layer, None
+    if config.scan_layers:
+        block, index = layer_groups.place(config.layer_groups, layer)
+    (values,) = intermediates["layers"][f"block_{block}"][router][name]
+    return values if index is None else values[index]
 
 
 def _shares(sums: Mapping[str, Sequence[np.ndarray]], tokens: float) -> Tables:
@@ -231,6 +262,9 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
         raise load_run.LoadError(
             f"{run_dir} has no projection router: give a run of methods/nexus/nexus.gin."
         )
+    arrays = {match[0]: stored[match[0]].shape for match in matches}
+    stacked = any(len(shape) == 3 for shape in arrays.values())
+    groups = layer_groups.in_stacks(arrays, scanned=stacked)[f"{root}/layers"]
     projected = {}
     for match in matches:
         kernels = {
@@ -238,14 +272,13 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
             for part in ("gate", "up", "down")
         }
         domains = StoredArray(step, match[0]).read()
-        stacked = domains.ndim == 3
+        layers = layer_groups.layers_of(groups, int(match[3]))
         for i, domains_EM in enumerate(domains if stacked else domains[None]):
             router = {
                 part: {"kernel": kernel[i] if stacked else kernel}
                 for part, kernel in kernels.items()
             }
-            layer = i * len(matches) + int(match[3]) if stacked else int(match[3])
-            projected[layer] = cosines(expert_vectors(router, domains_EM))
+            projected[layers[i]] = cosines(expert_vectors(router, domains_EM))
     names = names or _experts(step_dir.read_meta(run_dir)) or [*map(str, range(len(domains_EM)))]
     if len(names) != len(domains_EM):
         raise load_run.LoadError(

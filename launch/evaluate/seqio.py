@@ -27,16 +27,22 @@ from espalier.launch.load.load_run import LoadError, RunConfig
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_adapter_flag(load_run.add_flags(parser))
     group = parser.add_argument_group("tasks")
-    group.add_argument("--task", action="append", required=True, metavar="NAME", help="repeatable")
+    group.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="evaluate this SeqIO task; repeatable",
+    )
     group.add_argument(
         "--module",
         action="append",
         default=[],
         metavar="NAME",
-        help="module to import that registers tasks, such as one in this folder; repeatable",
+        help="import this module, which registers tasks; repeatable",
     )
     setting_flags.add(group, evaluate, names=("split", "num_examples", "max_new_tokens", "output"))
-    group.add_argument("--json", metavar="FILE", help="also writes the metrics here")
+    group.add_argument("--json", metavar="FILE", help="also write the metrics to this JSON file")
 
 
 def _run(start: cli.Start) -> None:
@@ -69,7 +75,7 @@ def evaluate(
       checkpoint: step or run directory.
       tasks: names of SeqIO tasks.
       params: see launch/load/load_run.py.
-      split: split of every task.
+      split: split of each task that is evaluated.
       num_examples: number of first examples of each task; all if not set.
       max_new_tokens: maximum tokens of a prediction.
       json_file: file for the metrics; NaN and infinities as in metrics.jsonl.

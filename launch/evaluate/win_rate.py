@@ -50,11 +50,11 @@ class WinRateFlags:
     """Answers, which are rows of launch.generate, and how they are judged.
 
     Attributes:
-      a: answers of one system.
-      b: answers of the other.
+      a: file with the answers of the first system.
+      b: file with the answers of the second system.
       systems: answers of two systems or more, each against each, instead of --a and --b.
-      judge: one of the judges below.
-      out: folder of the results.
+      judge: which judge compares the answers, see below.
+      out: write the results to this folder.
       attempts: maximum attempts to get a readable reply (default 3).
       allow_ties: let the judge answer with a tie; by default only disagreeing orders are ties.
       by_language: judge in the "language" of each row, and show rates by language.

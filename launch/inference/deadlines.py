@@ -1,6 +1,6 @@
 """Deadlines of HTTP requests: a socket that is still busy is shut down, whatever it is busy with.
 
-A time limit of a socket begins anew with every byte, so that a server can hold a request for ever: by headers of one byte
+A time limit of a socket begins again with every byte, so that a server can hold a request for ever: by headers of one byte
 each second, or by endless `100 Continue`.
 """
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from espalier.data.rows import sentences
 from espalier.launch.inference import row_files
 from espalier.launch.inference.texts import (
     PROMPT_KEYS,
@@ -158,8 +159,8 @@ def generate(
       seed: seed of sampling; a continuation depends only on it, the row's index and the sample's index.
       show: called with each new piece of the text of a single row.
       notes: whether to print lines on texts that are continued without the model's chat template, or end with a space.
-      token_healing: whether the last token of a text is drawn anew, see `TokenHealing`. Rows of tokens
-        and conversations are continued as they are. None draws it anew where the model continues its prompts.
+      token_healing: whether the last token of a text is drawn again, see `TokenHealing`. Rows of tokens
+        and conversations are continued as they are. None draws it again where the model continues its prompts.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
       compare: whether to continue the rows also with the full cache, see `Agreement`.
       **options: of `Decoding`.
@@ -230,10 +231,21 @@ def continued(
         seed=seed % 2**32,
         indices=indices,
         first=first if any(first) else None,
+        columns=_columns(rows),
     )
     for i, (_, row) in enumerate(rows):
         for sample in range(num_samples):
             yield texts.answer(row, i, sample, next(continuations))
+
+
+def _columns(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns what layers read of each row besides its tokens; empty if no row has any."""
+    columns = [sentences.columns(row, where) for where, row in rows]
+    if any(columns) and (lacking := [rows[i][0] for i, own in enumerate(columns) if not own]):
+        raise LoadError(
+            f"{lacking[0]}: no 'sentence_embedding', which other rows have: give one to each, or to none."
+        )
+    return columns if any(columns) else []
 
 
 def _prompts(

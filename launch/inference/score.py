@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from espalier.common.storage import output_files
+from espalier.data.rows import sentences
 from espalier.data.text import documents
 from espalier.launch.inference import row_files, shards
 from espalier.launch.load import load_run, side_by_side
@@ -189,7 +191,14 @@ def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
 
     Raises:
       LoadError: the model cannot read the row.
+      DataError: a malformed embedding of its sentence.
     """
+    scored = _tokens_of(run, row, where)
+    columns = sentences.columns(row, where)
+    return dataclasses.replace(scored, columns=columns) if columns else scored
+
+
+def _tokens_of(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
     if run.encodes:
         if "targets" not in row:
             raise LoadError(

@@ -1,4 +1,4 @@
-"""The texts of prompts, whose last token can be drawn anew, and of continuations.
+"""The texts of prompts, whose last token can be drawn again, and of continuations.
 
 Continuations are decoded while they are generated, searched for stops, made rows of a file, and compared with those of the
 full cache.
@@ -123,7 +123,7 @@ class Healed:
     """A prompt to continue.
 
     Attributes:
-      tokens: the prompt, without its last token if that is drawn anew.
+      tokens: the prompt, without its last token if that is drawn again.
       first: the tokens among which the first new token is chosen; None for all.
       text: the text with which the new tokens begin, and which is the prompt's.
     """
@@ -134,11 +134,11 @@ class Healed:
 
 
 class TokenHealing:
-    """Token healing: a prompt's last token is drawn anew, together with the text that follows it.
+    """Token healing: a prompt's last token is drawn again, together with the text that follows it.
 
     A tokenizer writes `def main` as `def`, ` main`, but the prompt `def ` as `def`, ` `, after which a model has never seen
     a word. So the last token is dropped, and the first new token is chosen among the pieces that begin with its text. Text is
-    then drawn exactly as the model would go on from the other tokens, on the condition that it begins with the text of the
+    then drawn exactly as the model would continue the other tokens, on the condition that it begins with the text of the
     dropped token, if only these pieces can begin so; other ways to write the dropped text, in several shorter pieces, are left
     out.
 

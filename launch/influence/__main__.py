@@ -5,7 +5,7 @@
   espalier influence report --scores=/tmp/scores.jsonl
 
 A query is {"prompt": "...", "completion": "..."}, a document {"text": "..."} or {"tokens": [...]}. A row of scores is
-{"scores": [one for each query], "norm": ...}, in the order of the documents. docs/influence.md leads from a run and files to a
+{"scores": [one for each query], "norm": ...}, in the order of the documents. docs/use/influence.md leads from a run and files to a
 table of documents; `espalier influence NAME --help` shows the flags of one part.
 """
 

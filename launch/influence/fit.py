@@ -5,7 +5,8 @@ Example, after a run in /tmp/espalier_tiny (see espalier train --help):
   espalier influence fit --checkpoint=/tmp/espalier_tiny --documents=d.jsonl --out=/tmp/factors
 
 Documents are {"text": "..."} or {"tokens": [...]}, one in each line. A stopped fit continues when the same command runs again.
-Some thousand documents of the model's training data are enough for small models; 100,000 are used for large ones.
+Some thousand documents of the model's training data are enough for small models; 100,000 are used for large ones. With
+--checkpoints=DIR,DIR several checkpoints of a run have factors, in OUT/NAME each.
 """
 
 import argparse
@@ -13,13 +14,15 @@ import dataclasses
 import itertools
 import pathlib
 import time
+from collections.abc import Sequence
 
 from espalier.common.storage import paths
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import Folder
 from espalier.launch.inference import row_files
-from espalier.launch.influence import inputs, outputs
+from espalier.launch.influence import checkpoints, inputs, outputs
+from espalier.launch.influence.checkpoints import Several
 from espalier.launch.load import load_run
 from espalier.launch.load.load_run import LoadError, RunConfig
 from espalier.trainers.influence.settings import FitSettings
@@ -31,7 +34,7 @@ _SOURCE = inputs.Source(max_documents=100_000)
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     cli.take_addresses(parser, "documents", "out")
-    load_run.add_flags(parser)
+    setting_flags.add(load_run.add_flags(parser, required=False), Several, names=("checkpoints",))
     group = parser.add_argument_group("factors")
     setting_flags.add(group, fit, names=("out",))
     setting_flags.add(group, _SOURCE)
@@ -39,18 +42,30 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     setting_flags.add(group, fit, names=_SETTINGS)
 
 
+def _default_files(flags: argparse.Namespace) -> Sequence[str]:
+    several = Several(**setting_flags.given(flags, Several))
+    flags.checkpoint = checkpoints.first(several, flags.checkpoint)
+    return load_run.default_files(flags)
+
+
 def _run(start: cli.Start) -> None:
     flags = start.flags
+    several = Several(**setting_flags.given(flags, Several))
     source = dataclasses.replace(_SOURCE, **setting_flags.given(flags, inputs.Source))
     source.import_mixtures()
-    fit(
-        start(),
-        checkpoint=flags.checkpoint,
-        params=flags.params,
-        source=source,
-        settings=FitSettings(**setting_flags.given(flags, FitSettings)),
-        **setting_flags.given(flags, fit, ("out", *_SETTINGS)),
-    )
+    places = several.checkpoints or [flags.checkpoint]
+    folders = several.folders(flags.out) if several.checkpoints else [flags.out]
+    config = start()
+    for checkpoint, out in zip(places, folders, strict=True):
+        fit(
+            config,
+            checkpoint=checkpoint,
+            out=out,
+            params=flags.params,
+            source=source,
+            settings=FitSettings(**setting_flags.given(flags, FitSettings)),
+            **setting_flags.given(flags, fit, _SETTINGS),
+        )
 
 
 def fit(
@@ -70,12 +85,12 @@ def fit(
     Args:
       config: configuration of the checkpoint's run.
       checkpoint: step or run directory, or a Hugging Face directory.
-      out: folder of the factors.
+      out: write the factors to this folder.
       source: the documents.
       settings: what factors depend on.
       params: see launch/load/load_run.py.
-      length: tokens that are read of each document; 512, or the model's positions if fewer, if not set.
-      batch_size: documents at a time.
+      length: tokens of each document that are used; by default all of a sequence, or the first 512 of a document if the model has as many positions.
+      batch_size: number of documents in a batch.
       sweep_documents: so many of the first 64 documents are ranked for their own second halves with several dampings, in a
         table at the end; 0 for no table.
 
@@ -99,7 +114,7 @@ def fit(
         outputs.opened(out, without=stages.UNFINISHED) as (path, push),
     ):
         sites = site_list.select(run.model, run.params, settings.modules)
-        documents = source.of(run, inputs.length_of(run, length))
+        documents = source.of(run, source.length(run, length))
         record = {
             "checkpoint": load_run.place(checkpoint),
             "params": params,
@@ -147,7 +162,7 @@ def fit(
             print(line)
 
 
-main = load_run.command(__doc__, "influence fit", _run, _add_flags)
+main = load_run.command(__doc__, "influence fit", _run, _add_flags, files=_default_files)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.common import spelling
 from espalier.common.storage import paths
 from espalier.data.text import documents as document_files
 from espalier.launch.config.setting_flags import File, Name
@@ -16,7 +15,7 @@ from espalier.launch.inference import row_files
 from espalier.launch.inference.generate import with_prompt_key
 from espalier.launch.inference.score import scored_row
 from espalier.launch.inference.texts import decoder_of
-from espalier.launch.influence import labels
+from espalier.launch.influence import labels, sources
 from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.trainers.decoding.stop_strings import GrowingText
 from espalier.trainers.scoring.scoring import Row
@@ -91,11 +90,17 @@ class Source:
     """Which documents are read.
 
     Attributes:
-      documents: JSON lines, also .gz and .zst.
-      mixture: SeqIO mixture or task, in place of a file.
-      split: split of the mixture.
+      documents: file of documents as JSON lines, also .gz or .zst.
+      mixture: SeqIO mixture or task, instead of a file.
+      split: split of the mixture that is read.
       module: module to import that registers mixtures; repeatable.
       max_documents: number of first documents that are read; all if not set.
+      sequences: training sequences in their order, instead of a file: NAME of Megatron's files NAME.bin and NAME.idx, as of
+        Pythia's data.
+      sequence_tokens: tokens of each, the model's length in training and one more.
+      step_sequences: sequences of a training step.
+      first_step: the first training step whose sequences are read, from 0.
+      end_step: the step before which reading ends, such as the checkpoint's; all if not set.
     """
 
     documents: File | None = None
@@ -103,6 +108,17 @@ class Source:
     split: Name = "train"
     module: Sequence[Name] = ()
     max_documents: int | None = None
+    sequences: File | None = None
+    sequence_tokens: int = 2049
+    step_sequences: int = 1024
+    first_step: int = 0
+    end_step: int | None = None
+
+    def length(self, run: LoadedRun, length: int | None) -> int:
+        """Returns `length_of` a document: of a sequence, the whole if it is not set."""
+        if length is None and self.sequences is not None:
+            return sources.length_of(run, self.sequence_tokens)
+        return length_of(run, length)
 
     def of(
         self, run: LoadedRun, length: int, part: Sequence[tuple[int, Any]] | None = None
@@ -111,7 +127,13 @@ class Source:
         return Documents(run=run, length=length, source=self, part=part)
 
     def import_mixtures(self) -> None:
-        """Imports the modules of a mixture; raises LoadError for settings of a mixture without one."""
+        """Imports the modules of a mixture; raises LoadError for settings of a mixture or of sequences without them."""
+        if self.sequences is None:
+            for name in sources.SETTINGS:
+                if getattr(self, name) != getattr(Source, name):
+                    raise LoadError(
+                        f"--{name} is of sequences: add --sequences=NAME, or remove --{name}."
+                    )
         if self.mixture is None:
             for name, is_set in (("module", self.module), ("split", self.split != "train")):
                 if is_set:
@@ -127,13 +149,15 @@ class Source:
 
 @dataclasses.dataclass(kw_only=True)
 class Documents:
-    """Documents that are read from the first on at each iteration: of a file, or of a SeqIO mixture.
+    """Documents that are read from the first on at each iteration: of a file, a SeqIO mixture, or sequences in order.
+
+    Repetitions among sequences are not looked for: their digests would be more than a machine's memory.
 
     Attributes:
       run: the model that reads them.
       length: tokens that are read of each; the rest is cut off.
       source: which documents these are.
-      part: (line, row) of some documents of the file, which are read in place of it; None for all.
+      part: (line, row) of some documents of the file, which are read instead of it; None for all.
       cut: number of documents that were cut, of the last iteration.
       repeated: (place, place of the first) of documents with the tokens of an earlier one, of the last iteration.
     """
@@ -149,17 +173,30 @@ class Documents:
     def __post_init__(self):
         self.path, self.limit = self.source.documents, self.source.max_documents
         self.mixture, self.split = self.source.mixture or "", self.source.split
-        if (self.path is None) == (self.source.mixture is None):
-            raise LoadError("Give the documents: either --documents=FILE or --mixture=NAME.")
+        named = (self.path, self.source.mixture, self.source.sequences)
+        if sum(name is not None for name in named) != 1:
+            raise LoadError(
+                "Give the documents, by one of --documents=FILE, --mixture=NAME and --sequences=NAME."
+            )
         if self.limit is not None and self.limit < 1:
             raise LoadError(f"--max_documents={self.limit} must be at least 1.")
-        if self.path is None:
-            _check_mixture(self.run, self.mixture, self.split)
+        self.order = None
+        if self.source.sequences is not None:
+            self.order = sources.order_of(
+                *(self.run, self.source.sequences),
+                tokens=self.source.sequence_tokens,
+                **{name: getattr(self.source, name) for name in sources.SETTINGS[1:]},
+            )
+        elif self.path is None:
+            sources.check_mixture(self.run, self.mixture, self.split)
         elif self.part is None:
             self._file = row_files.local(self.path, "documents")
 
     def __iter__(self) -> Iterator[Row]:
         self.cut, self.repeats, self.repeated = 0, 0, []
+        if self.order is not None:
+            yield from (row for _, row in itertools.islice(self._placed(), self.limit))
+            return
         seen: dict[bytes, int] = {}
         for number, (where, row) in enumerate(itertools.islice(self._placed(), self.limit), 1):
             digest = hashlib.blake2b(_content(row), digest_size=8).digest()
@@ -170,6 +207,14 @@ class Documents:
                     self.repeated.append((where, f"document {first}"))
             yield row
 
+    def chosen(self, wanted: Collection[int]) -> Iterator[tuple[int, Row]]:
+        """Yields (number, row) of the wanted documents, ascending."""
+        if self.order is not None:
+            at = self.order.chosen(self.run, wanted)
+            yield from ((i, self._cut(row)) for i, row in at)
+            return
+        yield from ((i, row) for i, row in enumerate(self) if i in wanted)
+
     def texts(self, wanted: Collection[int]) -> Iterator[dict[str, Any]]:
         """Yields {"document": number, "text": decoded tokens} of those wanted documents that come without a text."""
         without = set(wanted)
@@ -177,12 +222,13 @@ class Documents:
             rows = enumerate(row for _, row in itertools.islice(self.lines(), self.limit))
             without = {i for i, row in rows if i in without and "text" not in row}
         if without:
-            for i, row in enumerate(self):
-                if i in without:
-                    yield {"document": i, "text": "".join(texts(self.run, row))}
+            for i, row in self.chosen(without):
+                yield {"document": i, "text": "".join(texts(self.run, row))}
 
     def record(self) -> dict[str, Any]:
-        """Returns what identifies the documents: the digest of the file, or of the tokens of a mixture, which are read once."""
+        """Returns what identifies the documents: the digest of the file, or of tokens of others, which are read once."""
+        if self.order is not None:
+            return self.order.record(self.limit)
         if self.path is not None:
             own = row_files.digest(self.path, "documents")
             return {"path": paths.absolute(self.path), "sha256": own, "limit": self.limit}
@@ -194,11 +240,17 @@ class Documents:
 
     def count(self) -> int | None:
         """Returns the number of documents; of a mixture about the number, or None if neither it nor the limit is known."""
+        if self.order is not None:
+            return min(self.order.count, self.order.count if self.limit is None else self.limit)
         if self.path is None:
-            own = [task.num_input_examples(self.split) for task in _tasks(self.mixture)]
+            own = [task.num_input_examples(self.split) for task in sources.tasks_of(self.mixture)]
             known = [] if None in own else [sum(own)]
             return min([*known, *([] if self.limit is None else [self.limit])], default=None)
         return sum(1 for _ in itertools.islice(self.lines(), self.limit))
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """Returns the extra entries of a document's row of scores: for a sequence its number and its step, else none."""
+        return {} if self.order is None else self.order.facts(number)
 
     def notes(self) -> list[str]:
         """Returns sentences about documents that were cut, and repeated ones, of the last iteration."""
@@ -223,22 +275,27 @@ class Documents:
     def _placed(self) -> Iterator[tuple[str, Row]]:
         for where, row in self._rows():
             read = row if isinstance(row, Row) else scored_row(self.run, row, where)
-            room = max(0, self.length + 1 - len(read.context))
-            if len(read.targets) > room or len(read.encoder_inputs) > self.length:
-                self.cut += 1
-                read = dataclasses.replace(
-                    read,
-                    targets=read.targets[:room],
-                    encoder_inputs=read.encoder_inputs[: self.length],
-                )
-            yield where, read
+            short = self._cut(read)
+            self.cut += short is not read
+            yield where, short
+
+    def _cut(self, row: Row) -> Row:
+        room = max(0, self.length + 1 - len(row.context))
+        if len(row.targets) <= room and len(row.encoder_inputs) <= self.length:
+            return row
+        return dataclasses.replace(
+            row, targets=row.targets[:room], encoder_inputs=row.encoder_inputs[: self.length]
+        )
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
+        if self.order is not None:
+            yield from self.order.rows(self.run)
+            return
         if self.path is not None:
             for number, row in self.lines():
                 yield f"{self.path}, line {number}", row
             return
-        for i, example in enumerate(_examples(self.mixture, self.split, self.length)):
+        for i, example in enumerate(sources.examples(self.mixture, self.split, self.length)):
             where = f"{self.mixture}, example {i}"
             targets = [int(id) for id in example["targets"]]
             inputs = [int(id) for id in example["inputs"]] if "inputs" in example else []
@@ -257,50 +314,6 @@ class Documents:
 
 def _content(row: Row) -> bytes:
     return repr((row.encoder_inputs, row.context, row.targets)).encode()
-
-
-def _check_mixture(run: LoadedRun, name: str, split: str) -> None:
-    """Raises LoadError if a mixture is not registered, has no such split, or another vocabulary."""
-    from espalier.data import tasks
-    from espalier.data.stream.rows import vocabulary_digest
-
-    seqio = tasks.in_seqio()
-    names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-    if name not in names:
-        raise LoadError(
-            f"--mixture={name}: no such SeqIO mixture or task; {spelling.nearest(name, sorted(names))} (--module=NAME "
-            "registers more)."
-        )
-    mixture = seqio.get_mixture_or_task(name)
-    own = vocabulary_digest(run.vocabulary)
-    for feature, settings in mixture.output_features.items():
-        if feature in ("inputs", "targets") and vocabulary_digest(settings.vocabulary) != own:
-            raise LoadError(
-                f"--mixture={name}: its feature {feature!r} has another vocabulary than the run: register it with the run's."
-            )
-    for task in _tasks(name):
-        if split not in task.splits:
-            raise LoadError(
-                f"--mixture={name}: the task {task.name} has no split {split!r}; it has {', '.join(task.splits)}."
-            )
-
-
-def _tasks(name: str) -> list[Any]:
-    import seqio
-
-    mixture = seqio.get_mixture_or_task(name)
-    return [*mixture.tasks] if hasattr(mixture, "tasks") else [mixture]
-
-
-def _examples(name: str, split: str, length: int) -> Iterator[Mapping[str, Any]]:
-    """Yields the examples of a mixture, in a fixed order, once each."""
-    import seqio
-
-    mixture = seqio.get_mixture_or_task(name)
-    lengths = dict.fromkeys(mixture.output_features, length)
-    repeat = {"num_epochs": 1} if hasattr(mixture, "tasks") else {}
-    dataset = mixture.get_dataset(lengths, split=split, shuffle=False, **repeat)
-    yield from dataset.as_numpy_iterator()
 
 
 def texts(run: LoadedRun, row: Row) -> list[str]:

@@ -33,7 +33,7 @@ class Scan:
     Attributes:
       config, checkpoint, params, run: the run, and how it was loaded (launch/load/load_run.py).
       rows, source: the queries and the documents.
-      batch_size: documents at a time.
+      batch_size: number of documents in a batch.
       factors, fitted: folder of fitted factors and their record, or None.
     """
 
@@ -175,7 +175,7 @@ class Damped(Gradients):
 
     Attributes:
       damping: factor on the mean eigenvalue of each matrix, or an absolute number; ekfac_cg adds the same numbers as ekfac.
-      damping_kind: relative or absolute.
+      damping_kind: whether the damping is relative to the mean eigenvalue, or absolute.
     """
 
     damping: float = 1e-4
@@ -227,7 +227,7 @@ class Ekfac(Damped):
     """Gradients, and the inverse of the EK-FAC curvature.
 
     Attributes:
-      precision: of products in the eigenbasis and of Gauss-Newton products, on accelerators, as in `fit`.
+      precision: rounding of products in the eigenbasis and of Gauss-Newton products on accelerators, like in `fit`.
     """
 
     name = "ekfac"
@@ -263,7 +263,7 @@ class EkfacCg(Ekfac):
     """EK-FAC, refined by conjugate gradients.
 
     Attributes:
-      cg_steps: steps of ekfac_cg.
+      cg_steps: number of conjugate gradient steps of ekfac_cg.
       cg_documents: documents of its Gauss-Newton matrix, the first that factors were fitted on; at most 1,024.
     """
 

@@ -32,6 +32,8 @@ _EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
 _MAX_BYTES = 1 << 30
 # Of each query: the highest and the lowest scores, as they are and divided by the norms of the documents' gradients.
 ENDS = ("top", "bottom", "top_per_norm", "bottom_per_norm")
+PLACE = ("sequence", "step")  # of a row of training sequences: where it is in training
+_Ranked = tuple[float, int, float, dict[str, int]]  # value, negative document, score, place
 
 
 @contextlib.contextmanager
@@ -269,6 +271,23 @@ def read_table(
     return table_NQ, norms_N if has_norms else None
 
 
+def check_earlier(path: str, record: Mapping[str, Any], out: str) -> None:
+    """Raises LoadError unless a file of scores is new, or its record has these values; `out` is its name in the message."""
+    from espalier.trainers.influence import files
+
+    folder = pathlib.Path(queries_folder(path))
+    if files.exists(folder):
+        _, earlier = files.read(folder)
+        if names := sorted(name for name in record if earlier.get(name) != record[name]):
+            raise LoadError(
+                f"--out={out} has scores of other {', '.join(names)}: give another file, or delete it and {queries_folder(out)}."
+            )
+    elif os.path.exists(path) and os.path.getsize(path):
+        raise LoadError(
+            f"--out={out} exists and is not of `launch.influence score`: give another file, or delete it."
+        )
+
+
 def per_norm(scores_NQ: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
     """Returns scores [N, Q] divided by the norms [N] of the documents' gradients; 0 for a gradient of zero."""
     norms_N1 = norms_N[:, None]
@@ -277,18 +296,19 @@ def per_norm(scores_NQ: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
 
 def write_top(scores: str, *, top: int) -> None:
     """Writes the `top` documents at both ends of each query's ranking to `top_file`."""
-    best: list[dict[str, list[tuple[float, int, float]]]] = []
+    best: list[dict[str, list[_Ranked]]] = []
     count = 0
     for document, row in enumerate(read_rows(scores)):
         norm = row.get("norm")
+        place = {name: row[name] for name in PLACE if name in row}
         best = best or [{name: [] for name in ENDS} for _ in row["scores"]]
         for query, score in zip(best, row["scores"], strict=True):
             per_norm = score / norm if norm else 0.0
             for name, value in (("top", score), ("top_per_norm", per_norm)):
                 # Of equal scores, the first document ranks first.
-                _push(query[name], (value, -document, score), top)
+                _push(query[name], (value, -document, score, place), top)
                 low = name.replace("top", "bottom")
-                _push(query[low], (-value, -document, score), top)
+                _push(query[low], (-value, -document, score, place), top)
         count = document + 1
     table = {
         "documents": count,
@@ -299,6 +319,7 @@ def write_top(scores: str, *, top: int) -> None:
                         "document": -item[1],
                         "score": item[2],
                         "value": abs(item[0]) and item[0] * sign,
+                        **item[3],
                     }
                     for item in sorted(heap, reverse=True)
                 ]
@@ -311,7 +332,7 @@ def write_top(scores: str, *, top: int) -> None:
     output_files.write(top_file(scores), json.dumps(table) + "\n")
 
 
-def _push(heap: list[tuple[float, int, float]], item: tuple[float, int, float], size: int) -> None:
+def _push(heap: list[_Ranked], item: _Ranked, size: int) -> None:
     if len(heap) < size:
         heapq.heappush(heap, item)
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.influence import analyses, tables
-from espalier.launch.influence.outputs import ENDS
+from espalier.launch.influence.outputs import ENDS, PLACE
 from espalier.launch.plots import html_page
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
@@ -128,6 +128,7 @@ def table(made: Made) -> dict[str, Any]:
                     "per_nat": made.per_nat(q, item["score"]),
                     "value": item["value"],
                     "source": made.source(item["document"]),
+                    **{name: item[name] for name in PLACE if name in item},
                     "spurious": spurious.get((q, item["document"])),
                     "text": made.texts.get(item["document"]),
                 }
@@ -235,7 +236,9 @@ def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[s
     per_norm = rank_by == "per_norm"
     last = "per norm" if per_norm else "per nat"
     sources = any(item["source"] for item in items)
-    header = [end, "document", *(["source"] if sources else []), "score", last, "text"]
+    steps = any("step" in item for item in items)
+    own = [name for name, shown in (("source", sources), ("step", steps)) if shown]
+    header = [end, "document", *own, "score", last, "text"]
     rows = []
     for rank, item in enumerate(items, 1):
         value = item["value"] if per_norm else item["per_nat"]
@@ -243,6 +246,7 @@ def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[s
         cells = [
             *(str(rank), str(item["document"] + 1)),
             *([_without_tags(item["source"])] if sources else []),
+            *([str(item["step"])] if steps else []),
             *(f"{item['score']:.4g}", "" if value is None else f"{value:.4g}"),
             f"{_without_tags(_clipped(item['text'] or ''))}{mark}",
         ]

@@ -8,7 +8,7 @@ The tables go to standard output, and with --out to report.md and report.json of
 opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
 length can be compared; completions of less than 0.1 nats are divided by 0.1 and marked. "per norm" is the score divided by the
 norm of the document's gradient. Labels in the files of queries and documents ("task", "kind", "correct", "answer", "procedure";
-"source") add analyses: docs/influence.md.
+"source") add analyses: docs/use/influence.md.
 """
 
 import itertools
@@ -45,7 +45,7 @@ def run(
     """Writes a report to a folder, or prints it.
 
     Args:
-      scores: that `score` wrote.
+      scores: file of scores that `influence score` wrote.
       queries: by default the file that was scored.
       documents: by default the file that was scored.
       beside: scores of another method, which the same tables show; repeatable.
@@ -53,7 +53,7 @@ def run(
       bottom: also the documents at the other end.
       rank_by: the score, or the score divided by the norm of the document's gradient.
       within: top documents that are searched and compared (default: a hundredth of all, from 10 to 500).
-      out: folder for report.md, .json and viewer.html.
+      out: write report.md, report.json and viewer.html to this folder.
 
     Raises:
       RowFileError: see `report`.

@@ -29,12 +29,14 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.inference import row_files, shards
-from espalier.launch.influence import inputs, methods, outputs
+from espalier.launch.influence import checkpoints, inputs, methods, outputs
+from espalier.launch.influence.checkpoints import Several
 from espalier.launch.load import load_run
 from espalier.launch.load.load_run import LoadError, RunConfig
 
 _FILES = ("factors", "queries", "out")
 _SIZES = ("top", "length", "batch_size")
+TOP = 100
 _NOT_COUNTED = [
     "documents that were cut, or that repeat an earlier one, are not counted by a pipeline"
 ]
@@ -47,9 +49,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="run, step or Hugging Face directory; by default the one that the factors were fitted on",
+        help="run, step or Hugging Face directory of the model (default: the checkpoint that the factors were fitted on)",
     )
-    group.add_argument("--params", choices=load_run.PARAMS, help="by default those of the factors")
+    group.add_argument(
+        "--params",
+        choices=load_run.PARAMS,
+        help="which parameters are used (default: the kind that the factors were fitted on)",
+    )
+    setting_flags.add(group, Several)
     setting_flags.add(group, inputs.Source)
     methods.add_flags(group)
     setting_flags.add(group, score, names=_SIZES)
@@ -57,7 +64,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _default_files(flags: argparse.Namespace) -> Sequence[str]:
-    if factors := getattr(flags, "factors", None):
+    factors, several = (
+        getattr(flags, "factors", None),
+        Several(**setting_flags.given(flags, Several)),
+    )
+    if several.checkpoints is not None:
+        flags.checkpoint = checkpoints.first(several, flags.checkpoint)
+        factors = several.folders(factors)[0] if factors else None
+    if factors:
         record = outputs.read(factors)
         flags.checkpoint = flags.checkpoint or record["checkpoint"]
         flags.params = flags.params or str(record.get("params", "auto"))
@@ -71,6 +85,20 @@ def _run(start: cli.Start) -> None:
     flags = start.flags
     source = inputs.Source(**setting_flags.given(flags, inputs.Source))
     source.import_mixtures()
+    several = Several(**setting_flags.given(flags, Several))
+    if several.checkpoints is not None:
+        if flags.beam_pipeline_options:
+            raise LoadError(
+                "--beam_pipeline_options scores by one checkpoint: give each as --checkpoint, or remove it."
+            )
+        row_files.check_output(flags.out, "out", others={"queries": flags.queries})
+        own = {"params": flags.params, "source": source, "method": methods.of_flags(flags)}
+        given = {"top": TOP, **setting_flags.given(flags, score, ("queries", *_SIZES))}
+        scored = functools.partial(score, start(), **own, **given)
+        checkpoints.score_each(
+            scored, several, getattr(flags, "factors", None), flags.out, top=given["top"]
+        )
+        return
     pipeline = shards.pipeline(start, "espalier.launch.influence.score:scorer_of")
     score(
         start(),
@@ -113,26 +141,28 @@ def score(
     method: methods.Method,
     factors: Folder | None = None,
     params: str = "auto",
-    top: int = 100,
+    top: int = TOP,
     length: int | None = None,
     batch_size: int = 8,
     pipeline: shards.Pipeline | None = None,
+    finish: Callable[[inputs.Documents], None] | None = None,
 ) -> None:
     """Writes the scores of documents to `out`, or continues there.
 
     Args:
       config: configuration of the checkpoint's run.
       checkpoint: step or run directory, or a Hugging Face directory.
-      queries: JSON lines of queries.
-      out: JSON lines of scores.
+      queries: file of queries, JSON lines.
+      out: write the scores to this file of JSON lines.
       source: the documents.
       method: how they are scored.
-      factors: folder that `fit` wrote.
+      factors: folder that `influence fit` wrote.
       params: see launch/load/load_run.py.
       top: number of top and bottom documents of each query in OUT.top.json.
       length: tokens that are read of each document; those of the factors if not set.
-      batch_size: documents at a time.
+      batch_size: number of documents in a batch.
       pipeline: scores the documents, after this process has prepared the queries; the scores are the same.
+      finish: called with the documents once they are scored.
 
     Raises:
       LoadError: settings or rows that do not fit, or scores of other settings in `out`.
@@ -182,6 +212,8 @@ def score(
             rows_of_tokens = scored.token_rows(chosen)
             row_files.write(outputs.tokens_file(path), rows_of_tokens, writer=writer)
         push()
+        if finish is not None:
+            finish(documents)
     if writer:
         for note in [*(_NOT_COUNTED if pipeline else documents.notes()), *scored.notes()]:
             print(note)
@@ -206,7 +238,7 @@ def _scan(
     if length is None and fitted is not None:
         length = int(fitted["length"])
     with config.load(checkpoint, params=params, encoder_decoders=True) as run:
-        size = inputs.length_of(run, length)
+        size = source.length(run, length)
         yield methods.Scan(
             **{"config": config, "checkpoint": checkpoint, "params": params, "run": run},
             **{"factors": factors, "fitted": fitted},
@@ -222,8 +254,9 @@ def _check_pipeline(source: inputs.Source, method: methods.Method) -> None:
             f"--method={method.name} scores all documents together, in one process: remove --beam_pipeline_options."
         )
     if source.documents is None:
+        flag = "mixture" if source.sequences is None else "sequences"
         raise LoadError(
-            "--mixture is read by one process: give --documents=FILE, or remove --beam_pipeline_options."
+            f"--{flag} is read by one process: give --documents=FILE, or remove --beam_pipeline_options."
         )
 
 
@@ -239,23 +272,12 @@ def _write(
     """Writes the rows that a file does not have yet, and returns the number of all; see `outputs.opened` and `_made`."""
     import jax
 
-    from espalier.trainers.influence import files
     from espalier.trainers.influence.fit import SAVE_SECONDS
 
     folder = pathlib.Path(outputs.queries_folder(path))
     writer = jax.process_index() == 0
     record = json.loads(json.dumps(record))
-    if files.exists(folder):
-        _, other = files.read(folder)
-        if names := sorted(name for name in record if other.get(name) != record[name]):
-            raise LoadError(
-                f"--out={out} has scores of other {', '.join(names)}: give another file, or delete it and "
-                f"{outputs.queries_folder(out)}."
-            )
-    elif os.path.exists(path) and os.path.getsize(path):
-        raise LoadError(
-            f"--out={out} exists and is not of `launch.influence score`: give another file, or delete it."
-        )
+    outputs.check_earlier(path, record, out)
     scored.prepare(folder, record)
     push()
     if made is not None:
@@ -265,7 +287,7 @@ def _write(
         count = len(rows.rows)
         for row in scored.stream(count):
             if writer:
-                rows.add(row)
+                rows.add({**row, **scored.source.facts(count)})
             count += 1
             if time.monotonic() - pushed > SAVE_SECONDS:
                 push()

@@ -7,6 +7,7 @@ Shapes: N documents, Q queries, D width.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from espalier.common.bars import Bar
 from espalier.launch.influence import inputs, outputs
 from espalier.launch.load import run_model
 from espalier.launch.load.load_run import LoadedRun, LoadError
+from espalier.model import layer_groups
+from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import documents, files, queries, scores
 from espalier.trainers.influence import fit as stages
 from espalier.trainers.influence import sites as site_list
@@ -114,8 +117,27 @@ class Gradients:
         for one in scored:
             row: dict[str, Any] = {"scores": one.scores.tolist(), "norm": one.norm}
             if one.layers is not None:
-                row["layers"] = {path: values.tolist() for path, values in one.layers.items()}
+                row["layers"] = self._by_layer(one.layers)
             yield row
+
+    @functools.cached_property
+    def _stacks(self) -> dict[str, tuple[layer_groups.Group, ...]]:
+        """The groups of the model's scanned layers, by stack."""
+        shapes = {name: x.shape for name, x in state_tree.flatten(self.reader.params).items()}
+        return layer_groups.in_stacks(shapes, scanned=True)
+
+    def _by_layer(self, scores: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+        """Returns scores [Q] by matrix of one layer, named as in unrolled models, from [L, Q] of scanned blocks."""
+        by_layer = {}
+        for path, values in scores.items():
+            match = layer_groups.BLOCK.fullmatch(path)
+            if match is None or values.ndim == 1:
+                by_layer[path] = values.tolist()
+                continue
+            layers = layer_groups.layers_of(self._stacks[match[1]], int(match[2]))
+            for layer, own in zip(layers, values, strict=True):
+                by_layer[f"{match[1]}/block_{layer}/{match[3]}"] = own.tolist()
+        return by_layer
 
     def notes(self) -> list[str]:
         kept, pearson = self.queries.kept, self.queries.pearson
@@ -137,7 +159,7 @@ class Gradients:
           wanted: indices of documents, by query.
         """
         needed = {index for chosen in wanted for index in chosen}
-        rows = {i: row for i, row in enumerate(self.source) if i in needed}
+        rows = dict(self.source.chosen(needed))
         norms = self._norms(rows) if self.method.normalised else None
         influence = output_token_scores(self.scan.run.model, self.sites)
         size = self.scan.run.batch_size(1, 1)

@@ -195,10 +195,7 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def block_of(path: str) -> int | None:
-    """Returns the number of the block in a path of parameters; None without one.
-
-    Where layers are scanned, it is the place in a period of the layer pattern, otherwise the layer.
-    """
+    """Returns the number of the block, which is the layer, in a path of parameters; None without one."""
     numbers = _BLOCK.findall(path)
     return int(numbers[0]) if numbers else None
 
@@ -215,23 +212,14 @@ class LayerSums:
         for q, documents in enumerate(wanted):
             for document in documents:
                 self._queries.setdefault(document, []).append(q)
-        self._sums: list[dict[tuple[str, int | None], float]] = [{} for _ in wanted]
+        self._sums: list[dict[str, float]] = [{} for _ in wanted]
 
     def add(self, document: int, layers: Mapping[str, Any]) -> None:
-        """Adds the scores of one document by matrix: [Q], or [L, Q] of scanned layers, which have all blocks of a period."""
-        period = 1 + max((block_of(path) or 0 for path in layers), default=0)
+        """Adds the scores [Q] of one document by the path of each layer's matrix."""
         for q in self._queries.get(document, ()):
             sums = self._sums[q]
-            for path, values in layers.items():
-                own, block = np.asarray(values, np.float64), block_of(path)
-                parts = (
-                    {block: own[q]}
-                    if own.ndim == 1
-                    else {(block or 0) + period * i: x for i, x in enumerate(own[:, q])}
-                )
-                for layer, value in parts.items():
-                    key = (path, layer)
-                    sums[key] = sums.get(key, 0.0) + float(value)
+            for path, scores in layers.items():
+                sums[path] = sums.get(path, 0.0) + float(scores[q])
 
     def shares(self, queries: Sequence[int]) -> dict[str, dict[str, float]]:
         """Returns shares of the summed score as means over queries, by layer and by matrix; both add up to 1.
@@ -246,7 +234,8 @@ class LayerSums:
             if total <= 0:
                 continue
             count += 1
-            for (path, layer), value in self._sums[q].items():
+            for path, value in self._sums[q].items():
+                layer = block_of(path)
                 by_layer["other" if layer is None else str(layer)] += value / total
                 by_matrix[_BLOCK.sub("", path)] += value / total
         return {

@@ -255,7 +255,7 @@ class Generator:
       batch_tokens: tokens of a batch, including new tokens.
       batch_size: maximum rows; None for as many as batch_tokens allows.
       policy, cache_dtype, prefill_chunk: see trainers/decoding/decoder.py.
-      seed: seed of sampling.
+      seed: random seed of sampling.
     """
 
     def __init__(

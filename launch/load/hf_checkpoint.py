@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint in place of a run: its model and tokenizer as a run records them, its weights from its own files.
+"""A Hugging Face checkpoint instead of a run: its model and tokenizer as a run records them, its weights from its own files.
 
 Commands with --checkpoint so read a model that `launch.convert` has not imported. Layers are not stacked, as decoding reads
 them, and weights are not copied on the way but to transpose kernels.
@@ -28,7 +28,7 @@ class Weights:
     """The model of a checkpoint, and how its tensors become parameters.
 
     Attributes:
-      family: name of its family in model/hf/families.py.
+      family: name of its family in model/hf/families/.
       model: the linen module, with the dtype of most parameters as `param_dtype`.
       plan: a model.hf.plan.Plan.
     """
@@ -61,8 +61,8 @@ def weights(
     Raises:
       UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
     """
-    from espalier.model.hf.families import family_of_config
     from espalier.model.hf.plan import plan
+    from espalier.model.hf.registry import family_of_config
 
     family = family_of_config(config)
     model = family.model(config)
@@ -137,8 +137,8 @@ def _state(folder: str) -> tuple[tuple[Any, ...], ...]:
 
 @functools.cache
 def _recorded(checkpoint: str, state: tuple[Any, ...]) -> tuple[str, Mapping[str, Any]]:
-    from espalier.model.hf.families import family_of_config
     from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
+    from espalier.model.hf.registry import family_of_config
 
     del state  # a part of the key
     source = pathlib.Path(checkpoint)
@@ -177,9 +177,9 @@ def restoring(
     from flax import traverse_util
 
     from espalier.model.hf import load
-    from espalier.model.hf.families import family_of_config
     from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
     from espalier.model.hf.plan import plan
+    from espalier.model.hf.registry import family_of_config
 
     if params == "ema":
         raise LoadError(

@@ -1,4 +1,4 @@
-"""A trained model in Python: `from espalier.launch.load.load import load`, then `load("RUN")`; see docs/python.md.
+"""A trained model in Python: `from espalier.launch.load.load import load`, then `load("RUN")`; see docs/use/python.md.
 
 Nothing that the author of a run wrote is executed, and gin is not used: several runs can be loaded in one process.
 Shapes: B rows, T tokens, V rows of the model's table.
@@ -179,7 +179,7 @@ class Run:
           seed: seed of sampling; a continuation depends only on it, the prompt's index and the sample's index.
           batch_size: prompts at a time.
           policy: policy of the key/value caches (model/kv_cache); None caches all tokens.
-          token_healing: whether the last token of a text is drawn anew (`TokenHealing` in launch/inference/texts.py). It is then the
+          token_healing: whether the last token of a text is drawn again (`TokenHealing` in launch/inference/texts.py). It is then the
             first of the new tokens; the new text follows the prompt.
           **sampling: temperature, top_k, top_p, min_p and repetition_penalty of trainers.decoding.settings.Sampling; by
             default the temperature is 0, which is greedy.
@@ -294,7 +294,7 @@ def load(
       checkpoint: run directory (its newest good step), step directory, or directory of a Hugging Face checkpoint, whose
         files have no checksums.
       params: the trained parameters (raw), their moving average (ema), or the average where there is one (auto).
-      vocabulary: a SeqIO vocabulary in place of the run's own, for example if the directory has none.
+      vocabulary: a SeqIO vocabulary instead of the run's own, for example if the directory has none.
       mesh: mesh shape by axis name, such as {"fsdp": 4, "tensor": 2}; None splits the parameters over all devices.
       adapter: run or step directory of adapters of this checkpoint; None for none.
 

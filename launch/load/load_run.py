@@ -30,21 +30,21 @@ CacheDtype = Literal["int8", "bfloat16", "float16", "float32"]  # of cached keys
 SpecialTokens = Literal["texts", "everywhere", "nowhere"]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> Any:
+def add_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> Any:
     """Adds the flags of all commands that read a checkpoint; returns their group."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint",
-        required=True,
+        required=required,
         metavar="DIR",
-        help="run directory (its newest good step), step directory, or directory of a Hugging Face checkpoint",
+        help="the model: a run directory (its newest good step), a step directory, or the folder of a Hugging Face checkpoint",
     )
     group.add_argument(
         "--params",
         choices=PARAMS,
         default="auto",
-        help="the trained parameters (raw), their moving average (ema), or the average where there "
-        "is one (auto)",
+        help="which parameters are used: the trained ones (raw), their moving average (ema), or the average where there "
+        "is one (auto, the default)",
     )
     return group
 
@@ -75,11 +75,20 @@ def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     group = add_flags(parser)
     add_adapter_flag(group)
     group.add_argument(
-        "--inputs", required=required, metavar="FILE", help="JSON lines, also .gz and .zst"
+        "--inputs",
+        required=required,
+        metavar="FILE",
+        help="read rows from this file of JSON lines, also .gz or .zst",
     )
-    group.add_argument("--output", required=required, metavar="FILE", help="JSON lines")
     group.add_argument(
-        "--batch_size", type=int, default=8, metavar="N", help="rows at a time (default 8)"
+        "--output", required=required, metavar="FILE", help="write rows to this file of JSON lines"
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of rows in a batch (default 8)",
     )
     return group
 

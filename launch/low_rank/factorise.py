@@ -52,7 +52,7 @@ class FactoriseFlags:
       rank: a fraction, or with 'absolute' the rank itself.
       rank_rule: rank is a fraction of the smaller side (min_dim, the default), of the parameters (param_ratio), or of
         the squared singular values (energy).
-      layers: patterns of whole paths of modules, repeatable (default: attention's and MLPs' projections).
+      layers: patterns of factorise modules whose whole path matches REGEX; repeatable (default: the projections of attention and MLPs).
       calibrate: file of JSON lines {"text": "..."}.
       calibrate_length: tokens of a row (512).
     """
@@ -88,7 +88,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="REGEX",
         default=[],
-        help="whole paths of modules, repeatable (default: attention's and MLPs' projections)",
+        help="factorise modules whose whole path matches REGEX; repeatable (default: the projections of attention and MLPs)",
     )
 
 

@@ -1,14 +1,14 @@
 """Merges models into one of the same size, or stacks their layers, by a configuration in mergekit's YAML dialect.
 
-Example, of two runs of one model, in the proportion 3 to 1; docs/merging.md has the methods and their parameters:
+Example, of two runs of one model, in the proportion 3 to 1; docs/use/merging.md has the methods and their parameters:
 
   printf 'merge_method: linear\\nmodels:\\n  - {model: /tmp/english, parameters: {weight: 3}}\\n  - {model: /tmp/python, parameters: {weight: 1}}\\n' > /tmp/merge.yml
   espalier merge --config=/tmp/merge.yml --out=/tmp/merged
 
 Models are Hugging Face folders with safetensors, and the result is one too; or runs of this project, and the result is a
 run that every command takes as --checkpoint. Weights go through memory in blocks. A merge that was killed leaves nothing
-at --out; of Hugging Face folders, the same command then goes on where it was. Models, --config and --out may be addresses
-of object stores (docs/remote_storage.md); a merge to an address begins again.
+at --out; the same command then continues where it was. Models, --config and --out may be addresses
+of object stores (docs/scale/remote_storage.md); a merge to an address begins again.
 
 `espalier merge search --help`: searches the weights of a linear merge on held-out texts.
 """
@@ -35,9 +35,9 @@ def merge(
     """Merges models, and prints what it did.
 
     Args:
-      config: YAML file, see docs/merging.md.
-      out: folder to be made.
-      seed: of methods that draw random numbers (default 0).
+      config: YAML file, see docs/use/merging.md; or its text, if it begins with a brace.
+      out: write the merged model to this folder.
+      seed: random seed of methods that draw random numbers (default 0).
       shard_size: maximum data in a file of safetensors (default 5GB).
       block_bytes: data of a model in memory at a time; results do not depend on it.
       dry_run: prints what each tensor is made of, and writes nothing.

@@ -161,7 +161,14 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
             )
 
 
-def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
+def warn(merge: Merge, models: Mapping[str, Model]) -> None:
+    """Warns of models whose merge is hardly of use; layers of any models may be stacked."""
+    if merge.method != "passthrough" and merge.tokens is None:
+        _warn_unrelated(merge, models)
+        _warn_factors(merge, models)
+
+
+def _warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
     """Warns of models whose embeddings are not correlated: weights of models of other starts do not correspond."""
     opened = [models[path] for path in merge.models()]
     names = [next(filter(_EMBEDDING.search, x.tensors), None) for x in opened]
@@ -180,7 +187,7 @@ def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
             )
 
 
-def warn_factors(merge: Merge, models: Mapping[str, Model]) -> None:
+def _warn_factors(merge: Merge, models: Mapping[str, Model]) -> None:
     """Warns of matrices stored as factors: the product of the merged factors is not the merge of the products."""
     from espalier.model.low_rank.decompose import factorised_modules
 

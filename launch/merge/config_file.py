@@ -1,11 +1,12 @@
 """Reads the configuration of merges: a YAML file in mergekit's dialect, with one or several documents.
 
-Extras of this project are, in a value with conditions, `pattern` (a regular expression in place of `filter`'s substring) and
+Extras of this project are, in a value with conditions, `pattern` (a regular expression instead of `filter`'s substring) and
 `non_layer` (the value of tensors outside of layers).
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common.storage import mirror
@@ -25,16 +26,51 @@ _DECIMAL = re.compile(
 def read(path: str) -> list[Merge]:
     """Returns the merges of a file, in an order in which each comes after those that it uses.
 
+    What begins with a brace is no path but the text itself.
+
     Raises:
       MergeError: the file is not a configuration of merges.
     """
-    documents = _documents(path)
+    documents, path = _documents(path), _name(path)
     merges = [Document(path, i, len(documents)).merge(x) for i, x in enumerate(documents)]
     names = [merge.name for merge in merges]
     if twice := [name for name in names if names.count(name) > 1]:
         shown = "documents without a name" if twice[0] is None else f"documents named {twice[0]!r}"
         raise MergeError(f"{path} has {len(twice)} {shown}: give each its own `name:`.")
     return _in_order(path, merges)
+
+
+def content(path: str) -> dict[str, Any]:
+    """Returns the only document of a file, whose keys nobody has checked; raises MergeError."""
+    documents = _documents(path)
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        raise MergeError(f"{path} must be one mapping, such as merge_method: ties.")
+    return documents[0]
+
+
+def one(file_or_content: str | Mapping[str, Any], *, name: str = "MERGE") -> Merge:
+    """Returns the only merge of a file, or of a document's content as Python values, which messages call `name`.
+
+    Raises:
+      MergeError: it is not the configuration of one merge.
+    """
+    if isinstance(file_or_content, str):
+        merges = read(file_or_content)
+    else:
+        # Configurations of gin have tuples where YAML has lists.
+        content = json.loads(json.dumps(file_or_content))
+        merges = [Document(name, 0, 1).merge(content)]
+    if len(merges) > 1:
+        raise MergeError(
+            f"{file_or_content} has {len(merges)} documents, and one merge is read here: make the others with espalier merge, "
+            "and name their results."
+        )
+    return merges[0]
+
+
+def _name(path: str) -> str:
+    """Returns what messages call a configuration: its file, or the flag that has its text."""
+    return "--config" if path.startswith("{") else path
 
 
 def _documents(path: str) -> list[Any]:
@@ -65,8 +101,12 @@ def _documents(path: str) -> list[Any]:
 
     for kind in ("int", "float"):
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.number)
-    with open(mirror.local(path), "rb") as file:
-        content = file.read(_MAX_BYTES + 1)
+    if path.startswith("{"):
+        content = path.encode()
+    else:
+        with open(mirror.local(path), "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    path = _name(path)
     if len(content) > _MAX_BYTES:
         raise MergeError(
             f"{path} is longer than {_MAX_BYTES:,} bytes: is it a merge configuration?"
@@ -92,7 +132,7 @@ def _documents(path: str) -> list[Any]:
     if documents and documents[-1] is None:
         documents.pop()  # after a trailing ---
     if not documents:
-        raise MergeError(f"{path} is empty: write a merge configuration, see docs/merging.md.")
+        raise MergeError(f"{path} is empty: write a merge configuration, see docs/use/merging.md.")
     return documents
 
 

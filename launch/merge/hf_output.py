@@ -1,9 +1,6 @@
-"""Writes a merge as a Hugging Face folder, block by block; a run that was killed goes on where it was."""
+"""Writes a merge as a Hugging Face folder, block by block; a run that was killed continues where it was."""
 
-import contextlib
-import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,15 +11,23 @@ from espalier.common import files
 from espalier.data.tokenizers import chat_template, hf_tokenizer
 from espalier.launch.merge import output, tokens
 from espalier.launch.merge.models import CONFIG, HfModel
-from espalier.launch.merge.output import Workers, progress
+from espalier.launch.merge.output import Journal, Workers, progress
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import MergeError
 from espalier.launch.weights.target_folder import check_space, new_directory
+from espalier.model.config import LayerKind
+from espalier.model.hf import registry
+from espalier.model.hf.config_fields import UnsupportedConfig
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 
-_JOURNAL = "merge.progress"
 _FLUSH_BYTES = 256 << 20  # a power cut loses at most the work on so many bytes
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_OF_LAYERS = (
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+)  # lists with a value for each layer
+_DENSE = "mlp_only_layers"  # the numbers of layers without experts
 
 
 def write(
@@ -38,42 +43,49 @@ def write(
     Raises:
       MergeError, TransformError, ConvertError, OSError.
     """
-    models = planner.models
     config, record = _config(planner, planned), output.record(planner)
     sizes = {x.name: (x.out_dtype, x.shape) for x in planned}
-    state = {
-        "planned": [repr(x) for x in planned],
-        "models": {path: models[path].fingerprint() for path in planner.merge.models()},
-        "shard_bytes": shard_bytes,
-        "config": config,
-        "merge": record,
-    }
-    text = json.dumps(state, sort_keys=True, default=str)
-    fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    fingerprint = output.fingerprint(planner, planned, shard_bytes=shard_bytes, config=config)
     with new_directory(
-        target, goes_on=lambda folder: _done(folder, fingerprint) is not None
+        target, goes_on=lambda folder: output.finished(folder, fingerprint) is not None
     ) as folder:
-        done = _done(folder, fingerprint)
-        if done is None:
+        entries = output.finished(folder, fingerprint)
+        done, again = {*(entries or ())}, entries is not None
+        if not again:
             check_space(folder, output.out_bytes(planned))
-        journal = _Journal(folder, fingerprint, again=done is not None)
+        journal, waiting = Journal(folder, fingerprint, again=again), _Waiting()
         with (
-            SafetensorsWriter(
-                folder, sizes, shard_bytes=shard_bytes, again=done is not None
-            ) as writer,
-            progress(
-                planned, initial=sum(writer.tensors[name].nbytes for name in done or ())
-            ) as bar,
+            SafetensorsWriter(folder, sizes, shard_bytes=shard_bytes, again=again) as writer,
+            progress(planned, initial=sum(writer.tensors[x].nbytes for x in done)) as bar,
         ):
             for x in planned:
-                if x.name in (done or ()):
+                if x.name in done:
                     continue
                 for low, values in workers.run(x, _reads(x, planner)):
                     writer.write_values(x.name, values, low)
                     bar.update(values.nbytes)
-                journal.add(x.name, writer.tensors[x.name].nbytes, writer)
+                if names := waiting.add(x.name, writer.tensors[x.name].nbytes):
+                    writer.flush()  # before they are listed
+                    journal.add(names)
             journal.finish()
         _write_rest(pathlib.Path(folder), planner, config, record)
+
+
+class _Waiting:
+    """The finished tensors that are not listed yet."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._size = 0
+
+    def add(self, name: str, nbytes: int) -> list[str]:
+        """Returns the names of all tensors that wait, once these are large enough; else none."""
+        self._names.append(name)
+        self._size += nbytes
+        if self._size < _FLUSH_BYTES:
+            return []
+        names, self._names, self._size = self._names, [], 0
+        return names
 
 
 def _reads(x: Planned, planner: Planner) -> list[Any]:
@@ -89,45 +101,6 @@ def _reads(x: Planned, planner: Planner) -> list[Any]:
         tokens.reader(tokens.rows_of(vocabulary, paths, path), reads, width, dtype)
         for path, dtype in zip(paths, x.dtypes, strict=True)
     ]
-
-
-class _Journal:
-    """The list of finished tensors in a partial folder; tensors are flushed to disk before they are listed."""
-
-    def __init__(self, folder: str, fingerprint: str, *, again: bool):
-        self._path = os.path.join(folder, _JOURNAL)
-        self._waiting: list[str] = []
-        self._size = 0
-        if not again:
-            self._append([fingerprint])
-
-    def add(self, name: str, nbytes: int, writer: SafetensorsWriter) -> None:
-        self._waiting.append(name)
-        self._size += nbytes
-        if self._size >= _FLUSH_BYTES:
-            writer.flush()
-            self._append(self._waiting)
-            self._waiting, self._size = [], 0
-
-    def finish(self) -> None:
-        os.unlink(self._path)
-
-    def _append(self, lines: Sequence[str]) -> None:
-        # Synced, because what it lists is not merged again.
-        files.append(self._path, "".join(json.dumps(line) + "\n" for line in lines), synced=True)
-
-
-def _done(folder: str, fingerprint: str) -> set[str] | None:
-    """Returns the finished tensors in a partial folder; None if it is of another merge, or not readable."""
-    with contextlib.suppress(OSError, ValueError):
-        lines = pathlib.Path(folder, _JOURNAL).read_text("utf-8").splitlines()
-        values = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # the last may be cut short
-                values.append(json.loads(line))
-        if values and values[0] == fingerprint:
-            return set(values[1:])
-    return None
 
 
 def _config(planner: Planner, planned: Sequence[Planned]) -> dict[str, Any]:
@@ -166,23 +139,46 @@ def _change_depth(planner: Planner, config: dict[str, Any], stack: str, before: 
             "model are not supported."
         )
     config[keys[0]] = len(origins)
-    types = []
-    for i, (path, layer) in enumerate(origins):
-        own = getattr(planner.models[path], "config", {})
-        of_layer = own.get("layer_types")
-        if isinstance(of_layer, list) and layer < len(of_layer):
-            types.append(of_layer[layer])
-        elif (
-            period := own.get("sliding_window_pattern")
-            or (2 if own.get("model_type") == "gemma2" else 1)
-        ) and (layer % period != i % period):
+    own = [getattr(planner.models[path], "config", {}) for path, _ in origins]
+    for key in _OF_LAYERS:
+        values = [
+            one[key][layer]
+            for one, (_, layer) in zip(own, origins, strict=True)
+            if isinstance(one.get(key), list) and layer < len(one[key])
+        ]
+        if values and len(values) < len(origins):
             raise MergeError(
-                f"{file}: layer {layer} of {path} would become layer {i}, which has another kind of attention: "
-                f"move layers by multiples of {period}."
+                f"{file}: some config.json have {key}, and others do not: add it to all."
             )
-    if types:
-        config["layer_types"] = types
+        config |= {key: values} if values else {}
+    if any(one.get(_DENSE) for one in own):
+        config[_DENSE] = [
+            i for i, (_, layer) in enumerate(origins) if layer in (own[i].get(_DENSE) or ())
+        ]
+    if "layer_types" in config:
         config.pop("sliding_window_pattern", None)
+    kinds = {path: _kinds(one) for (path, _), one in zip(origins, own, strict=True)}
+    merged = _kinds(config) if len(planner.layers) == 1 else None
+    for i, (path, layer) in enumerate(origins):
+        # Of models that no family reads.
+        period = 1 if "layer_types" in config else own[i].get("sliding_window_pattern") or 1
+        before_it = kinds[path]
+        if layer % period != i % period or (
+            merged is not None and before_it is not None and merged[i] != before_it[layer]
+        ):
+            raise MergeError(
+                f"{file}: layer {layer} of {path} would become layer {i}, which has another kind of attention or MLP by "
+                "config.json: take layers in the order and at the distance that these repeat in."
+            )
+
+
+def _kinds(config: Mapping[str, Any]) -> list[LayerKind] | None:
+    """Returns the kinds of the layers of a config.json; None if no family reads it."""
+    try:
+        sizes = registry.family_of_config(config).model(config).config
+    except UnsupportedConfig:
+        return None
+    return [sizes.layer_kind(layer) for layer in range(sizes.num_layers)]
 
 
 def _write_rest(

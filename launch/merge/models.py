@@ -19,11 +19,11 @@ import numpy as np
 
 from espalier.common.storage import mirror, paths
 from espalier.launch.merge.settings import MergeError
+from espalier.model import layer_groups
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
 
 CONFIG = "config.json"
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?|layer))\.(\d+)\.(.+)")
-ARRAY = re.compile(r"((?:.*/)?layers)/block_(\d+)/(.*)")
 # Tensors that come before the layers; other tensors outside of layers come after them.
 FIRST = re.compile(
     r"(?!lm_head)(?:.*[./])?(?:token_embed|embed_tokens|wte|wpe|shared|word_embeddings|positions?|"
@@ -205,12 +205,10 @@ class NativeModel(_Tensors):
         self.arrays: dict[str, list[str]] = {}  # the tensors of each array, in order
         self._where: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.tensors = {}
-        blocks = collections.Counter(
-            stack for stack, _ in {m.groups()[:2] for m in map(ARRAY.fullmatch, self._shapes) if m}
-        )
+        groups = layer_groups.in_stacks(self._shapes, scanned=self.scanned)
         hf = self._hf_names()
         for path_, shape in self._shapes.items():
-            for at, place in self._parts(path_, shape, blocks):
+            for at, place in self._parts(path_, groups):
                 name = self.name(place.stack, place.layer, place.rest)
                 names = (name, *hf.get((path_, at), ()))
                 self.tensors[name] = Entry(shape[len(at) :], self._dtype(path_), names, place)
@@ -218,21 +216,20 @@ class NativeModel(_Tensors):
                 self.arrays.setdefault(path_, []).append(name)
 
     def _parts(
-        self, path: str, shape: tuple[int, ...], blocks: Mapping[str, int]
+        self, path: str, groups: Mapping[str, Sequence[layer_groups.Group]]
     ) -> Iterator[tuple[tuple[int, ...], Place]]:
-        match = ARRAY.fullmatch(path)
+        match = layer_groups.BLOCK.fullmatch(path)
         if match is None:
             yield (), Place(None, None, path)
-        elif not self.scanned:
-            yield (), Place(match[1], int(match[2]), match[3])
-        else:
-            for group in range(shape[0]):
-                yield (group,), Place(match[1], group * blocks[match[1]] + int(match[2]), match[3])
+            return
+        layers = layer_groups.layers_of(groups[match[1]], int(match[2]))
+        for index, layer in enumerate(layers):
+            yield (index,) if self.scanned else (), Place(match[1], layer, match[3])
 
     def _hf_names(self) -> dict[tuple[str, tuple[int, ...]], tuple[str, ...]]:
         """Returns the names in Hugging Face's layout, by array and leading indices, if a family has the model."""
-        from espalier.model.hf.families import family_of_model
         from espalier.model.hf.family import UnsupportedModel
+        from espalier.model.hf.registry import family_of_model
 
         try:
             pieces = family_of_model(self.model).pieces(self.model)
@@ -240,7 +237,11 @@ class NativeModel(_Tensors):
             return {}
         names: dict[tuple[str, tuple[int, ...]], tuple[str, ...]] = {}
         for piece in pieces:
-            at = piece.native_at[:1] if ARRAY.fullmatch(piece.native) and self.scanned else ()
+            at = (
+                piece.native_at[:1]
+                if layer_groups.BLOCK.fullmatch(piece.native) and self.scanned
+                else ()
+            )
             names[piece.native, at] = (*names.get((piece.native, at), ()), piece.hf)
         return names
 

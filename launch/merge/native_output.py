@@ -1,7 +1,10 @@
 """Writes a merge of runs as a run directory, which every command reads."""
 
+import collections
+import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,14 +12,19 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.merge import output
-from espalier.launch.merge.models import ARRAY, NativeModel
-from espalier.launch.merge.output import Workers, progress
+from espalier.launch.merge.models import NativeModel
+from espalier.launch.merge.output import Journal, Workers, progress
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import MergeError
 from espalier.launch.weights.target_folder import check_space
+from espalier.model import layer_groups
+from espalier.model.protocol import inference_model
 from espalier.model.transforms.merge_blocks import promoted
+from espalier.trainers.checkpoints import step_dir, stream_checkpoint
+from espalier.trainers.checkpoints.stream_checkpoint import Interrupted, StreamedArray
 
 _CHUNK_BYTES = 16 << 20
+_STORE = "merge.arrays"  # of a killed merge, on the way into the checkpoint
 
 
 def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers: Workers) -> None:
@@ -29,15 +37,23 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
 
     donor = planner.donor
     assert isinstance(donor, NativeModel)
-    lines = _config_lines(planner, planned)
+    fields = changed_fields(planner, planned)
+    lines = [f"config.TransformerConfig.{name} = {value!r}" for name, value in fields.items()]
+    lines = ["from espalier.model import config", *lines] if lines else []
     text = "\n".join([donor.source.config(whole=False), *lines, ""])
-    with transformed_run.new_run(target, text, donor.source) as (folder, model):
-        check_space(folder, output.out_bytes(planned))
+    mark = output.fingerprint(planner, planned, config=text)
+    with transformed_run.new_run(
+        *(target, text, donor.source),
+        goes_on=lambda folder: output.finished(folder, mark) is not None,
+    ) as (folder, model):
+        journal, interrupted = _interrupted(folder, mark)
+        if interrupted.store is None:
+            check_space(folder, output.out_bytes(planned))
         leaves = transformed_run.abstract_params(model)
         with progress(planned) as bar:
             arrays = {
-                path: _streamed(parts, planner, workers, bar)
-                for path, parts in _by_array(donor, planned).items()
+                path: streamed(parts, planner, workers, bar)
+                for path, parts in by_array(inference_model(model).config, planned).items()
             }
             wanted = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
             made = {path: array.shape for path, array in arrays.items()}
@@ -49,23 +65,42 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
                 )
             record = output.record(planner)
             pathlib.Path(folder, output.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            transformed_run.save(folder, arrays, _meta(record, donor, changed=bool(lines)))
+            meta = facts_of(record, donor, changed=bool(fields))
+            transformed_run.save(folder, arrays, meta, interrupted)
+            journal.finish()
 
 
-def _meta(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
+def _interrupted(folder: str, fingerprint: str) -> tuple[Journal, Interrupted]:
+    """Returns the journal of a merge, and what a killed merge has left in the folder."""
+    entries = output.finished(folder, fingerprint)
+    store = os.path.join(folder, _STORE)
+    there = stream_checkpoint.take_store(os.path.join(folder, step_dir.CHECKPOINTS), store)
+    journal = Journal(folder, fingerprint, again=entries is not None and there)
+    digests = dict(entries or ()) if there else {}
+    return journal, Interrupted(
+        store if there else None, digests, lambda name, digest: journal.add([[name, digest]])
+    )
+
+
+def facts_of(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
+    """Returns the facts of the result: those of the first model that hold for a merge, and the record of the merge."""
     # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
     hf = {} if changed else donor.source.hf_meta()
     facts = {key: value for key, value in record.items() if key != "made_of"}
     return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
 
 
-def _config_lines(planner: Planner, planned: Sequence[Planned]) -> list[str]:
-    """Returns the gin lines of a depth and dtypes that are not those of the first model."""
+def changed_fields(planner: Planner, planned: Sequence[Planned]) -> dict[str, Any]:
+    """Returns the fields of the result's TransformerConfig, a depth or dtypes, that are not those of the first model.
+
+    Raises:
+      MergeError: layers of other kinds, or another depth of an encoder-decoder.
+    """
     import jax.numpy as jnp
 
     merge, donor = planner.merge, planner.donor
     assert isinstance(donor, NativeModel)
-    lines = []
+    fields: dict[str, Any] = {}
     for stack, origins in planner.layers.items():
         config = donor.model.config
         if (
@@ -78,16 +113,8 @@ def _config_lines(planner: Planner, planned: Sequence[Planned]) -> list[str]:
                 f"{merge.file}: {stack}: the depth of encoder-decoders cannot change: give whole stacks in their order."
             )
         if len(origins) != config.num_layers:
-            lines.append(f"config.TransformerConfig.num_layers = {len(origins)}")
-        period = len(config.layer_pattern)
-        for i, (path, layer) in enumerate(origins):
-            if period > 1 and layer % period != i % period:
-                raise MergeError(
-                    f"{merge.file}: layer {layer} of {path} would become layer {i}, which has another kind of attention: "
-                    f"move layers by multiples of {period}."
-                )
-        if len(origins) % period:
-            raise MergeError(f"{merge.file}: the number of layers must be a multiple of {period}.")
+            fields["num_layers"] = len(origins)
+        fields |= _pattern(planner, config, origins)
     configs = [planner.models[path].model.config for path in merge.merged_models()]  # type: ignore[union-attr]
     for field in (
         "dtype",
@@ -97,30 +124,54 @@ def _config_lines(planner: Planner, planned: Sequence[Planned]) -> list[str]:
         if field == "param_dtype":
             dtype = merge.out_dtype or merge.dtype or dtype
         if dtype != jnp.dtype(getattr(donor.model.config, field)).name:
-            lines.append(f"config.TransformerConfig.{field} = {dtype!r}")
-    return ["from espalier.model import config", *lines] if lines else []
+            fields[field] = dtype
+    return fields
 
 
-def _by_array(donor: NativeModel, planned: Sequence[Planned]) -> dict[str, list[Planned]]:
-    """Returns the tensors of each array of the output, in the order of their rows."""
-    periods: dict[str, int] = {}
-    for match in filter(None, map(ARRAY.fullmatch, donor.arrays)):
-        periods[match[1]] = max(periods.get(match[1], 0), int(match[2]) + 1)
+def _pattern(
+    planner: Planner, config: Any, origins: Sequence[tuple[str, int]]
+) -> dict[str, tuple[str, ...]]:
+    """Returns the field with the layers' kinds, unless the first model's pattern gives them."""
+    sources = [(planner.models[path].model.config, layer) for path, layer in origins]  # type: ignore[union-attr]
+    kinds = tuple(own.kind_names[layer] for own, layer in sources)
+    deep = dataclasses.replace(config, num_layers=len(origins), layer_pattern=kinds)
+    for i, (own, layer) in enumerate(sources):
+        if own.layer_kind(layer) != deep.layer_kind(i):
+            raise MergeError(
+                f"{planner.merge.file}: layer {layer} of {origins[i][0]} has another window than layers of the first model: merge "
+                "models of one architecture."
+            )
+    pattern = tuple(config.layer_pattern)
+    repeated = pattern * -(-len(kinds) // len(pattern))
+    if len(pattern) <= len(kinds) and kinds == repeated[: len(kinds)]:
+        return {}
+    return {"layer_pattern": kinds}
+
+
+def by_array(config: Any, planned: Sequence[Planned]) -> dict[str, list[Planned]]:
+    """Returns the tensors of each array of a model with this TransformerConfig, in the order of their rows."""
+    depths = collections.Counter(
+        stack for stack, _ in {(x.stack, x.layer) for x in planned if x.stack is not None}
+    )
     result: dict[str, list[Planned]] = {}
     for x in planned:
         if x.stack is None or x.layer is None:
             path = x.rest
         else:
-            block = x.layer % periods[x.stack] if donor.scanned else x.layer
+            block, own = x.layer, config
+            if own.scan_layers:
+                if "encoder" in x.stack.split("/"):
+                    own = own.bidirectional(depths[x.stack])
+                block, _ = layer_groups.place(own.layer_groups, x.layer)
             path = f"{x.stack}/block_{block}/{x.rest}"
         result.setdefault(path, []).append(x)
     return {path: sorted(parts, key=lambda x: x.layer or 0) for path, parts in result.items()}
 
 
-def _streamed(parts: Sequence[Planned], planner: Planner, workers: Workers, bar: Any) -> Any:
+def streamed(
+    parts: Sequence[Planned], planner: Planner, workers: Workers, bar: Any
+) -> StreamedArray:
     """Returns an array that is merged while it is written, a layer or a block of rows at a time."""
-    from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
-
     first, donor = parts[0], planner.donor
     assert isinstance(donor, NativeModel)
     stacked = first.stack is not None and donor.scanned

@@ -1,14 +1,20 @@
-"""What both writers of a merge share: threads that merge blocks, their progress, the plan's table, merge.json, the model card."""
+"""What both writers of a merge share: threads that merge blocks, their progress, the plan's table, merge.json, the model card.
+
+A merge that was killed goes on, by the list of finished parts in its partial folder (`Journal`).
+"""
 
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from espalier.common import files
 from espalier.common.bars import Bar
 from espalier.launch.merge.models import Model, NativeModel, Read
 from espalier.launch.merge.plan import Planned, Planner
@@ -19,6 +25,7 @@ from espalier.model.transforms.merge_methods import METHODS
 
 BLOCK_BYTES = 16 << 20
 RECORD = "merge.json"
+_JOURNAL = "merge.progress"
 NAME = "README.md"
 _CARD = """\
 ---
@@ -166,3 +173,52 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
         record=RECORD,
         configuration=configuration.rstrip().replace("```", "` ` `"),
     )
+
+
+def fingerprint(planner: Planner, planned: Sequence[Planned], **settings: Any) -> str:
+    """Returns a digest of all that decides the output: the plan, the models, the configuration and these settings."""
+    models = planner.models
+    state = {
+        "planned": [repr(x) for x in planned],
+        "models": {path: models[path].fingerprint() for path in planner.merge.models()},
+        "merge": record(planner),
+        **settings,
+    }
+    text = json.dumps(state, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Journal:
+    """The list of finished parts in a partial folder; they are on the disk before they are listed.
+
+    Args:
+      folder: the partial folder.
+      fingerprint: of the merge.
+      again: whether the list goes on.
+    """
+
+    def __init__(self, folder: str, fingerprint: str, *, again: bool):
+        self._path = os.path.join(folder, _JOURNAL)
+        if not again:
+            pathlib.Path(self._path).unlink(missing_ok=True)
+            self.add([fingerprint])
+
+    def add(self, entries: Sequence[Any]) -> None:
+        # Synced, because what it lists is not merged again.
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        files.append(self._path, lines, synced=True)
+
+    def finish(self) -> None:
+        os.unlink(self._path)
+
+
+def finished(folder: str, fingerprint: str) -> list[Any] | None:
+    """Returns the finished parts in a partial folder; None if it is of another merge, or not readable."""
+    with contextlib.suppress(OSError, ValueError):
+        values = []
+        for line in pathlib.Path(folder, _JOURNAL).read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last may be cut short
+                values.append(json.loads(line))
+        if values and values[0] == fingerprint:
+            return values[1:]
+    return None

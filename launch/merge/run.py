@@ -34,8 +34,8 @@ def merge_all(
     from the same configuration is used as it is.
 
     Args:
-      config: path of the YAML file.
-      out: folder to be made.
+      config: path of the YAML file, or its text, if it begins with a brace.
+      out: write the merged model to this folder.
       seed: of random methods; None for 0.
       shard_bytes: maximum data in a file of a Hugging Face folder; None for 5 GB.
       block_bytes: bytes of an input in memory at a time.
@@ -83,7 +83,7 @@ def _targets(merges: Sequence[Merge], out: str) -> dict[str | None, str]:
 
 
 def _located(merge: Merge, stages: dict[str, str]) -> Merge:
-    """Returns a merge with the folders of stages in place of their names."""
+    """Returns a merge with the folders of stages instead of their names."""
 
     def of(path: str | None) -> str | None:
         return stages.get(path, path) if path is not None else None
@@ -143,9 +143,7 @@ def _merge(
         if dry_run:
             return output.table(planned)
         workers.check_equal(planned, models, merge.file)
-        if merge.method != "passthrough" and merge.tokens is None:
-            checks.warn_unrelated(merge, models)
-            checks.warn_factors(merge, models)
+        checks.warn(merge, models)
         if of_hf:
             most = _SHARD if shard_bytes is None else shard_bytes
             hf_output.write(planner, planned, target, shard_bytes=most, workers=workers)

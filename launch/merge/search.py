@@ -1,4 +1,4 @@
-"""Searches the weights of a linear merge of runs by their losses on held-out texts, one file a domain or language.
+"""Searches the weights of a merge of runs by their losses on held-out texts, one file a domain or language, or by any command.
 
 Example, of three runs of one model:
 
@@ -9,9 +9,20 @@ Example, of three runs of one model:
 Files have rows as for launch.score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
 time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. A domain's loss counts as its ratio to that of the best single model there.
 Among the trials whose worst domain is within --delta of the best worst one, that with the lowest mean ratio is chosen. The table
-shows also the gain of leaving out each model: a positive number is a collision. Trials are in trials.jsonl: the same command goes on
+shows also the gain of leaving out each model: a positive number is a collision. Trials are in trials.jsonl: the same command continues
 where it was. Use other texts to report the result.
-All models are in memory at once.
+All models of a linear merge are in memory at once.
+
+--merge=FILE has the method, base and parameters of another merge than a linear one, as a YAML file of espalier merge without models:
+
+  merge_method: ties
+  base_model: /tmp/seed
+  parameters: {density: 0.5}
+
+--measure takes numbers of a judge, a reward or a suite, by a command that reads the merged {run} and writes a {json} file; --scores
+names those that count. Higher ones are better, and a number counts by its gap to that of the best single model there:
+
+  --measure='espalier evaluate code --checkpoint={run} --problems=HumanEval.jsonl --json={json}' --scores code=pass_at_k/1
 """
 
 import argparse
@@ -23,6 +34,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,7 +48,8 @@ from espalier.launch.inference import row_files
 from espalier.launch.inference.score import scored_row
 from espalier.launch.load import load_run
 from espalier.launch.load.load_run import EXAMPLE
-from espalier.launch.merge import checks, trials
+from espalier.launch.merge import checks, config_file, trials
+from espalier.launch.merge.candidates import LINEAR, Candidates, Measure
 from espalier.launch.merge.models import NativeModel, open_model
 from espalier.launch.merge.settings import Merge, MergeError, Module, Slice, Source
 from espalier.launch.merge.trials import Trial, Trials, Weights
@@ -51,18 +64,26 @@ class SearchFlags:
       models: NAME=DIR of each run.
       held_out: NAME=FILE of each domain.
       out: folder of trials.jsonl, merge.yml and search.json.
-      method: how weights are proposed.
+      scores: NAME=KEY of each domain, instead: where --measure's file has its number, with / between keys.
+      merge: YAML file of a merge without models; by default a linear one.
+      measure: command that scores a merge, with {run} and {json}.
+      lower_is_better: whether the numbers of --measure are losses, which count by ratios.
+      method: how the search proposes weights.
       budget: largest number of trials of the search; equal weights, models alone and the table take a few more.
-      seed: of random weights.
+      seed: random seed of weights.
       delta: how much worse than the best the worst domain may be, as a share of the loss of the best single model there; by
         default its standard error.
-      params: see launch.score.
-      batch_size: rows at a time.
+      params: which parameters are used: raw, their moving average (ema), or the average where there is one (auto).
+      batch_size: number of rows in a batch.
     """
 
     models: Sequence[str]
-    held_out: Sequence[str]
+    held_out: Sequence[str] = ()
     out: str
+    scores: Sequence[str] = ()
+    merge: setting_flags.File | None = None
+    measure: str | None = None
+    lower_is_better: bool = False
     method: Literal["coordinate", "random"] = "coordinate"
     budget: int = 60
     seed: int = 0
@@ -72,10 +93,20 @@ class SearchFlags:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    for name, what in (("models", "NAME=DIR"), ("held_out", "NAME=FILE")):
-        parser.add_argument(f"--{name}", required=True, nargs="+", metavar=what)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the search")
-    names = [field.name for field in dataclasses.fields(SearchFlags)][3:]
+    helps = {
+        "models": ("NAME=DIR", "run directories of the models, whose weights are searched"),
+        "held_out": ("NAME=FILE", "files of held-out rows of each domain, JSON lines"),
+        "scores": ("NAME=KEY", "numbers of the file of --measure that count, with / between keys"),
+    }
+    for name, (what, text) in helps.items():
+        needed = name == "models"
+        default = None if needed else ()
+        parser.add_argument(
+            f"--{name}", required=needed, nargs="+", default=default, metavar=what, help=text
+        )
+    out_help = "write the trials and the merge to this folder"
+    parser.add_argument("--out", required=True, metavar="DIR", help=out_help)
+    names = [field.name for field in dataclasses.fields(SearchFlags)][4:]
     setting_flags.add(parser.add_argument_group("search"), SearchFlags, names=names)
 
 
@@ -89,17 +120,33 @@ def run(flags: SearchFlags) -> list[str]:
     models, held_out = _named("models", flags.models), _named("held_out", flags.held_out)
     if len(models) < 2 or flags.budget < 1:
         raise MergeError("Give at least two --models, and a --budget of at least 1.")
-    steps = _checked(list(models.values()))
+    _check_measure(flags)
+    candidates = _candidates(list(models.values()), flags)
+    if candidates is None:
+        steps = _checked(list(models.values()))
+    else:
+        steps = [candidates.steps()[storage_paths.absolute(path)] for path in models.values()]
+    scores = _named("scores", flags.scores)
+    measure = Measure(flags.measure, scores) if flags.measure else None
     os.makedirs(flags.out, exist_ok=True)
-    facts = {
+    facts: dict[str, Any] = {
         "models": [[name, step] for name, step in zip(models, steps, strict=True)],
         "held_out": [[name, _digest(path)] for name, path in held_out.items()],
         "search": [flags.method, flags.seed, flags.delta, flags.params],
     }
-    with _evaluator(list(models.values()), held_out, flags) as evaluate:
-        tried = Trials(
-            os.path.join(flags.out, "trials.jsonl"), facts, evaluate, budget=flags.budget
-        )
+    if candidates is not None:
+        equal_weights = candidates.configuration([1.0] * len(models))
+        facts["merge"] = [equal_weights, candidates.steps()]
+    if measure:
+        facts["measure"] = [measure.words, measure.keys, flags.lower_is_better]
+    higher = measure is not None and not flags.lower_is_better
+    with (
+        _measured(candidates, measure, flags.out)
+        if candidates and measure
+        else _evaluator(list(models.values()), held_out, flags, candidates)
+    ) as evaluate:
+        path = os.path.join(flags.out, "trials.jsonl")
+        tried = Trials(path, facts, evaluate, budget=flags.budget, higher=higher)
         equal, alone = trials.begin(tried, len(models))
         single = trials.best_single(alone)
         if flags.method == "random":
@@ -110,13 +157,44 @@ def run(flags: SearchFlags) -> list[str]:
     table = trials.table(list(models), best, equal, alone, without)
     named = zip(models, alone, strict=True)
     result = {
-        "best": dataclasses.asdict(best),
-        "equal": dataclasses.asdict(equal),
-        "alone": {name: dataclasses.asdict(trial) for name, trial in named},
-        "without": {list(models)[i]: dataclasses.asdict(trial) for i, trial in without},
+        "best": _record(best),
+        "equal": _record(equal),
+        "alone": {name: _record(trial) for name, trial in named},
+        "without": {list(models)[i]: _record(trial) for i, trial in without},
     }
-    written = _write(flags.out, models, best, result)
+    written = _write(flags.out, models, best, result, candidates)
     return [*table, written, f"{len(tried.done)} trials, {tried.new} of them new"]
+
+
+def _record(trial: Trial) -> dict[str, Any]:
+    """Returns the JSON form of a trial."""
+    return {"weights": trial.weights, "losses": trial.losses, "errors": trial.errors}
+
+
+def _check_measure(flags: SearchFlags) -> None:
+    """Raises MergeError unless there is one measure, and every flag has an effect."""
+    if bool(flags.held_out) == bool(flags.measure):
+        raise MergeError("Give either --held_out, or --measure with --scores.")
+    if bool(flags.measure) != bool(flags.scores):
+        raise MergeError("--measure and --scores go together: give both, or --held_out.")
+    if flags.lower_is_better and not flags.measure:
+        raise MergeError(
+            "--lower_is_better is of --measure: losses on --held_out are lower anyway."
+        )
+    if flags.measure and flags.batch_size != SearchFlags.batch_size:
+        raise MergeError("--batch_size is of --held_out: the command of --measure has its own.")
+    if flags.params != "auto" and (flags.merge or flags.measure):
+        raise MergeError(
+            f"--params={flags.params}: espalier merge reads the average of a run that has one: remove it."
+        )
+
+
+def _candidates(paths: Sequence[str], flags: SearchFlags) -> Candidates | None:
+    """Returns the merges to search as `espalier merge` makes them; None for linear ones, which are made in memory."""
+    if not flags.merge and not flags.measure:
+        return None
+    content = config_file.content(flags.merge) if flags.merge else LINEAR
+    return Candidates(flags.merge or "--models", content, paths)
 
 
 def _named(flag: str, entries: Sequence[str]) -> dict[str, str]:
@@ -153,13 +231,30 @@ def _digest(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _evaluator(paths: Sequence[str], held_out: Mapping[str, str], flags: SearchFlags) -> Any:
+def _measured(candidates: Candidates, measure: Measure, out: str) -> Any:
+    """Context manager: yields the function that returns numbers of weights from a command."""
+
+    def evaluate(weights: Weights) -> Mapping[str, tuple[float, float]]:
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            return measure(candidates.on_disk(weights, folder), folder)
+
+    yield evaluate
+
+
+@contextlib.contextmanager
+def _evaluator(
+    paths: Sequence[str],
+    held_out: Mapping[str, str],
+    flags: SearchFlags,
+    candidates: Candidates | None,
+) -> Any:
     """Context manager: yields the function that returns losses of weights."""
     import jax
 
+    from espalier.trainers.checkpoints.restore_params import restore_params
     from espalier.trainers.scoring.scoring import Scorer
 
-    every = [_params(path, flags.params) for path in paths]
+    every = [] if candidates else [_params(path, flags.params) for path in paths]
     with load_run.config_of(paths[0]).load(
         paths[0], params=flags.params, encoder_decoders=True
     ) as loaded:
@@ -177,13 +272,17 @@ def _evaluator(paths: Sequence[str], held_out: Mapping[str, str], flags: SearchF
         scorer = Scorer(loaded.model, loaded.params, batch_size=size, sharding=loaded.row_sharding)
         placed = loaded.params
 
-        def evaluate(weights: Weights) -> dict[str, tuple[float, float]]:
-            merged = jax.tree.map(
+        def merged(weights: Weights) -> Any:
+            if candidates:
+                return restore_params(paths[0], placed, computed=candidates.merged(weights))
+            return jax.tree.map(
                 lambda leaf, *leaves: jax.device_put(_mean(weights, leaves), leaf.sharding),
                 placed,
                 *every,
             )
-            scorer.use(merged)
+
+        def evaluate(weights: Weights) -> dict[str, tuple[float, float]]:
+            scorer.use(merged(weights))
             return {name: _loss(scorer(of_domain)) for name, of_domain in rows.items()}
 
         yield evaluate
@@ -220,10 +319,25 @@ def _loss(log_probs: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(mean), float(spread)
 
 
-def _write(out: str, models: Mapping[str, str], best: Trial, result: Mapping[str, Any]) -> str:
+def _write(
+    out: str,
+    models: Mapping[str, str],
+    best: Trial,
+    result: Mapping[str, Any],
+    candidates: Candidates | None = None,
+) -> str:
     """Writes merge.yml and search.json, and returns a line on them."""
     import yaml
 
+    config = candidates.configuration(best.weights) if candidates else _linear(models, best)
+    folder = pathlib.Path(out)
+    (folder / "merge.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / "search.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return f"weights in {folder / 'merge.yml'}"
+
+
+def _linear(models: Mapping[str, str], best: Trial) -> dict[str, Any]:
+    """Returns the configuration of the linear merge with a trial's weights."""
     weights: collections.Counter[str] = collections.Counter()
     for path, weight in zip(models.values(), best.weights, strict=True):
         # A model that is given twice has both weights.
@@ -233,11 +347,7 @@ def _write(out: str, models: Mapping[str, str], best: Trial, result: Mapping[str
         for path, weight in weights.items()
         if weight
     ]
-    config = {"merge_method": "linear", "models": entries}
-    folder = pathlib.Path(out)
-    (folder / "merge.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    (folder / "search.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return f"weights in {folder / 'merge.yml'}"
+    return {"merge_method": "linear", "models": entries}
 
 
 def _run(flags: argparse.Namespace) -> None:

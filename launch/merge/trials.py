@@ -1,7 +1,8 @@
-"""The search for weights of a linear merge: trials, their choice, and the part of each model.
+"""The search for weights of a merge: trials, their choice, and the part of each model.
 
 A loss is of one domain, such as a language; lower is better. Domains have unlike entropy, so a loss is compared as its ratio to that
-of the best single model in the domain. Trials are in a file, so that a search that was stopped repeats none.
+of the best single model in the domain. Of scores, higher is better, and they may be negative: one is compared as the gap between it
+and that of the best single model. Trials are in a file, so that a search that was stopped repeats none.
 """
 
 import dataclasses
@@ -27,14 +28,20 @@ Evaluate = Callable[[Weights], Mapping[str, tuple[float, float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Weights that sum to 1, and the loss and its standard error by domain."""
+    """Weights that sum to 1, and the loss and its standard error by domain.
+
+    With `higher`, the losses are scores, of which higher is better, and what is called a ratio is a gap.
+    """
 
     weights: Weights
     losses: Mapping[str, float]
     errors: Mapping[str, float]
+    higher: bool = False
 
     def ratios(self, single: Losses) -> dict[str, float]:
-        """Returns the losses over those of the best single model by domain."""
+        """Returns the losses over those of the best single model by domain, or what scores are below its scores."""
+        if self.higher:
+            return {name: single[name] - score for name, score in self.losses.items()}
         return {name: loss / max(single[name], _LEAST) for name, loss in self.losses.items()}
 
     def mean(self, single: Losses) -> float:
@@ -60,13 +67,22 @@ class Trials:
       facts: the causes of the losses, such as the models and texts.
       evaluate: returns losses of new weights.
       budget: largest number of trials, those in the file included.
+      higher: whether they are scores, see `Trial`.
 
     Raises:
       MergeError: the file has trials of other models or texts.
     """
 
-    def __init__(self, path: str, facts: Mapping[str, Any], evaluate: Evaluate, *, budget: int):
-        self._path, self._evaluate, self.budget = path, evaluate, budget
+    def __init__(
+        self,
+        path: str,
+        facts: Mapping[str, Any],
+        evaluate: Evaluate,
+        *,
+        budget: int,
+        higher: bool = False,
+    ):
+        self._path, self._evaluate, self.budget, self._higher = path, evaluate, budget, higher
         self.done: dict[Weights, Trial] = {}
         self.new = 0
         with row_files.resumed(path, sync=True) as file:
@@ -80,7 +96,7 @@ class Trials:
             )
         try:
             for _, row in rest:
-                trial = Trial(tuple(row["weights"]), row["losses"], row["errors"])
+                trial = Trial(tuple(row["weights"]), row["losses"], row["errors"], higher)
                 self.done[trial.weights] = trial
         except (KeyError, TypeError) as error:
             raise MergeError(f"{path} is damaged ({error}): remove it.") from None
@@ -98,7 +114,7 @@ class Trials:
             results = self._evaluate(key)
             losses = {name: loss for name, (loss, _) in results.items()}
             errors = {name: error for name, (_, error) in results.items()}
-            self.done[key] = Trial(key, losses, errors)
+            self.done[key] = Trial(key, losses, errors, self._higher)
             self.new += 1
             shown = " ".join(f"{weight:.3g}" for weight in key)
             parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -109,8 +125,9 @@ class Trials:
 
 
 def best_single(alone: Sequence[Trial]) -> Losses:
-    """Returns the lowest loss of a model alone, by domain."""
-    return {name: min(trial.losses[name] for trial in alone) for name in alone[0].losses}
+    """Returns the lowest loss of a model alone, by domain; the highest of scores."""
+    best = max if alone[0].higher else min
+    return {name: best(trial.losses[name] for trial in alone) for name in alone[0].losses}
 
 
 def begin(trials: Trials, count: int) -> tuple[Trial, list[Trial]]:
@@ -153,18 +170,19 @@ def random(trials: Trials, count: int, *, seed: int) -> None:
 
 
 def choose(trials: Sequence[Trial], *, delta: float | None, single: Losses) -> Trial:
-    """Returns the trial with the lowest mean ratio, of those whose worst ratio is at most `delta` above the lowest worst one.
+    """Returns the trial with the lowest mean ratio among trials with a worst ratio at most `delta` above the lowest worst one.
 
     Args:
       trials: in order; of equal ones the first is chosen.
-      delta: a share of the best single model's loss; None for the standard error of the lowest worst ratio.
+      delta: a share of the best single model's loss, or a difference of scores; None for the standard error of the lowest worst ratio.
       single: losses of the best single model by domain.
     """
     safest = min(trials, key=lambda trial: trial.worst(single))
     if delta is None:
         ratios = safest.ratios(single)
         domain = max(ratios, key=ratios.__getitem__)
-        delta = safest.errors[domain] / max(single[domain], _LEAST)
+        unit = 1.0 if safest.higher else max(single[domain], _LEAST)
+        delta = safest.errors[domain] / unit
     most = safest.worst(single) + delta
     near = (trial for trial in trials if trial.worst(single) <= most)
     return min(near, key=lambda trial: trial.mean(single))
@@ -208,13 +226,14 @@ def table(
     from espalier.model.transforms.base import aligned
 
     domains, single = list(best.losses), best_single(alone)
-    rows = [("", "weight", *domains, "mean ratio", "worst ratio")]
+    word, sign = ("gap", -1) if best.higher else ("ratio", 1)
+    rows = [("", "weight", *domains, f"mean {word}", f"worst {word}")]
     singles = [(f"{name} alone", trial) for name, trial in zip(names, alone, strict=True)]
     for title, trial in (("merged", best), ("equal weights", equal), *singles):
         ratios = [f"{ratio:.4f}" for ratio in (trial.mean(single), trial.worst(single))]
         rows.append((title, "", *(f"{trial.losses[x]:.4f}" for x in domains), *ratios))
     for i, trial in without:
-        gains = [f"{best.losses[x] - trial.losses[x]:+.4f}" for x in domains]
+        gains = [f"{sign * (best.losses[x] - trial.losses[x]):+.4f}" for x in domains]
         mean = best.mean(single) - trial.mean(single)
         worst = best.worst(single) - trial.worst(single)
         weight = f"{best.weights[i]:.3f}"

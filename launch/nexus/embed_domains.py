@@ -43,7 +43,7 @@ class DomainFlags:
     """Domains and their documents.
 
     Attributes:
-      output: a new file of embeddings, JSON.
+      output: write the embeddings to this JSON file.
       extend: a file of embeddings to add domains to, in place or as another file with --output.
       domain: NAME=SOURCE, a domain and its documents, repeatable: a file or a pattern (JSON lines, text, Parquet; also .gz
         and .zst), or task:NAME for a SeqIO task that --gin_file registers.
@@ -73,11 +73,11 @@ class EncoderFlags:
     """The encoder and its settings, with the defaults of ENCODERS or of the file to extend.
 
     Attributes:
-      encoder: kind of encoder (default ngrams).
-      order: n of n-grams (default 2).
-      dim: width of vectors (default 1024).
+      encoder: what embeds the texts of a domain (default ngrams).
+      order: number of characters of an n-gram (default 2).
+      dim: number of components of an embedding (default 1024).
       checkpoint: run or step directory.
-      params: see launch.score.
+      params: which parameters are used: raw, their moving average (ema), or the average where there is one (auto).
       sentence_model: directory of a saved model; none is downloaded.
       documents: maximum documents of each domain (default 2000).
       tokens: first tokens of each document to read; of ngrams, characters (default 512).

@@ -41,7 +41,7 @@ class ExtendFlags:
       moe: run or step of a mixture of launch.upcycle.
       add: NAME=DIR of a dense run that started from the same seed.
       remove: an expert of the mixture.
-      params: see launch.score.
+      params: which parameters are used: raw, their moving average (ema), or the average where there is one (auto).
       to: new run directory.
       unrelated: accept models whose embeddings are not correlated.
       domains: with --add: file of embeddings of domains, by the mixture's encoder.
@@ -138,7 +138,12 @@ def _mixture(model: Any, moe: "SourceModel", record: dict[str, Any]) -> Mixture:
     from espalier.model.bam.moa import AttentionExperts
     from espalier.model.nexus.domain_router import MlpRouters, ProjectionRouters
 
-    first = model.layer_settings()[0]
+    first = _first_mixture(model)
+    if parts := record.get("granularity"):
+        raise TransformError(
+            f"{moe.path} has its experts in {parts} parts each (--granularity), and whole experts alone are added or removed: "
+            "make a mixture of the other experts with launch.upcycle."
+        )
     if first.mlp.experts != len(record["experts"]):
         raise TransformError(
             f"{moe.path} was made of the experts {', '.join(record['experts'])}, but its configuration has "
@@ -163,6 +168,12 @@ def _mixture(model: Any, moe: "SourceModel", record: dict[str, Any]) -> Mixture:
         attention=attention if first.attention.experts else None,
         router=router,
     )
+
+
+def _first_mixture(model: Any) -> Any:
+    """Returns the settings of the first layer with experts; of the first layer without any."""
+    layers = model.layer_settings()
+    return next((layer for layer in layers if layer.mlp.experts), layers[0])
 
 
 def _domains(mixture: Mixture) -> np.ndarray | None:
@@ -233,7 +244,7 @@ def _removal(
             f"{moe.path} has no expert {name}: give one of {', '.join(record['experts'])}."
         )
     rest = mixture.experts - 1
-    first = model.layer_settings()[0]
+    first = _first_mixture(model)
     top_ks = {"MoeMlp": first.mlp.top_k}
     if mixture.attention and first.attention.top_k is not None:
         top_ks["MixtureOfAttention"] = first.attention.top_k

@@ -68,13 +68,18 @@ def over_seeds(values: Any) -> dict[str, float]:
     return _rounded(**student(values))
 
 
-def student(values: Any) -> dict[str, float]:
-    """Returns the mean with Student's interval, not rounded, which is the value itself for one value."""
+def student(values: Any, level: float = 0.05) -> dict[str, float]:
+    """Returns the mean with Student's interval, not rounded, which is the value itself for one value.
+
+    Args:
+      values: over seeds.
+      level: chance that the interval misses the true value.
+    """
     from scipy import stats
 
     values_N = np.asarray(values, float)
     n, middle = len(values_N), float(np.mean(values_N))
-    half = stats.t.ppf(0.975, n - 1) * np.std(values_N, ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    half = stats.t.isf(level / 2, n - 1) * np.std(values_N, ddof=1) / math.sqrt(n) if n > 1 else 0.0
     return {"value": middle, "low": float(middle - half), "high": float(middle + half)}
 
 

@@ -17,6 +17,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
 )
 _COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 _DARK = 0.55  # share of the scale from which numbers are white
+DPI = 130  # of saved figures
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 
@@ -82,7 +83,7 @@ def save(figures: Mapping[str, tuple[Any, str]], folder: pathlib.Path) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
     for name in drawn:
-        figures[name][0].savefig(folder / name, dpi=130)
+        figures[name][0].savefig(folder / name, dpi=DPI)
     return drawn
 
 

@@ -59,8 +59,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="slice to compile for: v5e:4x4, v6e:8x8, v5p:4x4x4, v4:2x2x2, v5e:1x1; 2xv5e:16x16 for two slices; ...",
     )
-    group.add_argument("--json", metavar="FILE", help="also writes the report here")
-    group.add_argument("--hlo", metavar="FILE", help="also writes the compiled program's text here")
+    group.add_argument("--json", metavar="FILE", help="also write the report to this JSON file")
+    group.add_argument(
+        "--hlo", metavar="FILE", help="also write the text of the compiled program to this file"
+    )
     group.add_argument(
         "--program",
         default="train",
@@ -77,8 +79,15 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     setting_flags.add(group, Search)
     group = parser.add_argument_group("prefill, decode")
-    group.add_argument("--cache_policy", default="full", metavar="NAME", help="as of `generate`")
-    cache_help = "as of `generate`"
+    group.add_argument(
+        "--cache_policy",
+        default="full",
+        metavar="NAME",
+        help="policy of the key/value cache (default full), with the names of espalier generate",
+    )
+    cache_help = (
+        "a setting of the cache policy, such as capacity=1024, like in `generate`; repeatable"
+    )
     group.add_argument(
         "--cache", action="append", default=[], metavar="NAME=VALUE", help=cache_help
     )

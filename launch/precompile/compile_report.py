@@ -70,7 +70,7 @@ class Report:
     unknown_kernels: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Returns plain values; the keys are a contract (docs/precompile.md)."""
+        """Returns plain values; the keys are a contract (docs/scale/precompile_report.md)."""
         values = dataclasses.asdict(self)
         return {
             "hbm_bytes": values["memory"],

@@ -31,7 +31,7 @@ class Result:
     """What a candidate costs, or why it was not compiled.
 
     Attributes:
-      report: see docs/precompile.md; None without one.
+      report: see docs/scale/precompile_report.md; None without one.
       reason: why there is none.
     """
 

@@ -12,13 +12,13 @@ class Options:
     """Settings of programs other than `train`.
 
     Attributes:
-      max_new_tokens: room in the caches.
+      max_new_tokens: number of new tokens for which the caches have room.
       cache_dtype: dtype of caches while decoding, by default the model's.
-      prefill_chunk: as of `generate`.
-      modules: as of `influence fit`.
-      blocks: as of `influence fit`.
+      prefill_chunk: number of prompt tokens that are read at a time, like in `generate`.
+      modules: which layers have factors, like in `influence fit`.
+      blocks: number of diagonal blocks of each factor, like in `influence fit`.
       queries: queries that documents are scored for.
-      rank: as of `influence score`.
+      rank: rank of compressed query gradients, like in `influence score`.
     """
 
     max_new_tokens: int = 128
@@ -36,7 +36,7 @@ class Search:
 
     Attributes:
       memory_limit: memory of a chip that a candidate may use, in 10^9 bytes (default: all that a program can have).
-      search_minutes: time of the search.
+      search_minutes: minutes that the search may take.
       candidate_minutes: most time of a candidate.
       candidate_gb: most memory of the compiler.
       search_dir: folder of stored results (default: precompile in the caches' folder, see ESPALIER_CACHE).

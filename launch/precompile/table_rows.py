@@ -1,7 +1,6 @@
 """Full-size configurations of the papers that `precompile tables` compiles for absent TPUs, and the page of their tables.
 
-Each paper lists its own as ROWS in a file of its folder. Llama 2 7B, which several papers use, is here, on each generation of
-chips.
+Each paper lists its own as ROWS in a file of its folder. model_rows.py has those of models that are of no one paper.
 """
 
 import dataclasses
@@ -14,12 +13,9 @@ from typing import Any
 from espalier.launch import cli
 from espalier.launch.precompile.tpu_topology import CHIPS, GIB
 
-_LLAMA = ("t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin")
-# 6.74e9 parameters: weights are gathered twice in bfloat16, and gradients reduced once in float32.
-_LLAMA_SENT_GB = 6.74 * (2 + 2 + 4)
-_LLAMA_BOUNDS = "sent: 8 bytes for each of 6.74e9 parameters"
 TITLES = {
     "llama": "Llama 2 7B on every generation",
+    "cohere2_moe": "Cohere's mixtures",
     "code_mix": "Code in pre-training",
     "low_rank": "Low-rank training",
     "mov": "Mixtures of vectors",
@@ -35,7 +31,7 @@ _HEAD = """\
 # Full-size configurations on absent TPUs
 
 The full-size programs of the papers, compiled for TPU slices on a CPU host; nothing was run. `espalier precompile tables`
-writes this page and [its numbers](precompile_tables.json); [precompile](precompile.md) explains how they are counted.
+writes this page and [its numbers](precompile_tables.json); [a page](../scale/precompile_report.md) explains what they count.
 
 All figures are of one chip and one execution: an update of a training run, a batch that is read, or a token of each row.
 
@@ -140,39 +136,14 @@ def mesh(rules: str, **sizes: int) -> tuple[str, str]:
     return (f"MESH={json.dumps(sizes)}", f"recipe.Recipe.rules='{rules}'")
 
 
-def _llama(topology: str, chips: int, *bindings: str, **stated: Any) -> Row:
-    return Row(
-        name=f"llama2_7b_{topology.replace(':', '_')}",
-        title=f"Llama 2 7B, pre-training on {topology}",
-        files=_LLAMA,
-        topology=topology,
-        bindings=(*tokens(chips, 2048), *bindings),
-        sent_gb=_LLAMA_SENT_GB,
-        **{"bounds_from": _LLAMA_BOUNDS, **stated},
-    )
-
-
-LLAMA_ROWS = (
-    _llama(
-        "v5e:4x4",
-        16,
-        hbm_gb=9.2,
-        bounds_from=f"HBM: the goal of docs/benchmarks.md with jax 0.10.2; {_LLAMA_BOUNDS}",
-    ),
-    _llama("v4:2x2x4", 16),
-    _llama("v5p:2x2x4", 16),
-    _llama("v6e:4x4", 16),
-    _llama("2xv5e:4x4", 32, *mesh("fsdp", data=2, fsdp=16), note="Slices are copies (`data`)."),
-)
-
-
 def rows() -> dict[str, tuple[Row, ...]]:
-    """Returns the rows of each paper by its name, and Llama 2 7B's as 'llama'.
+    """Returns the rows of each paper by its name, and those of models by the models' name.
 
     Raises:
       ValueError: a name that two rows have.
     """
-    tables: dict[str, tuple[Row, ...]] = {"llama": LLAMA_ROWS}
+    models = importlib.import_module("espalier.launch.precompile.model_rows")
+    tables: dict[str, tuple[Row, ...]] = dict(models.ROWS)
     for paper, module in cli.papers_with(r"^ROWS\b"):
         tables[paper] = importlib.import_module(module).ROWS
     names = [row.name for table in tables.values() for row in table]

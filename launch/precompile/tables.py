@@ -4,10 +4,10 @@
   espalier precompile tables --rows code_mix_470m aya23_35b --again
   espalier precompile tables --list
 
-Each row is compiled in a process of its own, one to six minutes on one core. Rows that docs/precompile_tables.json has from
+Each row is compiled in a process of its own, one to six minutes on one core. Rows that docs/evidence/precompile_tables.json has from
 the same definition and compiler are not compiled again; a stopped command continues where it was. Rows are in
 ROWS of launch/papers/*/, with bounds of memory and of what is sent; a row that breaks them is named. A change of a row's
-gin files compiles it anew; after a change of model/ or trainers/, --again does.
+gin files compiles it again; after a change of model/ or trainers/, --again does.
 Exit status: 1 if a chosen row has no report.
 """
 
@@ -25,7 +25,7 @@ from espalier.launch import cli, environment
 from espalier.launch.precompile import table_rows, tpu_topology
 from espalier.launch.precompile.table_rows import Row
 
-DOCS = pathlib.Path(environment.ROOT, "docs")
+DOCS = pathlib.Path(environment.ROOT, "docs/evidence")
 JSON, PAGE = "precompile_tables.json", "precompile_tables.md"
 
 
@@ -47,18 +47,35 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="only these rows, in this order (default: all)",
+        help="compile only these rows, in this order (default: all)",
     )
-    parser.add_argument("--again", action="store_true", help="compile rows that are there already")
-    parser.add_argument("--list", action="store_true", help="print the command of each row and end")
+    parser.add_argument("--again", action="store_true", help="also compile rows that have a result")
+    parser.add_argument("--list", action="store_true", help="only print the command of each row")
     parser.add_argument(
-        "--page_only", action="store_true", help="write the page from the JSON file"
+        "--page_only",
+        action="store_true",
+        help="compile nothing, and write the page from the JSON file",
     )
     parser.add_argument(
-        "--out", default=str(DOCS), metavar="DIR", help="folder of both files (default: docs)"
+        "--out",
+        default=str(DOCS),
+        metavar="DIR",
+        help="folder of the JSON file and the page (default: docs/evidence)",
     )
-    parser.add_argument("--row_seconds", type=float, default=1800, metavar="S", help="limit (1800)")
-    parser.add_argument("--row_gb", type=float, default=12, metavar="GB", help="memory limit (12)")
+    parser.add_argument(
+        "--row_seconds",
+        type=float,
+        default=1800,
+        metavar="S",
+        help="seconds that a row may take (default 1800)",
+    )
+    parser.add_argument(
+        "--row_gb",
+        type=float,
+        default=12,
+        metavar="GB",
+        help="memory in GB that a row may take on this machine (default 12)",
+    )
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -39,10 +39,10 @@ def _write_pairs(
     """Writes preference pairs as JSON lines.
 
     Args:
-      kind: source of the pairs.
-      output: JSON lines to write.
+      kind: what the pairs are made from.
+      output: write the rows to this file of JSON lines.
       limit: maximum number of pairs (default 10,000; rated: no limit).
-      seed: of random choices.
+      seed: random seed of choices.
       input: rated: the responses, .jsonl, .gz or .zst.
       rejected: rated: the response below the best one to pair it with (default worst).
       min_margin: rated: minimum difference of the two ratings (default 0).

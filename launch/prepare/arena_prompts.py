@@ -45,8 +45,8 @@ def write(
     """Writes the prompts of a set, language by language.
 
     Args:
-      set: name of the set.
-      output: JSON lines to write.
+      set: name of the set of prompts.
+      output: write the rows to this file of JSON lines.
       data_dir: folder of all evaluation sets (default: $ESPALIER_EVAL_DATA).
       languages: codes such as en,cs,hi (default: all 23).
       limit: number of prompts of each language (default: all).

@@ -64,7 +64,7 @@ class RewardFlags:
       answer_key: key of the row's right answer.
       answer_pattern: regular expression; the answer is its last match in a text, or the first group of this match.
         Without it the whole text is the answer.
-      reward_batch_size: texts at a time.
+      reward_batch_size: number of texts in a batch of the reward model.
       missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length.
 
     Raises:
@@ -92,9 +92,20 @@ class RewardFlags:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("samples")
-    group.add_argument("--inputs", required=True, metavar="FILE", help="rows of launch.generate")
-    group.add_argument("--output", metavar="FILE", help="the best row of each prompt")
-    group.add_argument("--pairs", metavar="FILE", help="best and worst of each prompt")
+    group.add_argument(
+        "--inputs",
+        required=True,
+        metavar="FILE",
+        help="read the rows that espalier generate wrote to this file",
+    )
+    group.add_argument(
+        "--output", metavar="FILE", help="write the best row of each prompt to this file"
+    )
+    group.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="write the best and the worst row of each prompt to this file, as pairs",
+    )
     setting_flags.add(parser.add_argument_group("reward"), RewardFlags)
 
 
@@ -149,7 +160,7 @@ def rewards_of(
     if (checkpoint := checkpoint_of(flags.reward)) is None:
         values = [_verified(where, row, flags) for where, row in rows]
     else:
-        with config().load(checkpoint, rewards=True) as run:
+        with config().load(checkpoint, rewards=True, encoder_decoders=True) as run:
             values = _by_model(rows, run, flags.reward_batch_size)
     cut = [row.get("ended") == "length" for _, row in rows]
     return [v - flags.missing_end_penalty * c for v, c in zip(values, cut, strict=True)]
@@ -183,13 +194,17 @@ def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
         else:
             tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")
             tokens = tokens[:-1] if ended else tokens
-        context = run.context(run.tokens({key: prompt}, where))
+        if run.encodes:
+            context = run.encoder_inputs({key: prompt}, where)
+        else:
+            context = run.context(run.tokens({key: prompt}, where))
         return Completion(prompt=context, tokens=tokens, ended=ended, info=row)
 
     scorer = ModelReward(
         run.model,
         run.params,
-        start_token=None,  # already in the contexts
+        # It is in a decoder's contexts already.
+        start_token=(run.start_token or 0) if run.encodes else None,
         end_token=next(iter(run.eos_ids), None),
         batch_size=run.batch_size(batch_size, len(rows)),
         sharding=run.row_sharding,

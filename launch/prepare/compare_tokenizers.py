@@ -43,7 +43,7 @@ def compare(
 
     Args:
       tokenizer: [NAME=]bytes, [NAME=]FOLDER or [NAME=]FILE; repeatable.
-      out: folder of the results.
+      out: write the results to this folder.
       text: packages, a folder of FLORES, or a file of rows.
       languages: codes such as en,cs,hi (default: all 23).
       limit: number of sentences of each language.

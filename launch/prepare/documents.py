@@ -64,7 +64,7 @@ def prepare_documents(
       on_bad_row: what a row is that cannot be used: an 'error', or left out, counted and listed in bad_rows.jsonl ('skip').
       keys: further keys or columns that rows keep.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
-      beam_options: of a pipeline of Apache Beam, in place of the processes.
+      beam_options: of a pipeline of Apache Beam, instead of the processes.
 
     Raises:
       FileNotFoundError: a pattern matches no file.

@@ -16,7 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_count,
         metavar="N",
-        help="processes that read and tokenise (default: one for each core); the result is the same with any number",
+        help="number of processes that read and tokenise (default: one for each core); the result is the same with any number",
     )
     pipelines.add_flag(parser)
 

@@ -1,6 +1,6 @@
 """Compares runs or the arms of sweeps, whatever they train: held-out loss by domain, and all metrics as curves.
 
-Examples, after `make quickstart` and after a sweep (docs/sweeps.md):
+Examples, after `make quickstart` and after a sweep (docs/scale/sweeps.md):
 
   espalier report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
   espalier report --sweep runs/my_sweep --out /tmp/report
@@ -15,7 +15,8 @@ flags are of methods, by launch/papers/NAME/:
 
   espalier report --time runs/quickstart/text
 
---all gathers every claim of every paper that was reproduced, with its verdict, in docs/scorecard.md.
+--all gathers what was reproduced: every claim with its verdict in docs/evidence/scorecard.md, the main effect of each paper in
+docs/evidence/what_we_learned.md, and the totals in README.md.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from espalier.trainers.telemetry.goodput import START_PARTS
 from espalier.trainers.telemetry.lifetime import Start
 from espalier.trainers.telemetry.metric_writers import jsonable
 
-_REPRODUCTIONS, _SCORECARD = "docs/reproductions", "docs/scorecard.md"
+_REPRODUCTIONS, _SCORECARD = "docs/reproductions", "docs/evidence/scorecard.md"
 _HEAD = (
     "began (UTC)",
     "steps",
@@ -52,7 +53,7 @@ _HEAD = (
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--runs", nargs="+", metavar="DIR", help="run directories")
+    which.add_argument("--runs", nargs="+", metavar="DIR", help="compare these run directories")
     all_help = "every claim of every paper, of a folder of reproductions (default: %(const)s)"
     which.add_argument("--all", nargs="?", const=_REPRODUCTIONS, metavar="DIR", help=all_help)
     sweep_help = "folders (--out) of sweeps: finished runs by arm, with a dot for each seed"

@@ -68,7 +68,10 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
         scope=initial.scope,
         data=initial.data,
         step=record["step"] if initial.scope == "state" else 0,
-        learning_rate=meta.get("learning_rate"),
+        # What is computed from several checkpoints has no rate at which it stopped.
+        learning_rate=None
+        if initial.computed and initial.scope == "params"
+        else meta.get("learning_rate"),
         positions=meta["positions"] if initial.data == "continue" else {},
     )
 

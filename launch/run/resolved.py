@@ -304,6 +304,8 @@ def restore_start(
         meta["upcycled"] = start.meta["upcycled"]
     if record := parent.record():
         meta["initial"] = record
+    if initial.computed is not None or start.source == "run":
+        meta |= {key: start.meta[key] for key in ("made_of", "merged") if key in start.meta}
     if initial.base_apart:
         meta[base_step.META] = _base(run, start, initial, own)
     if part := getattr(run.model, "inference_part", ""):

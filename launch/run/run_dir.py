@@ -43,7 +43,7 @@ MAY_CHANGE = (
     "train.eval_steps", "train.eval_tasks", "train.checkpoint_period", "train.checkpointer",
     "train.log_period", "train.step_timeout", "train.initial", "train.writers", "train.hooks", "hooks.named", "train.profile",
     "InitialCheckpoint.path", "InitialCheckpoint.scope", "InitialCheckpoint.data",
-    "InitialCheckpoint.transform", "InitialCheckpoint.moments",
+    "InitialCheckpoint.transform", "InitialCheckpoint.moments", "InitialCheckpoint.computed",
     "Anomaly", "Checkpointer", "LocalTier", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
     "Recipe.rules", "TrackioWriter", "WandbWriter",
     # Checkpoints of other dtypes are refused when they are restored, with the remedy.
@@ -91,7 +91,7 @@ class RunDir:
                 shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
-        """Copies the files to the store, so that another host can go on from here; nothing for a local directory.
+        """Copies the files to the store, so that another host can continue from here; nothing for a local directory.
 
         Raises:
           LostLockError: another process has taken the run.
@@ -164,7 +164,7 @@ class RunDir:
 
 
 def train_on(run: str | os.PathLike) -> str:
-    """Returns how to go on from a run whose data have changed, for an error."""
+    """Returns how to continue a run whose data have changed, for an error."""
     path = os.fspath(run)
     # Gin files are local.
     config = "" if paths.is_remote(path) else f"--gin_file={os.path.join(path, 'config.gin')} "

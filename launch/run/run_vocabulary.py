@@ -61,7 +61,7 @@ run_vocabulary.load.folder = {folder!r}
 def save(folder: str | os.PathLike, vocabulary: Any, template: ChatTemplate | None = None) -> None:
     """Copies a SeqIO vocabulary into a run's directory, with the chat template of its data if it has tokenizer files.
 
-    Does nothing for a vocabulary of another class than those of data/tokenizers/vocabularies.py.
+    Does nothing for a vocabulary whose class is not in data/tokenizers/vocabularies.py.
     """
     digest, extra_ids = rows.vocabulary_digest(vocabulary), vocabulary.extra_ids
     for kind, settings in (
@@ -149,7 +149,7 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Copies the vocabulary of one run's directory, if there is one, into another."""
     source, target = pathlib.Path(source), pathlib.Path(target)
     if (source / TOKENIZER).is_dir():
-        (target / TOKENIZER).mkdir()
+        (target / TOKENIZER).mkdir(exist_ok=True)
         hf_tokenizer.copy(source / TOKENIZER, target / TOKENIZER)
     for name in (MODEL, RECORD):  # the record last: without it a copy is ignored
         content = checkpoint_files.read(source, name, max_bytes=checkpoint_files.MAX_BYTES)

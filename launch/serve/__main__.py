@@ -42,7 +42,7 @@ class ServeFlags:
     """Where the server is, and who may use it.
 
     Attributes:
-      host: address to serve.
+      host: address at which the server listens.
       port: its port; 0 for a free one.
       allowed_host: a name or address by which clients may reach the server, besides localhost and --host; repeatable.
       name: name of the model (default: of the run's directory).

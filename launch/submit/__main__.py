@@ -8,7 +8,7 @@ Example: the script of a SLURM job, sent to nobody:
     --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50
 
 The configuration is checked here before anything is sent. After `--`, words are another command, such as
-`-- evaluate loss --checkpoint=DIR`; it needs --config.logs. docs/clusters.md has one command for each back end.
+`-- evaluate loss --checkpoint=DIR`; it needs --config.logs. docs/scale/clusters.md has one command for each back end.
 """
 
 import argparse
@@ -131,13 +131,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE.py",
-        help="launch configuration, such as launch/submit/configs/slurm.py",
+        help="the launch configuration, a Python file such as launch/submit/configs/slurm.py",
     )
     parser.add_argument(
         "--config.NAME",
         dest="_setting",
         metavar="VALUE",
-        help="replaces a value of the launch configuration: --config.nodes=4",
+        help="set NAME of the launch configuration, such as --config.nodes=4",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(

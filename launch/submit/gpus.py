@@ -1,4 +1,4 @@
-"""Environment variables for NVIDIA GPUs; docs/clusters.md has the reasons."""
+"""Environment variables for NVIDIA GPUs; docs/scale/clusters.md has the reasons."""
 
 # Overlap of communication and computation: only of use with several GPUs.
 _OVERLAP = (

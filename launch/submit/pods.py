@@ -64,7 +64,7 @@ class Pods(Launch):
         volumes = (*self.volumes, f"CLAIM={os.path.dirname(path)}")
         return (
             f"pods do not see it, since volumes = {self.volumes}: mount the claim that holds it, "
-            f'--config.volumes="{volumes}", or give an address (docs/remote_storage.md says for what)'
+            f'--config.volumes="{volumes}", or give an address (docs/scale/remote_storage.md says for what)'
         )
 
     @property

@@ -81,7 +81,7 @@ class Settings(Launch):
         del path
         return (
             "the hosts of a slice share no folder: mount one there on every host before the start, or give an address such as "
-            "gs://BUCKET/PATH (docs/remote_storage.md says for what)"
+            "gs://BUCKET/PATH (docs/scale/remote_storage.md says for what)"
         )
 
     @property

@@ -83,7 +83,7 @@ class Settings(Launch):
         if not self.in_container:
             return ""
         return (
-            "the container has no folder of this machine: give an address such as gs://BUCKET/PATH (docs/remote_storage.md "
+            "the container has no folder of this machine: give an address such as gs://BUCKET/PATH (docs/scale/remote_storage.md "
             "says for what)"
         )
 

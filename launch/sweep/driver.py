@@ -142,10 +142,11 @@ def drive(
       submitter: executes runs; closed at the end.
       wanted: names of the runs to finish.
       command: returns the words of the command for a run's name.
-      watch: called with the progress of all runs, about twice a second.
+      watch: called with the progress of the wanted runs, about twice a second.
       minutes: time limit; then no run is started, and running runs are stopped.
     """
     began = time.monotonic()
+    chosen = [planned for planned in plan if planned.name in set(wanted)]
     open_jobs = submit(folder, plan, submitter, wanted, command)
     for name in open_jobs:
         folder.directory(name).mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def drive(
                     if status.state is State.ENDED:
                         _record(folder, plan, name, status, bool(stopping))
                 submitted = {name: statuses[handle] for name, handle in open_jobs.items()}
-                known = progress(folder, plan, submitted, known)
+                known = progress(folder, chosen, submitted, known)
                 watch(known)
                 now = time.monotonic()
                 due = minutes is not None and now - began > 60 * minutes
@@ -177,9 +178,9 @@ def drive(
                     time.sleep(_POLL_SECONDS)
     finally:
         submitter.close()
-    last = progress(folder, plan, {})
+    last = progress(folder, chosen, {})
     watch(last)
-    states = {entry.state for entry in last if entry.planned.name in set(wanted)}
+    states = {entry.state for entry in last}
     if states & {RunState.STOPPED, RunState.WAITING}:
         return INTERRUPTED
     return 1 if states & {RunState.FAILED, RunState.BLOCKED} else 0

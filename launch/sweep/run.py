@@ -32,8 +32,10 @@ from espalier.launch.sweep.parts import command_line
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
-    parser.add_argument("--run", required=True, metavar="NAME", help="as in its sweep.json")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep")
+    parser.add_argument(
+        "--run", required=True, metavar="NAME", help="name of the run in sweep.json"
+    )
 
 
 def _run(flags: argparse.Namespace) -> Mapping[str, Any]:

@@ -40,6 +40,7 @@ _RECORDED = {
     **{"expert_scale": 1.0, "drop_ratio": 0.0, "drop_seed": 0},
     **{"router_std": 0.02, "logit_std": 0.1},
 }
+_FINER = [f"{upcycle_flags.METHOD_FILES}/moe/fine_grained.gin"]  # of --granularity
 
 
 class Btx(Method):
@@ -95,6 +96,9 @@ class UpcycleFlags:
       attention_experts: nexus: attentions become experts too, as with bam, behind routers of the same kind.
       expert_scale: multiplies the down-projections of routed experts (arXiv 2410.07524): copies of one FFN behind
         small probabilities then compute about what it computed.
+      granularity: split the FFN of each expert in so many parts, which are experts of their own (arXiv 2410.07524); a token
+        uses so many times as many. Equal columns of the router and a factor on the parts let the mixture begin equal to one of
+        whole experts, if its weights are a softmax, or are renormalised.
       drop_ratio: share of the hidden units of each routed expert to redraw (Drop-Upcycling, arXiv 2502.19261).
       drop_seed: seed of that draw (0).
     """
@@ -118,6 +122,7 @@ class UpcycleFlags:
     logit_std: float | None = None
     attention_experts: bool = False
     expert_scale: float | None = None
+    granularity: int | None = None
     drop_ratio: float | None = None
     drop_seed: int | None = None
 
@@ -136,7 +141,7 @@ class UpcycleFlags:
             },
             "experts, which --method=soup does not make": (
                 method.ffn,
-                ("top_k", "renormalise", "expert_scale", "drop_ratio"),
+                ("top_k", "renormalise", "expert_scale", "granularity", "drop_ratio"),
             ),
             "attention experts (--method=bam, or nexus with --attention_experts)": (
                 method.mixes_attention,
@@ -156,6 +161,15 @@ class UpcycleFlags:
                     raise TransformError(f"--{name} is only for {use}: remove it.")
         if self.copies < 1:
             raise TransformError(f"--copies={self.copies} must be at least 1.")
+        if self.granularity is not None and self.granularity < 2:
+            raise TransformError(
+                f"--granularity={self.granularity} must be at least 2; without it experts are whole."
+            )
+        if self.granularity and method.router_kind == "projection":
+            raise TransformError(
+                f"--granularity={self.granularity} splits experts, and the parts of an expert have one embedding, so that a token "
+                "would always get all of them: give --router=linear or mlp."
+            )
         if not 0 <= (self.drop_ratio or 0) <= 1:
             raise TransformError(f"--drop_ratio={self.drop_ratio:g} must be between 0 and 1.")
         if self.expert_scale is not None and not self.expert_scale > 0:
@@ -170,8 +184,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="NAME=DIR",
-        help="runs or steps in the order of the experts, with the seed among them except for nexus; the name of DIR "
-        "alone is that of the run's directory",
+        help="run or step directories of the experts, in their order, with the seed among them except for nexus; an expert "
+        "without NAME is called like its run directory",
     )
     upcycle_flags.add(group, UpcycleFlags, but=("experts",))
 
@@ -193,11 +207,11 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
         sources.append(SourceModel(options.seed_model, options.params))
     source_models.check_related(sources, unrelated=options.unrelated)
     dense = config.model
-    mlp = dense.layer_settings()[0].mlp
-    if not mlp.gated or mlp.experts:
-        raise TransformError(
-            f"Experts must be gated MLPs, but the dense model has {mlp.kind}: give other --experts."
-        )
+    for mlp in (layer.mlp for layer in dense.layer_settings()):
+        if not mlp.gated or mlp.experts:
+            raise TransformError(
+                f"Experts must be gated MLPs, but the dense model has {mlp.kind}: give other --experts."
+            )
     method = options.made_by
     made = {
         name: default if (x := getattr(options, name)) is None else x
@@ -212,11 +226,14 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
         router=method.routers(names, made),
         seed=options.router_seed,
     )
+    finer = {} if options.granularity is None else {"granularity": options.granularity}
+    mixture = dataclasses.replace(mixture, **finer)
     record: dict[str, Any] = {
         "method": options.method,
         "experts": names,
         "sources": [source.path for source in experts],
         **made,
+        **finer,
     }
     if options.seed_model:
         record["seed_model"] = options.seed_model
@@ -225,7 +242,10 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
         options.to,
         Upcycle(mixture, shared_ffn=bool(options.seed_model)),
         sources,
-        config=transformed_run.method_lines(method.files, method.settings(len(names))),
+        config=transformed_run.method_lines(
+            [*method.files, *(_FINER if finer else ())],
+            method.settings(len(names)) | {name.upper(): value for name, value in finer.items()},
+        ),
         gin_files=flags.gin_file,
         whole_config=flags.trust_config,
         meta={"upcycled": record},

@@ -36,8 +36,8 @@ def new_directory(target: str, *, goes_on: Callable[[str], bool] | None = None) 
 
     Args:
       target: the final path.
-      goes_on: returns whether the next conversion can go on with a directory that a killed process left. With it, an
-        interrupt leaves the directory too. None for conversions that begin anew.
+      goes_on: returns whether the next conversion can continue with a directory that a killed process left. With it, an
+        interrupt leaves the directory too. None for conversions that begin again.
 
     Raises:
       ConvertError: the target exists, or another process is writing it.

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from espalier.model.transforms import base
 from espalier.model.transforms.base import Recipe, TransformError, TreeTransform
 from espalier.trainers.checkpoints import state_tree, step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.manifest import Block
-from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
+from espalier.trainers.checkpoints.stream_checkpoint import Interrupted, StreamedArray
 
 _LENGTH = 512
 _BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
@@ -111,7 +111,12 @@ def write(
 
 @contextlib.contextmanager
 def new_run(
-    target: str, config: str, source: SourceModel, gin_files: Sequence[str] = ()
+    target: str,
+    config: str,
+    source: SourceModel,
+    gin_files: Sequence[str] = (),
+    *,
+    goes_on: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Context manager: yields the folder of a new run without a checkpoint, and the linen module of its configuration.
 
@@ -120,18 +125,25 @@ def new_run(
       config: gin text.
       source: the run whose vocabulary the new one gets.
       gin_files: see `write`.
+      goes_on: see `new_directory`; the folder then has what a killed conversion has left.
     """
-    with new_directory(target) as folder:
+    with new_directory(target, goes_on=goes_on) as folder:
         pathlib.Path(folder, CONFIG).write_text(config, encoding="utf-8")
         model_record.write(folder)
         run_vocabulary.copy(source.folder, folder)
         yield folder, model_of(folder, gin_files)
 
 
-def save(folder: str, arrays: Mapping[str, StreamedArray], meta: Mapping[str, Any]) -> None:
-    """Writes the checkpoint of a new run with these parameters."""
+def save(
+    folder: str,
+    arrays: Mapping[str, StreamedArray],
+    meta: Mapping[str, Any],
+    interrupted: Interrupted | None = None,
+) -> None:
+    """Writes the checkpoint of a new run with these parameters, see stream_checkpoint.py."""
     named = {f"params/{path}": array for path, array in arrays.items()}
-    stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), named, meta=meta)
+    checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
+    stream_checkpoint.save(checkpoints, named, meta=meta, interrupted=interrupted)
 
 
 def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:

@@ -47,6 +47,7 @@ class Adapter(Counted):
     TRAINING: ClassVar[tuple[str, ...]] = (
         "param_dtype",
         "a_init",
+        "b_init",
         "router_init",
         "dropout",
         "jitter",
@@ -105,7 +106,7 @@ class Adapted(nn.Module):
       base: the projection.
       adapters: the adapters of the model.
       heads: number of heads whose outputs the projection joins; 1 for a projection without heads.
-      layer_input: the input [..., D] of the attention or MLP that owns the projection; None at experts.
+      layer_input: the input [..., D] of the attention, MLP or expert that owns the projection.
       gate: the activated branch [..., F] of a gated MLP, at its last projection; None elsewhere.
     """
 
@@ -127,7 +128,7 @@ class Adapted(nn.Module):
         if sizes and not adapter.of_experts:
             raise AdapterError(
                 f"{adapter.site_path} projects stacked experts, which adapter.named.{slot} cannot adapt: exclude it from "
-                f"its {', '.join(adapter.PATTERNS)}, or use LoRA or (IA)3 there."
+                f"its {', '.join(adapter.PATTERNS)}, or use another adapter, or LoRA without DoRA, there."
             )
         return adapter(self, x, *sizes)
 
@@ -300,5 +301,5 @@ def _sites(params: Any) -> dict[str, tuple[str | None, int]]:
 def _examples(sites: Mapping[str, Any]) -> str:
     names = [path for path in sites if re.fullmatch(PROJECTIONS[0], path)]
     if not names:
-        return "this model has no attention or MLP, whose projections adapters change"
+        return "this model has no attention or MLP, whose projections adapters change, and convolutions have no adapter"
     return f"layers are {', '.join(names[:4])}{', ...' if names[4:] else ''}"

@@ -1,10 +1,13 @@
 """LoRA (arXiv 2106.09685), rank-stabilised LoRA (arXiv 2312.03732) and DoRA (arXiv 2402.09353).
 
-y = x W0 + s x A B, with A [in, rank] and B [rank, out]. B is zero at the start, so that the model is the base model.
+y = x W0 + s x A B, with A [in, rank] and B [rank, out]. One of both is zero at the start, by default B, so that the model is
+the base model; the other then has no gradient in the first step (arXiv 2406.08447 compares the two).
 
 Shapes: X in, Y out, R rank, E experts.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -19,8 +22,11 @@ from espalier.model.kernels import matmul, taps
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.model.transforms.patterns import fullmatch
 
-# Uniform between -1/sqrt(in) and 1/sqrt(in), as peft draws A.
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+@recordable
+def uniform_fan_in(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Returns a matrix that is uniform between -1/sqrt(rows) and 1/sqrt(rows), as peft draws A."""
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
 
 @recordable
@@ -39,9 +45,10 @@ class Lora(Adapter):
         through the norm of the sum.
       dropout: rate of dropout on x, in training, before A.
       a_init: initialiser of A.
+      b_init: initialiser of B; with `zeros` for neither, the first step's model is not the base model.
 
     Raises:
-      AdapterError: a rank is larger than the smaller side of its matrix, or DoRA at experts.
+      AdapterError: a rank is larger than the smaller side of its matrix, DoRA at experts, or A and B are both zero.
     """
 
     MATRICES: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
@@ -54,6 +61,7 @@ class Lora(Adapter):
     dora: bool = False
     dropout: Decay = 0.0
     a_init: Callable[..., jax.Array] = uniform_fan_in
+    b_init: Callable[..., jax.Array] = nn.initializers.zeros
 
     @property
     def of_experts(self) -> bool:
@@ -62,8 +70,8 @@ class Lora(Adapter):
     @nn.compact
     def __call__(self, site: Adapted, x: jax.Array, *sizes: jax.Array) -> jax.Array:
         y = site.base(x, *sizes)
-        experts = site.base.num_experts if sizes else None
-        a, b = self.factors(site, x.shape[-1], y.shape[-1], experts)
+        experts = (site.base.num_experts,) if sizes else ()
+        a, b = self.factors(site, x.shape[-1], y.shape[-1], *experts)
         # In the compute dtype of the projection, with the scale where arrays are small.
         x = self._dropped(x).astype(y.dtype)
         inner = self._product("lora_a", x, a.astype(y.dtype), *sizes)
@@ -101,20 +109,30 @@ class Lora(Adapter):
         return [field for field in super().fields_at(path) if field in self.PATTERNS]
 
     def factors(
-        self, site: Adapted, rows: int, columns: int, stacked: int | None = None
+        self, site: Adapted, rows: int, columns: int, *stacked: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns A and B, with a leading axis of `stacked` experts unless it is None."""
+        """Returns A and B, with leading axes of `stacked` experts."""
         if self.is_initializing():
             rank = self.rank_at(self.site_path, rows, columns)
+            self._check_initialisers()
         else:  # the paths of unrolled layers differ from those that `ranks` names
             rank = self.get_variable("params", "lora_a").shape[-1]
-        lead, names = ((), ()) if stacked is None else ((stacked,), self._stack_axes(site))
-        init = self.a_init if stacked is None else _of_each(self.a_init)
-        zeros, dtype = nn.initializers.zeros, self.param_dtype
+        names = self._stack_axes(site)[: len(stacked)]
+        dtype = self.param_dtype
+        inits = (self.a_init, self.b_init)
+        a_init, b_init = map(_of_each, inits) if stacked else inits
         a_names, b_names = (*names, site.axes[0], axes.RANK), (*names, axes.RANK, site.axes[1])
-        a = axes.parameter(self, "lora_a", init, a_names, (*lead, rows, rank), dtype)
-        b = axes.parameter(self, "lora_b", zeros, b_names, (*lead, rank, columns), dtype)
+        a = axes.parameter(self, "lora_a", a_init, a_names, (*stacked, rows, rank), dtype)
+        b = axes.parameter(self, "lora_b", b_init, b_names, (*stacked, rank, columns), dtype)
         return a, b
+
+    @nn.nowrap
+    def _check_initialisers(self) -> None:
+        if _draws_zeros(self.b_init) and _draws_zeros(self.a_init):
+            raise AdapterError(
+                f"LoRA of {self.site_path}: a_init and b_init are both zeros, so that neither factor would ever have a gradient: "
+                "set one of them to another initialiser, such as lora.uniform_fan_in."
+            )
 
     @nn.nowrap
     def _stack_axes(self, site: Adapted) -> tuple[str, ...]:
@@ -153,11 +171,19 @@ def magnitude_factor(w_XY: jax.Array, change_XY: jax.Array, delta_Y: jax.Array) 
     return (norms_Y + delta_Y) / jax.lax.stop_gradient(changed_Y)
 
 
+@functools.cache
+def _draws_zeros(init: Callable[..., jax.Array]) -> bool:
+    with jax.ensure_compile_time_eval():
+        return not init(jax.random.key(0), (2, 2), jnp.float32).any()
+
+
 def _of_each(init: Callable[..., jax.Array]) -> Callable[..., Any]:
     """Returns an initialiser that draws each matrix of a stack separately, as `init` draws one."""
 
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        keys = jax.random.split(key, shape[0])
-        return jax.vmap(lambda key: init(key, shape[1:], dtype))(keys)
+        *stacked, rows, columns = shape
+        keys = jax.random.split(key, math.prod(stacked))
+        drawn = jax.vmap(lambda key: init(key, (rows, columns), dtype))(keys)
+        return drawn.reshape(shape)
 
     return draw

@@ -99,7 +99,7 @@ def merger(
     if any(name.startswith("router/") for name in own) and weights is None:
         raise TransformError(
             f"{site}: the weights of its {adapter.num_experts} experts depend on the token, so that no one matrix does what "
-            "they do. Use the adapters as they are, or merge their average over texts: --average=FILE."
+            "they do. Use the adapters as they are, or merge their average over texts: --average=FILE, which stacked experts have not."
         )
     if isinstance(adapter, Prompt):
         raise TransformError(

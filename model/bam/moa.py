@@ -43,7 +43,7 @@ class MixtureOfAttention(Attention):
       balance_loss: weight of routing.balance_loss, for `top_k`.
 
     Raises:
-      ValueError: `top_k` is larger than the number of experts, or `balance_loss` without it.
+      ValueError: `top_k` is larger than the number of experts, `balance_loss` without it, or norms over all heads.
     """
 
     num_experts: Size = 4
@@ -60,6 +60,10 @@ class MixtureOfAttention(Attention):
             )
         if self.top_k is None:
             refuse_set(self, ("balance_loss",), "top_k = None, which loads all experts alike")
+        if self.qk_norm_of == "projection":
+            raise ValueError(
+                "MixtureOfAttention.qk_norm_of = 'projection' would norm the heads of all experts as one: use 'head'."
+            )
         super().__post_init__()
 
     @property
@@ -101,10 +105,10 @@ class MixtureOfAttention(Attention):
 
     def _gates(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """Returns each token's expert weights [B, T, E], float32; 0 for experts that it does not use."""
-        logits_BTE, probs_BTE = routing.probabilities(self, x_BTD)
+        probs_BTE = routing.scored(self, x_BTD).probs_ME
         routes = routing.route(probs_BTE, top_k=self.top_k or self.num_experts, renormalise=False)
         real_BT = routing.real_tokens(x_BTD, segments_BT)
-        routing.report(self, logits_BTE, probs_BTE, routes.experts_MK, real_BT)
+        routing.report(self, probs_BTE, routes.experts_MK, real_BT)
         if self.top_k is None:
             return probs_BTE
         chosen_BTE = jax.nn.one_hot(routes.experts_MK, self.num_experts).sum(-2)

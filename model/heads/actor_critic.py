@@ -31,7 +31,7 @@ class ActorCritic(BackboneModel):
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         variables = backbone_variables(variables)
-        return self.backbone.forward_flops(row, variables) + 2.0 * self.config.embed_dim
+        return self.backbone.forward_flops(row, variables) + self.head_flops(row)
 
     @property
     def logit_scale(self) -> float:

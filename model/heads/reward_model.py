@@ -1,4 +1,4 @@
-"""Reward models: a language model's backbone with one reward per token in place of logits.
+"""Reward models: a language model's backbone with one reward per token instead of logits.
 
 The reward at a token is a linear function of its final hidden state, as in Hugging Face's models for sequence
 classification with one label. The reward of a text is the reward at its last token.
@@ -6,7 +6,7 @@ classification with one label. The reward of a text is the reward at its last to
 Shapes: B batch, T length, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
@@ -18,18 +18,16 @@ from espalier.model import axes
 from espalier.model.kv_cache.base import CacheSizes
 from espalier.model.linear import Dense
 from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
-from espalier.model.rows import TOKENS, RowKind
+from espalier.model.rows import RowKind
 
 
 class BackboneModel(OfLayers, nn.Module):
     """A language model with another head: forwards the model protocol to the language model.
 
     Attributes:
-      backbone: the language model, a decoder-only module.
+      backbone: the language model. The head reads the final states of its decoder.
       head: factory of the head, called with (features=, axes=, kernel_init=, name=).
     """
-
-    row: ClassVar[RowKind] = TOKENS
 
     backbone: Any
     head: Annotated[
@@ -42,6 +40,10 @@ class BackboneModel(OfLayers, nn.Module):
         return self.backbone.config
 
     @property
+    def row(self) -> RowKind:
+        return self.backbone.row
+
+    @property
     def max_length(self) -> int | None:
         return self.backbone.max_length
 
@@ -52,6 +54,18 @@ class BackboneModel(OfLayers, nn.Module):
     @nn.nowrap
     def layer_settings(self) -> Sequence[LayerSettings]:
         return self.backbone.layer_settings()
+
+    @nn.nowrap
+    def row_context(self, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        """See `Model`."""
+        return self.backbone.row_context(backbone_variables(variables), batch)
+
+    @nn.nowrap
+    def head_flops(self, row: Arrays) -> float:
+        """Returns the FLOPs of the head for one token of a row, of which it reads those of the decoder."""
+        targets = row["decoder_input_tokens"].shape[-1]
+        inputs = row["encoder_input_tokens"].shape[-1] if self.row.encodes else 0
+        return 2.0 * self.config.embed_dim * targets / (targets + inputs)
 
 
 def backbone_variables(variables: Any) -> Any:
@@ -74,7 +88,7 @@ class RewardModel(BackboneModel):
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         variables = backbone_variables(variables)
-        return self.backbone.hidden_flops(row, variables) + 2.0 * self.config.embed_dim
+        return self.backbone.hidden_flops(row, variables) + self.head_flops(row)
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:

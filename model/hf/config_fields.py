@@ -1,13 +1,12 @@
 """Reads the fields of a config.json without guessing.
 
 An absent field has the default of the Hugging Face class if that default has never changed; otherwise
-absence is an error. Fields that the Hugging Face class does not read cannot change what it computes,
-so their values are ignored.
+absence is an error. A field that is neither read nor known to say nothing of what the model computes is an error too.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from espalier.model.config import TransformerConfig
@@ -21,25 +20,22 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
     "relu": "relu",
-}
-# The fields that each rope_type needs, with the names of Rope's settings.
-_ROPE_FIELDS: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_length",
-    },
+    "xielu": "xielu",
 }
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 # The allowed types of the fields that are read.
 _COUNTS = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
+    *("num_experts", "moe_intermediate_size", "decoder_sparse_step"),
+    *("prefix_dense_intermediate_size", "prefix_dense_sliding_window_pattern"),
     *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
-    *("sliding_window", "sliding_window_pattern"),
+    *(
+        "sliding_window",
+        "sliding_window_pattern",
+        "no_rope_layer_interval",
+        "original_max_position_embeddings",
+    ),
     *("d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads"),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
 }
@@ -50,22 +46,57 @@ _LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "sliding_window_pattern"), 10_000),
     **dict.fromkeys(("num_layers", "num_decoder_layers"), 10_000),
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), 2**20),
-    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), 4096),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), 4096),
 }
 _NUMBERS = {
     *("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "logit_scale"),
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     *("partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"),
-    "original_max_position_embeddings",
+    *("rotary_pct", "rotary_emb_base", "rope_local_base_freq"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
 _FLAGS = {
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_qk_norm", "use_sliding_window"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
-    *("use_bidirectional_attention", "scale_decoder_outputs"),
+    *("use_bidirectional_attention", "scale_decoder_outputs", "truncate"),
+    *("use_parallel_residual", "norm_topk_prob", "finetuned"),
+    *("is_encoder_decoder", "is_decoder", "tie_encoder_decoder", "rope_interleaved", "use_mrope"),
+    *("use_parallel_block", "use_gated_activation", "use_embedding_sharing"),
+}
+# Fields that say nothing of what a model computes from tokens, of any family: about files and versions, tokens with a
+# meaning, training, generation, and classes of other tasks. A family adds its own, see Family.silent.
+SILENT = {
+    *("architectures", "model_type", "_name_or_path", "transformers_version", "_commit_hash"),
+    *("torch_dtype", "dtype", "tokenizer_class", "model_max_length", "max_position_embeddings"),
+    *("max_sequence_length", "transformers.js_config", "unsloth_version", "unsloth_fixed"),
+    *("_attn_implementation", "_attn_implementation_autoset", "use_bfloat16", "torchscript"),
+    *("tf_legacy_loss", "gradient_checkpointing", "pruned_heads", "chunk_size_feed_forward"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("initializer_range", "initializer_factor", "attention_dropout", "hidden_dropout"),
+    *("dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "classifier_dropout"),
+    *("pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+    *("use_cache", "cache_implementation", "return_dict", "output_attentions"),
+    *("output_hidden_states", "max_length", "min_length", "do_sample", "early_stopping"),
+    *("num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p"),
+    *("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores"),
+    *("return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty"),
+    *("finetuning_task", "id2label", "label2id", "prefix", "problem_type", "num_labels"),
+    *("task_specific_params", "output_past"),
+}
+# Common fields of which one value is known.
+_NEUTRAL = {
+    **dict.fromkeys(("is_encoder_decoder", "is_decoder", "add_cross_attention"), False),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "use_sliding_window"), False),
+    "tie_encoder_decoder": False,
 }
 
 
-def _expected(key: str, value: Any) -> str | None:
+_LISTS = {"no_rope_layers", "mlp_only_layers"}
+
+
+def expected_type(key: str, value: Any) -> str | None:
     """Returns the type that a field should have, in words; None if its value has it or is null."""
     if value is None:
         return None
@@ -76,13 +107,16 @@ def _expected(key: str, value: Any) -> str | None:
         return None if type(value) is int and value > 0 else "a whole number above 0"
     if key in _NUMBERS:
         return None if type(value) in (int, float) and 0 < value < math.inf else "a number above 0"
-    if key == "max_window_layers":
+    if key in ("max_window_layers", "first_k_dense_replace", "num_shared_experts"):
         return None if type(value) is int and value >= 0 else "a whole number"
     if key in _FLAGS:
         return None if isinstance(value, bool) else "true or false"
     if key in ("rope_scaling", "rope_parameters"):
         return None if isinstance(value, dict) else "an object"
-    if key == "layer_types":
+    if key in _LISTS:
+        entries = isinstance(value, list) and all(type(item) is int for item in value)
+        return None if entries else "a list of whole numbers"
+    if key in ("layer_types", "mlp_layer_types"):
         texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
         return None if texts else "a list of texts"
     return None if isinstance(value, str) else "a text"
@@ -96,7 +130,7 @@ class ConfigFields:
     """The fields of a config.json of the model family `family`."""
 
     def __init__(self, family: str, fields: Mapping[str, Any]):
-        self.family, self._fields = family, fields
+        self.family, self._fields, self._read = family, fields, set[str]()
         if fields.get("quantization_config"):
             raise self.error(
                 "quantization_config", "quantised weights are not read: use the full checkpoint"
@@ -117,7 +151,8 @@ class ConfigFields:
         Raises:
           UnsupportedConfig: the field has the wrong type, such as a string for a number.
         """
-        if expected := _expected(key, self._fields.get(key)):
+        self._read.add(key)
+        if expected := expected_type(key, self._fields.get(key)):
             raise self.error(key, f"it must be {expected}")
         value = self._fields.get(key, default)
         if key in _ACTIVATION_KEYS and value is not None and value not in ACTIVATIONS:
@@ -144,45 +179,20 @@ class ConfigFields:
             if self.get(key, value) != value:
                 raise self.error(key, f"only {value!r} is supported")
 
-    def rope(self, layout: str = "half") -> Rope:
-        """Returns the rotary embedding, from rope_parameters or from rope_scaling and rope_theta.
-
-        Raises:
-          UnsupportedConfig: the base is missing, or the kind of rotation is not supported.
-        """
-        key = "rope_parameters" if self.optional("rope_parameters") else "rope_scaling"
-        scaling = self.get(key, {})
-        for name, value in scaling.items():
-            if isinstance(value, dict):
-                raise self.error(key, f"{name} in it: only one rotation of all layers is supported")
-            if expected := _expected(name, value) if name in _NUMBERS else None:
-                raise self.error(key, f"{name} in it must be {expected}")
-        base = scaling.get("rope_theta", self.optional("rope_theta"))
-        if base != self.get("rope_theta", base):
-            raise self.error("rope_theta", f"{key} has {base!r}; make them equal")
-        if base is None:
+    def refuse_unread(self, silent: Iterable[str]) -> None:
+        """Raises UnsupportedConfig if there are fields that nothing has read, other than null ones, the `silent` and common ones."""
+        known = {*self._read, *silent, *SILENT}
+        self.neutral(**{key: value for key, value in _NEUTRAL.items() if key not in known})
+        known |= self._read
+        unknown = sorted(
+            x for x, value in self._fields.items() if value is not None and x not in known
+        )
+        if unknown:
+            shown = ", ".join(f"{key[:80]} = {reprlib.repr(self._fields[key])}" for key in unknown)
             raise UnsupportedConfig(
-                f"config.json ({self.family}): neither rope_theta nor rope_parameters.rope_theta is "
-                "there, and its default differs between versions of transformers: add the value that "
-                'the model was trained with, as "rope_theta": 10000.0.'
+                f"config.json ({self.family}): {shown}: not known here, so the model might compute something else. Remove what "
+                "says nothing of the computation; a model that needs it is not supported."
             )
-        self.neutral(partial_rotary_factor=1.0)
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-            raise self.error(
-                key, f"rope type {kind!r} is not supported; {', '.join(_ROPE_FIELDS)} are"
-            )
-        if scaling.get("partial_rotary_factor") not in (None, 1.0):
-            raise self.error(key, "partial_rotary_factor must be 1")
-        needed = _ROPE_FIELDS[kind]
-        if missing := [name for name in needed if scaling.get(name) is None]:
-            raise self.error(key, f"{', '.join(missing)} is missing in it")
-        settings: dict[str, Any] = {needed[name]: float(scaling[name]) for name in needed}
-        if kind != "default":
-            settings["scaling"] = kind
-        if kind == "llama3":
-            settings["original_length"] = int(settings["original_length"])
-        return Rope(base=float(base), layout=layout, **settings)
 
     def layer_pattern(self, kinds: Mapping[str, str], types: list[str]) -> tuple[str, ...]:
         """Returns the shortest pattern whose repetition gives the layers' types, in this project's names."""
@@ -195,6 +205,13 @@ class ConfigFields:
         names = tuple(kinds[name] for name in types)
         periods = (p for p in range(1, count + 1) if count % p == 0)
         return next(names[:p] for p in periods if names[:p] * (count // p) == names)
+
+    def check_rotation(self, rope: Rope, config: TransformerConfig) -> None:
+        """Raises UnsupportedConfig if a rotary embedding does not fit the heads."""
+        try:
+            rope.rotated_dims(config.per_head_dim)
+        except ValueError as error:
+            raise UnsupportedConfig(f"config.json ({self.family}): {error}") from None
 
     def sizes(self, **sizes: Any) -> TransformerConfig:
         """Returns the shared sizes, with the dtype of the fields.
@@ -209,19 +226,6 @@ class ConfigFields:
             return TransformerConfig(dtype=dtype, param_dtype=dtype, **sizes)
         except ValueError as error:
             raise UnsupportedConfig(f"config.json ({self.family}): {error}") from None
-
-
-def rope_fields(here: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config.json fields of a described model's rotary embedding, in both spellings."""
-    fields = {field.name: field.default for field in dataclasses.fields(Rope)}
-    rope = {name: here.get(f"block.attention.rope.{name}", fields[name]) for name in fields}
-    kind = "default" if rope["scaling"] == "none" else rope["scaling"]
-    scaling = {"rope_type": kind} | {key: rope[name] for key, name in _ROPE_FIELDS[kind].items()}
-    return {
-        "rope_theta": rope["base"],
-        "rope_scaling": None if kind == "default" else scaling,
-        "rope_parameters": {"rope_theta": rope["base"], **scaling},
-    }
 
 
 _NAMES = {value: key for key, value in reversed(ACTIVATIONS.items())}

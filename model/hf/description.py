@@ -8,15 +8,16 @@ compute the same function of the same parameters.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from espalier.model import axes
+from espalier.model.config import LayerKind
 from espalier.model.protocol import Same
-from espalier.model.rope import Rope
+from espalier.model.rope import SCALINGS, Rope
 from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Transformer
 from espalier.model.transforms import layer_stack
@@ -32,7 +33,7 @@ _CALLS: dict[str, dict[str, Any]] = {
     "relative_bias": {"num_heads": 1, "bidirectional": True, **_TABLE_DTYPES},
     "position_embed": _TABLE,
     "dense": {"axes": ("embed", "mlp"), "use_bias": False, "name": "dense", **_TABLE},
-    "router": {"axes": ("embed", "unmodeled"), "use_bias": False, "name": "router", **_TABLE},
+    "router": {"axes": ("embed", "unmodeled"), "name": "router", **_TABLE},
     "expert_dense": {
         "axes": ("expert", "embed", "mlp"),
         "num_experts": 1,
@@ -59,8 +60,9 @@ _SILENT = {
 def describe(model: Transformer) -> dict[str, Any]:
     """Returns a model's settings by dotted name: 'config.num_layers', 'block.attention.softcap', ...
 
-    The entry 'layers' lists the window and rotation of each layer. Settings in which a block differs from
-    the first block have their own entries, such as 'block_3.mlp'.
+    The entry 'layers' lists the window and rotation of each layer, and 'mlps' the names of their MLPs if layers have several kinds.
+    The settings of 'block' are those of the first layer whose kind names no MLP. A named MLP has entries of its own, such as
+    'block.mlp:dense'; other settings in which a kind of layer differs too, by the first of these layers: 'block_3.attention'.
     """
     config = model.config
     sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim")
@@ -69,22 +71,47 @@ def describe(model: Transformer) -> dict[str, Any]:
     fields["config.head_dim"] = config.per_head_dim
     kinds = [config.layer_kind(i) for i in range(config.num_layers)]
     fields["layers"] = tuple((kind.window, kind.rope) for kind in kinds)
+    if any(kind.mlp for kind in kinds):
+        fields["mlps"] = tuple(kind.mlp for kind in kinds)
     fields |= dict(_fields(model, ""))
     if isinstance(model, EncoderDecoder):
         fields["encoder_layers"] = model.encoder_config.num_layers
     first: dict[str, Any] = {}
-    for i in range(len(config.layer_pattern)):
-        block = model.block(config=config, kind=kinds[i], name=f"block_{i}")
+    for i, kind in sorted(_different(kinds).items(), key=lambda item: (bool(item[1].mlp), item[0])):
+        block = model.block(config=config, kind=kind, name=f"block_{i}")
         entries = {"": type(block), **dict(_fields(block, "."))}
         if not first:
             first = entries
-        different = {name: value for name, value in entries.items() if first.get(name) != value}
-        where, entries = ("block", entries) if i == 0 else (f"block_{i}", different)
-        fields |= {where + name: value for name, value in entries.items()}
+            fields |= {"block" + name: value for name, value in entries.items()}
+        for name, value in entries.items():
+            if kind.mlp and name.startswith(".mlp"):
+                fields[f"block.mlp:{kind.mlp}{name.removeprefix('.mlp')}"] = value
+            elif first.get(name) != value:
+                fields[f"block_{i}{name}"] = value
     scale = fields.get("block.attention.scale", 0)
     if scale is None:
         fields["block.attention.scale"] = config.per_head_dim**-0.5
+    if fields.get("block.mlp.expert_dim", 0) is None:
+        fields["block.mlp.expert_dim"] = config.mlp_dim
+    _set_local_rope(fields)
     return fields
+
+
+def _different(kinds: Sequence[LayerKind]) -> dict[int, LayerKind]:
+    """Returns the kinds of layers that are not equal to an earlier layer's, by layer."""
+    firsts = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+    return {i: kinds[i] for i in firsts.values()}
+
+
+def _set_local_rope(fields: dict[str, Any]) -> None:
+    """Describes the rotary embedding of layers with a window, whichever field has it, if there are such layers."""
+    local, rope = "block.attention.local_rope", "block.attention.rope"
+    if not any(window is not None and rotated for window, rotated in fields["layers"]):
+        for name in [name for name in fields if f"{name}.".startswith(f"{local}.")]:
+            del fields[name]
+    elif local in fields and fields[local] is None:
+        for name in [name for name in fields if f"{name}.".startswith(f"{rope}.")]:
+            fields[local + name.removeprefix(rope)] = fields[name]
 
 
 def _fields(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -96,7 +123,7 @@ def _fields(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             passed = dict(_CALLS[field.name])
             if field.name in _SIZED:
                 passed["config"] = module.config
-            if field.name.endswith("attention"):
+            if field.name.endswith("attention") or field.name == "mlp":
                 passed["kind"] = module.kind
             part = value(**passed)
             yield name, type(part)
@@ -110,11 +137,11 @@ def _fields(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _rope(rope: Rope) -> dict[str, Any]:
     """Returns the settings that affect the rotary embedding with its kind of scaling."""
-    unread = {
-        "none": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
-        "linear": ("original_length", "low_freq_factor", "high_freq_factor"),
-    }.get(rope.scaling, ())
-    return {k: v for k, v in dataclasses.asdict(rope).items() if k not in unread}
+    names = ("base", "layout", "fraction", "scaling", *SCALINGS[rope.scaling])
+    settings = {name: getattr(rope, name) for name in names}
+    if "attention_factor" in settings:
+        settings["attention_factor"] = rope.magnitude
+    return settings
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
@@ -127,9 +154,9 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
         owner = name.rpartition(".")[0]
         if owner in here and owner in there and here[owner] != there[owner]:
             continue
-        if name == "layers" and a != b and len(a) == len(b):
+        if name in _OF_LAYERS and a != b and absent not in (a, b) and len(a) == len(b):
             layer = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
-            name, a, b = f"layer {layer}", _kind(*a[layer]), _kind(*b[layer])
+            name, a, b = f"layer {layer}", _OF_LAYERS[name](a[layer]), _OF_LAYERS[name](b[layer])
         if not _equal(a, b):
             shown = ["absent" if value is absent else _shown(value) for value in (a, b)]
             words.append(f"{name} is {shown[0]}, not {shown[1]}")
@@ -142,10 +169,20 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _kind(window: int | None, rope: bool) -> str:
+def _kind(kind: tuple[int | None, bool]) -> str:
     """Returns a layer's kind in words."""
+    window, rope = kind
     seen = "seeing all" if window is None else f"of window {window}"
     return f"one {seen}{'' if rope else ' without rotation'}"
+
+
+def _mlp(name: str) -> str:
+    """Returns the kind of a layer's MLP in words."""
+    return f"one with the MLP {name!r}" if name else "one with the MLP of other layers"
+
+
+# Entries with a value for each layer, and what says one in words.
+_OF_LAYERS: dict[str, Callable[[Any], str]] = {"layers": _kind, "mlps": _mlp}
 
 
 def _equal(a: Any, b: Any) -> bool:

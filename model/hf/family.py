@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from espalier.model.hf.config_fields import ConfigFields, UnsupportedConfig
 from espalier.model.hf.description import describe, differences, native_shapes
 from espalier.model.hf.mapping import Piece, Row, hf_shapes, pieces_of
+from espalier.model.mlp import by_kind
+from espalier.model.rope import Rope
 from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Block, Transformer
 
@@ -90,6 +92,7 @@ class Family:
       rows: names of the arrays, see mapping.Row.
       norms: names of the norms that have the settings of the final norm, 'norm'.
       neutral: fields with only one supported value.
+      silent: fields that say nothing of what the model computes, or that are read only with other settings.
       whole_heads: whether the family's class needs heads that divide the width.
       ignored: patterns that match the whole names of tensors that carry no weights.
       tied: for each tensor that the model has no array for, the tensor that it must be equal to if
@@ -106,6 +109,7 @@ class Family:
     rows: tuple[Row, ...]
     norms: tuple[str, ...] = ("block.norm",)
     neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    silent: tuple[str, ...] = ()
     whole_heads: bool = False
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     tied: Mapping[str, str] = dataclasses.field(
@@ -120,7 +124,7 @@ class Family:
 
         Raises:
           UnsupportedConfig: a field has an unsupported value, or a field whose default differs
-            between versions of transformers is absent.
+            between versions of transformers is absent, or a field is not known.
         """
         fields = ConfigFields(self.name, config_json)
         fields.neutral(**self.neutral)
@@ -131,10 +135,14 @@ class Family:
         settings = {"block": Block, **self.fixed}
         for part in self.parts:
             settings |= part.read(fields)
+        fields.refuse_unread(self.silent)
         for name, value in list(settings.items()):
             if name.partition(".")[0] == "norm":
                 settings |= {copy + name.removeprefix("norm"): value for copy in self.norms}
         config = fields.sizes(**_arguments(settings, "config"))
+        for rope in settings.values():
+            if isinstance(rope, Rope):
+                fields.check_rotation(rope, config)
         return self.model_class(config=config, **_arguments(settings, ""))
 
     def config(self, model: Transformer) -> dict[str, Any]:
@@ -229,15 +237,21 @@ class Family:
 
 
 def _arguments(settings: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Returns the settings of `owner`; classes are partials with their own settings."""
-    arguments = {}
+    """Returns the settings of `owner`; classes are partials with their own settings.
+
+    MLPs that kinds of layers name, 'mlp:dense' beside 'mlp', are the arguments of `mlp.by_kind`.
+    """
+    arguments: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for name, value in settings.items():
         above, _, last = name.rpartition(".")
         if above == owner:
             made = isinstance(value, type)
-            arguments[last] = (
-                functools.partial(value, **_arguments(settings, name)) if made else value
-            )
+            value = functools.partial(value, **_arguments(settings, name)) if made else value
+            last, _, kind = last.partition(":")
+            (named if kind else arguments)[kind or last] = value
+    if named:
+        arguments["mlp"] = functools.partial(by_kind, others=arguments["mlp"], **named)
     return arguments
 
 

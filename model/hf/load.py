@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from espalier.model.hf.families import family_of_config
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
 from espalier.model.hf.mapping import Piece
 from espalier.model.hf.plan import Plan, plan
+from espalier.model.hf.registry import family_of_config
 from espalier.model.transformer import Transformer
 
 _THREADS = 8  # also on fewer cores: with files that are not in memory, threads wait for the disk

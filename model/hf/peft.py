@@ -1,4 +1,6 @@
-"""Adapters in the format of Hugging Face's peft: LoRA with its rank-stabilised form and DoRA, and (IA)3.
+"""Reads adapters in the format of Hugging Face's peft: LoRA with its rank-stabilised form and DoRA, and (IA)3.
+
+LoRA of stacked experts: model/hf/peft_experts.py; writing: model/hf/peft_writer.py.
 
 A directory of peft has adapter_config.json and adapter_model.safetensors. Its tensors are named after the modules of the
 transformers model, so that a family's table of tensors (model/hf/family.py) says which projection each belongs to.
@@ -8,8 +10,6 @@ Shapes: L stacked layers, X in, Y out, R rank.
 
 import collections
 import dataclasses
-import json
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from espalier.model.adapters.adapter import PREFIX
-from espalier.model.hf import mapping, peft_config
-from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
+from espalier.model.hf import mapping, peft_config, peft_experts
+from espalier.model.hf.files.safetensors_files import SafetensorsReader
 from espalier.model.hf.mapping import Piece
 from espalier.model.hf.peft_config import CONFIG, PeftConfig, PeftError
 from espalier.model.hf.plan import FLOATS
 from espalier.model.transforms import base
 
 WEIGHTS = "adapter_model.safetensors"
-_ROOT = "base_model.model."
-_TENSOR = re.compile(
+ROOT = "base_model.model."
+TENSOR = re.compile(
     r"(?P<module>.*)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector|ia3_l)(\.default)?(\.weight)?"
 )
 
@@ -68,11 +68,21 @@ def read(
     """
     config = peft_config.read(folder)
     by_module = collections.defaultdict(list)
+    # Where the experts of the adapter are not stacked, each is a module, as in transformers 4.
+    apart = config.kind == "LORA" and not config.dora and not config.parameters
+    pieces = list(pieces)
     for piece in pieces:
-        if piece.native.endswith("/kernel") and not _is_expert(piece):
+        if piece.native.endswith("/kernel") and (apart or not is_expert(piece)):
             by_module[piece.hf.removesuffix(".weight")].append(piece)
-    modules = _modules(folder, by_module)
+    stacked = peft_experts.targeted(config, peft_experts.parameters(pieces, shapes), folder)
+    modules = _modules(folder, {**by_module, **stacked})
     sites: dict[str, dict[tuple[int, ...], dict[str, np.ndarray]]] = collections.defaultdict(dict)
+    for module, parameter in stacked.items():
+        where = f"{folder}/{WEIGHTS}: {module}, the adapter of {parameter.name},"
+        read = peft_experts.read(where, parameter, modules.pop(module, {}), config)
+        for (site, at), own in read.items():
+            scale = config.scale(parameter.name, own["lora_a"].shape[-1])
+            sites[site][at] = {**own, "scale": np.asarray(scale)}
     for module, tensors in modules.items():
         _check(f"{folder}/{WEIGHTS}: {module}", module, tensors, by_module[module], shapes, config)
         for piece in by_module[module]:
@@ -87,7 +97,7 @@ def read(
     slot = "lora" if config.kind == "LORA" else "ia3"
     arrays = {}
     for site, layers in sites.items():
-        stacks = _stacked(layers, shapes[f"{site}/kernel"])
+        stacks = _layers(layers, shapes[f"{site}/kernel"])
         if config.kind == "LORA":
             _rescale(stacks, config)
         for leaf, values in stacks.items():
@@ -102,11 +112,12 @@ def _modules(folder: str, known: Mapping[str, Any]) -> dict[str, dict[str, np.nd
     modules: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     with SafetensorsReader(folder, single=WEIGHTS) as reader:
         for name, info in reader.tensors.items():
-            match = _TENSOR.fullmatch(name.removeprefix(_ROOT))
+            match = TENSOR.fullmatch(name.removeprefix(ROOT))
             if match is None or match["module"] not in known:
                 raise PeftError(
                     f"{folder}/{WEIGHTS}: {name[:200]} belongs to no projection of the base model: give the model that these "
-                    "adapters were trained with, --base=RUN. Adapters of embeddings and heads are not supported."
+                    "adapters were trained with, --base=RUN. Adapters of embeddings and heads are not supported, nor of stacked "
+                    f"experts that target_parameters in {CONFIG} does not name."
                 )
             if match["kind"] in modules[match["module"]]:
                 raise PeftError(
@@ -164,20 +175,19 @@ def _check(
 
 def _of_piece(piece: Piece, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the adapter's arrays of one projection, which may be a part of a module's columns."""
-    columns = slice(*piece.hf_columns) if piece.hf_columns else slice(None)
     own = {}
     for kind, value in tensors.items():
         if kind == "ia3_l":
             of_input = value.shape[0] == 1 and value.shape[1] > 1
             own["input_scale" if of_input else "output_scale"] = (
-                value[0] if of_input else value[columns, 0]
+                value[0] if of_input else value[piece.outputs(len(value)), 0]
             )
         elif kind == "lora_A":
             own["lora_a"] = value.T
         elif kind == "lora_B":
-            own["lora_b"] = value[columns].T
+            own["lora_b"] = value[piece.outputs(len(value))].T
         else:
-            own["magnitude"] = value.reshape(-1)[columns]
+            own["magnitude"] = value.reshape(-1)[piece.outputs(value.size)]
     return own
 
 
@@ -185,39 +195,43 @@ def _rescale(own: dict[str, np.ndarray], config: PeftConfig) -> None:
     """Multiplies B by the quotient of both factors of A B, where they differ: this project has one alpha for all modules."""
     quotient = own.pop("scale") / config.scale(None, own["lora_a"].shape[-1])
     if np.any(quotient != 1):
-        own["lora_b"] = (own["lora_b"] * quotient[..., None, None]).astype(np.float32)
+        quotient = quotient.reshape(quotient.shape + (1,) * (own["lora_b"].ndim - quotient.ndim))
+        own["lora_b"] = (own["lora_b"] * quotient).astype(np.float32)
 
 
-def _stacked(
+def _layers(
     layers: Mapping[tuple[int, ...], Mapping[str, np.ndarray]], kernel: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of a projection, stacked like its kernel.
 
-    Layers without an adapter get one without effect. Lower ranks are filled up with zeros.
+    Layers and experts without an adapter get one without effect. Lower ranks are filled up with zeros.
     """
     if set(layers) == {()}:
         return dict(layers[()])
     leaves = next(iter(layers.values())).keys()
     rank = max((own["lora_a"].shape[-1] for own in layers.values() if "lora_a" in own), default=0)
-    places = [(i,) for i in range(kernel[0])]
+    lead = kernel[: len(next(iter(layers)))]
     stacks = {}
     for leaf in leaves:
         like = next(iter(layers.values()))[leaf]
         neutral = np.ones_like if leaf.endswith("_scale") else np.zeros_like
-        values = [layers[place][leaf] if place in layers else neutral(like) for place in places]
-        stacks[leaf] = np.stack([_widened(leaf, value, rank) for value in values])
+        values = [layers[at][leaf] if at in layers else neutral(like) for at in np.ndindex(lead)]
+        values = [_widened(leaf, value, rank) for value in values]
+        stacks[leaf] = np.stack(values).reshape(*lead, *values[0].shape)
     return stacks
 
 
-def _is_expert(piece: Piece) -> bool:
+def is_expert(piece: Piece) -> bool:
     return ".experts." in piece.hf
 
 
 def _widened(leaf: str, value: np.ndarray, rank: int) -> np.ndarray:
     if leaf not in ("lora_a", "lora_b"):
         return value
-    more = rank - value.shape[-1 if leaf == "lora_a" else 0]
-    return np.pad(value, [(0, 0), (0, more)] if leaf == "lora_a" else [(0, more), (0, 0)])
+    axis = -1 if leaf == "lora_a" else -2
+    more = [(0, 0)] * value.ndim
+    more[axis] = (0, rank - value.shape[axis])
+    return np.pad(value, more)
 
 
 def _ia3_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -243,114 +257,3 @@ def _lora_settings(config: PeftConfig, arrays: Mapping[str, np.ndarray]) -> dict
 
 def _site(path: str) -> str:
     return path.partition(f"/{PREFIX}")[0]
-
-
-def write(
-    folder: str,
-    settings: Mapping[str, Any],
-    sites: Mapping[str, Mapping[str, np.ndarray]],
-    pieces: Iterable[Piece],
-    kernel: ReadKernel,
-    *,
-    encodes: bool,
-) -> None:
-    """Writes adapters as a directory of peft.
-
-    Args:
-      folder: an existing directory.
-      settings: settings of the adapter, see `Adapter.settings`.
-      sites: the adapter's arrays by path of the projection and name.
-      pieces, kernel: see `read`.
-      encodes: whether the model is an encoder-decoder, for which peft has a class of its own.
-
-    Raises:
-      PeftError: adapters that peft does not have.
-    """
-    by_kernel = collections.defaultdict(list)
-    names = collections.Counter[str]()
-    for piece in pieces:
-        by_kernel[piece.native].append(piece)
-        if piece.native.endswith("/kernel"):
-            names[piece.hf.removesuffix(".weight").rpartition(".")[2]] += 1
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    inputs: list[str] = []
-    for site, own in sites.items():
-        for piece in by_kernel[f"{site}/kernel"]:
-            module = piece.hf.removesuffix(".weight")
-            if piece.hf_columns is not None or _is_expert(piece):
-                raise PeftError(
-                    f"{site}: its projection is a part of {piece.hf}, and peft's adapters are of whole matrices: merge the "
-                    "adapters instead, espalier upcycle merge."
-                )
-            here = {leaf: value[piece.native_at] for leaf, value in own.items()}
-            if "input_scale" in here:
-                inputs.append(module)
-            if "lora_a" in here:
-                ranks[module] = here["lora_a"].shape[-1]
-            base_kernel = (
-                kernel(piece.native, piece.native_at) if "magnitude_change" in here else None
-            )
-            for kind, value in _to_peft(here, base_kernel).items():
-                tensors[f"{_ROOT}{module}.{kind}"] = np.ascontiguousarray(value, np.float32)
-    if not tensors:
-        raise PeftError("no adapter belongs to a matrix of the Hugging Face model.")
-    targets = sorted({_module_of(name) for name in tensors})
-    config: dict[str, Any] = {
-        "base_model_name_or_path": None,  # whoever loads the adapters names their copy of the base
-        "inference_mode": True,
-        "task_type": "SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM",
-        "target_modules": _short(targets, names),
-    }
-    if ranks:
-        usual = collections.Counter(ranks.values()).most_common(1)[0][0]
-        others = {module: rank for module, rank in ranks.items() if rank != usual}
-        config |= {
-            "peft_type": "LORA",
-            "r": usual,
-            "rank_pattern": {re.escape(module): rank for module, rank in others.items()},
-            "lora_alpha": settings["alpha"],
-            "alpha_pattern": {},
-            "use_rslora": settings["rank_stabilised"],
-            "use_dora": settings["dora"],
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": not all(
-                p.transpose for p in by_kernel[f"{next(iter(sites))}/kernel"]
-            ),
-        }
-    else:
-        config |= {"peft_type": "IA3", "feedforward_modules": _short(sorted(inputs), names)}
-    path = pathlib.Path(folder)
-    (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in sorted(tensors.items())}
-    with SafetensorsWriter(folder, layout, single=WEIGHTS) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-
-
-def _to_peft(own: Mapping[str, np.ndarray], kernel: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Returns the tensors of one projection by the end of their names."""
-    if "lora_a" not in own:
-        (leaf, scale) = next(iter(own.items()))
-        return {"ia3_l": scale[None] if leaf == "input_scale" else scale[:, None]}
-    tensors = {"lora_A.weight": own["lora_a"].T, "lora_B.weight": own["lora_b"].T}
-    if kernel is not None:
-        tensors["lora_magnitude_vector"] = np.linalg.norm(kernel, axis=0) + own["magnitude_change"]
-    return tensors
-
-
-def _module_of(tensor: str) -> str:
-    match = _TENSOR.fullmatch(tensor.removeprefix(_ROOT))
-    assert match is not None
-    return match["module"]
-
-
-def _short(modules: list[str], all_of_them: Mapping[str, int]) -> list[str]:
-    """Returns the last parts of modules' names where all modules with this part are meant, else whole names."""
-    counts = collections.Counter(module.rpartition(".")[2] for module in modules)
-    short = {name for name, count in counts.items() if count == all_of_them[name]}
-    last = (module.rpartition(".")[2] for module in modules)
-    return sorted(
-        {name if name in short else module for module, name in zip(modules, last, strict=True)}
-    )

@@ -7,6 +7,7 @@ of peft 0.3 to 0.21.
 import dataclasses
 import math
 import pathlib
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -50,6 +51,10 @@ def _rate(value: Any) -> bool:
     return _number(value) and 0 <= value < 1
 
 
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -64,6 +69,8 @@ class PeftConfig:
       ranks, alphas: (pattern, value) of modules with their own; the first pattern that matches counts.
       stabilised, dora: whether it is rsLoRA, DoRA.
       dropout: rate in training.
+      parameters: names of adapted parameters, or their last parts: of experts, which are stacked.
+      version: of peft; None if it is not recorded.
     """
 
     kind: str
@@ -74,6 +81,8 @@ class PeftConfig:
     stabilised: bool = False
     dora: bool = False
     dropout: float = 0.0
+    parameters: tuple[str, ...] = ()
+    version: tuple[int, ...] | None = None
 
     def rank_of(self, module: str) -> int:
         """Returns the rank of a module of the transformers model."""
@@ -132,6 +141,7 @@ def read(folder: str) -> PeftConfig:
         take("dora", "use_dora", _flag, "true or false")
         take_patterns("ranks", "rank_pattern", _count, "a whole number above 0")
         take_patterns("alphas", "alpha_pattern", _number, "a number")
+        take("parameters", "target_parameters", _names, "a list of names of parameters")
         _check_initialisation(path, fields.pop("init_lora_weights", True))
     for name in sorted({*fields} - _DESCRIPTIVE - {"peft_type"}):
         if fields[name] not in (None, False, [], {}, "none"):
@@ -139,7 +149,10 @@ def read(folder: str) -> PeftConfig:
                 f"{path}: {name} = {_shown(fields[name])} is not supported: merge the adapter into its model with peft "
                 "(merge_and_unload), and import that with --from_hf; remove the field if it is only a remark."
             )
-    return PeftConfig(kind=kind, **values)
+    values["parameters"] = tuple(values.get("parameters", ()))
+    release = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")), re.ASCII)
+    version = tuple(map(int, release.groups())) if release else None
+    return PeftConfig(kind=kind, version=version, **values)
 
 
 def _check_initialisation(path: pathlib.Path, value: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from espalier.model.hf.description import native_shapes
 from espalier.model.hf.family import Family, MismatchedTensors
 from espalier.model.hf.files.safetensors_files import TensorInfo
+from espalier.model.hf.files.stacked_experts import unstacked
 from espalier.model.hf.mapping import Piece
 from espalier.model.transformer import Transformer
 from espalier.model.transforms import base
@@ -67,7 +68,7 @@ class Target:
 
 def _is_table(piece: Piece) -> bool:
     """Returns whether rows of the array are rows of one tensor, so that any rows can be copied alone."""
-    return not piece.native_at and not piece.transpose and piece.hf_columns is None
+    return not piece.native_at and not piece.transpose and piece.whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +100,15 @@ class Plan:
             region = target.shape[len(piece.native_at) :]
             step = target.chunk[0] if _is_table(piece) else None
             for low in range(0, region[0], step) if step else [0]:
-                count = min(step, region[0] - low) if step else region[0]
-                values = np.empty((count, *region[1:]), target.dtype)
+                rows = (min(step, region[0] - low),) if step else region[:1]
+                values = np.empty((*rows, *region[1:]), target.dtype)
                 self.fill(values, piece, low)
                 if problem := base.not_finite(values):
                     info = self.source.tensors[self.names[piece.hf]]
                     raise UnsuitableDtypeError(
                         f"{info.file}: {self.names[piece.hf]} has {problem}: download it again, or use another checkpoint."
                     )
-                start = (*piece.native_at, low, *(0 for _ in region[1:]))
+                start = (*piece.native_at, *(low for _ in region[:1]), *(0 for _ in region[1:]))
                 yield start, values.reshape((1,) * len(piece.native_at) + values.shape)
 
     def fill(self, into: np.ndarray, piece: Piece, start: int = 0) -> None:
@@ -120,10 +121,11 @@ class Plan:
         """
         name = self.names[piece.hf]
         info = self.source.tensors[name]
+        into = into if info.shape else into.reshape(1)
         if _is_table(piece) and info.dtype == into.dtype and into.flags.c_contiguous:
             self.source.read_into(name, start, into)
             return
-        count = len(into) if _is_table(piece) else info.shape[0]
+        count = len(into) if _is_table(piece) else math.prod(info.shape[:1])
         step = _TILE_ROWS
         held = None
         if piece.transpose:
@@ -131,12 +133,13 @@ class Plan:
         elif info.shape:
             step = max(1, _READ_BYTES * info.shape[0] // max(1, info.nbytes))
         rows = np.empty((min(step, count), *info.shape[1:]), info.dtype)
-        for low in range(0, count, step):
-            high = min(low + step, count)
-            self.source.read_into(name, start + low, rows[: high - low])
-            values = piece.from_hf(rows[: high - low])
-            part = into[..., low:high] if piece.transpose else into[low:high]
-            copy_cast(part, values, name, held)
+        for run, at in piece.runs(count):
+            for low in range(run.start, run.stop, step):
+                high = min(low + step, run.stop)
+                self.source.read_into(name, start + low, rows[: high - low])
+                values = piece.from_hf(rows[: high - low])
+                here = slice(low - run.start + at, high - run.start + at)
+                copy_cast(into[..., here] if piece.transpose else into[here], values, name, held)
 
 
 def copy_cast(
@@ -161,6 +164,7 @@ def plan(family: Family, model: Transformer, source: Source, *, dtype: str | Non
       MismatchedTensors: tensors are missing, unexpected or of another shape, or a tied tensor differs.
       UnsuitableDtypeError: a tensor or `dtype` is not a float type.
     """
+    source = unstacked(source)
     on_disk = {name: info.shape for name, info in source.tensors.items()}
     names = family.match(model, on_disk)
     pieces = family.pieces(model)

@@ -5,7 +5,7 @@ processes a few heads at a time. Each block of query rows is multiplied with the
 its window to its last row, or with all keys. A bias of heads, such as T5's of relative positions, is added block by block,
 and its gradient is summed over rows in the loop: neither is ever written for every row. The backward pass is written by hand: it saves only the output and the
 log-sum-exp, and recomputes the scores. This is flash attention (Dao, arXiv 2307.08691), with one matrix
-product in place of the loop over keys.
+product instead of the loop over keys.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim,
 P = B * K pairs of row and key/value head, R rows of a block, C keys a block sees.

@@ -66,7 +66,11 @@ class CacheSizes(TypedDict):
 
 
 class CachePolicy(Protocol):
-    """Pure functions over one layer's cache state.
+    """What stays in the key/value cache of one layer: pure functions of its state, a tree of arrays of fixed shapes.
+
+    `init` makes an empty state. `append` adds the tokens of a prompt, or one new token. `compress` is called once, between
+    the prompt and the first new token, and drops what the policy does not keep. `view` returns what queries attend to.
+    Shapes: B batch, T tokens, K heads of keys and values, N heads of queries, H width of a head.
 
     `future` is the number of last tokens that are read but then dropped, so that decoding starts before
     them; 0 for all policies except the oracle.

@@ -228,7 +228,7 @@ class StreamingLLM(FullCache):
         dropped_B1 = jnp.maximum(positions_BT + 1 - (self.capacity - missing_B1), 0)
         dropped_BP = jnp.broadcast_to(dropped_B1, (B, P))
         assert form.rope is not None
-        k_BPKH = form.rope(state.sinks_BKPH.swapaxes(1, 2), dropped_BP)
+        k_BPKH = form.rope.moved(state.sinks_BKPH.swapaxes(1, 2), dropped_BP)
         # The mask uses the same positions as the rotation.
         moved_BXP = jnp.arange(P, dtype=jnp.int32)[None, None] + dropped_BP[:, None]
         return dataclasses.replace(

@@ -187,7 +187,7 @@ def carried(caches: Any) -> Any:
     """Returns caches without the axes of a single row or head, as the carry of a loop over tokens.
 
     XLA drops axes of size 1 in products. On CPUs it would merge this reshape into the update of the
-    cache, and thereby copy the cache.
+    cache, and so copy the cache.
     """
     return jax.tree.map(lambda x: x.squeeze(_ones(x)), caches)
 

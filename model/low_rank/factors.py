@@ -1,4 +1,4 @@
-"""Factorised matrices, U V^T of rank r in place of W: ranks, initial values, decay and spectra.
+"""Factorised matrices, U V^T of rank r instead of W: ranks, initial values, decay and spectra.
 
 In a tree of parameters, a module has the two arrays `u` [..., rows, rank] and `v` [..., rank, columns]. `v` is the
 transpose of V in Kamalakara et al. (arXiv 2209.13569). Leading axes stack layers or experts.

@@ -1,4 +1,4 @@
-"""Factorised projections: y = (x U) V^T in place of x W (Kamalakara et al., arXiv 2209.13569).
+"""Factorised projections: y = (x U) V^T instead of x W (Kamalakara et al., arXiv 2209.13569).
 
 The parameters are `u` [in, rank] and `v` [rank, out], as in model/low_rank/factors.py, so both products have the form
 of the product in `Dense`.
@@ -139,7 +139,11 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
 
 @recordable
 class LowRankDense(Dense):
-    """y = x U V^T (+ bias) in the layers that `factorisation` selects; `Dense` elsewhere."""
+    """A projection y = x U V^T (+ bias) [..., features] in the layers that `factorisation` selects; `Dense` elsewhere.
+
+    Attributes:
+      factorisation: which layers have factors, of which rank, and how they begin; see `Factorisation`.
+    """
 
     MATRICES: ClassVar[tuple[str, ...]] = ("u", "v")
 

@@ -1,39 +1,49 @@
 """A mixture of gated MLPs: every token uses `top_k` of them (Shazeer et al., arXiv 1701.06538).
 
-The defaults are Mixtral's (arXiv 2401.04088). model/moe/routing.py has other kinds of routing, and sends tokens to
-experts; on a mesh, model/moe/parallel.py does.
+The defaults are Mixtral's (arXiv 2401.04088). model/moe/routing.py scores and chooses experts, and sends tokens to
+them; on a mesh, model/moe/parallel.py does.
 
 Shapes: B batch, T length, K experts per token, R rows sorted by expert, E experts, D width, F hidden width;
 X in and Y out of a product.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import NonNegative, Positive, Size, recordable
+from espalier.common.ranges import (
+    NonNegative,
+    Positive,
+    Size,
+    check_choice,
+    recordable,
+    refuse_set,
+)
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted, weights
 from espalier.model.kernels import taps
-from espalier.model.like import like
+from espalier.model.like import OWN, like
 from espalier.model.linear import Dense
 from espalier.model.mlp import GatedMlp, activation
 from espalier.model.moe import parallel, routing, row_blocks
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.model.moe.parallel import Placement
-from espalier.model.moe.routing import Routes, route
+from espalier.model.moe.routing import Routes, Scores, route
 from espalier.model.protocol import MlpSettings
 
 # As linear.fan_in_normal; the axis of experts does not count as fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", batch_axis=(0,)
 )
+
+Combination = Literal["sum", "average"]
 
 
 @recordable
@@ -75,20 +85,26 @@ class ExpertDense(nn.Module):
 class MoeMlp(Counted):
     """sum over the token's experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)), plus shared(x).
 
-    The probabilities of the experts are sown as `router_probs` [B, T, E] into the collection
+    The probabilities of the experts (`routing.Scores`) are sown as `router_probs` [B, T, E] into the collection
     'intermediates', auxiliary losses into 'losses', and `routing.statistics` into 'metrics'. Padding is
     not sent to experts and does not count in losses or statistics. Without an rng 'dropout', that is outside of
     training, both factors are None: what a token gets depends neither on its batch nor on later tokens.
 
     Attributes:
-      config: shared sizes; mlp_dim is the hidden width of one expert.
+      config: shared sizes.
       kind: kind of this layer with its depth; also passed to `shared`.
       num_experts: E, without the shared expert.
-      top_k: K, experts per token; E for all of them, weighted by their probabilities (soft routing).
+      top_k: K, experts per token; E for all of them, weighted by their scores (soft routing).
+      expert_dim: F, the hidden width of one expert; None for the config's mlp_dim.
       activation: name in mlp.ACTIVATIONS.
-      renormalise: whether the weights of the chosen experts sum to 1; otherwise they are the probabilities.
+      score: what makes scores of the router's logits: 'softmax' over all experts, or 'sigmoid' of each (DeepSeek-V3,
+        Cohere2-MoE).
+      renormalise: whether the scores of the chosen experts are divided by their sum; otherwise they are the weights.
+      routed_scale: factor on the weighted sum of the experts (DeepSeek-V3's routed_scaling_factor).
       balance_loss: weight of routing.balance_loss, of each microbatch by itself.
-      router_z_loss: weight of routing.z_loss.
+      router_z_loss: weight of routing.z_loss, which is of a softmax.
+      balance_bias: whether biases are added to the scores where experts are chosen, see routing.choice_bias. They are
+        0 at first; trainers/optim/balance_bias.py moves them by the choices that are sown into 'counts'.
       capacity_factor: in training, an expert processes at most this many times an even share of a row's real
         tokens: the first ones (GShard, arXiv 2006.16668, with a row as the group; documents that are packed into
         one row share it). It adds nothing to other tokens. None for no limit (dropless). See routing.place_in_line.
@@ -97,50 +113,63 @@ class MoeMlp(Counted):
         of devices with experts. No effect if experts are not split.
       router: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
-      adapters: factory that wraps each of them, called with (projection), or None; see model/adapters/adapter.py.
+      adapters: factory that wraps each of them, called with (projection, layer_input=, gate=), or None; see
+        model/adapters/adapter.py.
       shared: factory of an MLP that all tokens use with weight 1 (Nexus, arXiv 2408.15901), called with
         (config=, kind=, name=), or None.
+      shared_experts: how many experts are shared: they are one MLP of so many times an expert's width.
+      combine_shared: 'sum' of the shared and the routed experts, or their 'average', (routed + shared) / 2 (Cohere2-MoE).
 
     Raises:
-      ValueError: `top_k` is not in [1, num_experts], or a factor is not positive.
+      ValueError: `top_k` is not in [1, num_experts], a factor is not positive, a choice is unknown, or an option has no
+        effect or no meaning with another one.
     """
 
     config: TransformerConfig
     kind: LayerKind = LayerKind()
     num_experts: Size = 8
     top_k: Size = 2
+    expert_dim: Size | None = None
     activation: str = "silu"
+    score: routing.Score = "softmax"
     renormalise: bool = True
+    routed_scale: Positive = 1.0
     balance_loss: NonNegative = 0.0
     router_z_loss: NonNegative = 0.0
+    balance_bias: bool = False
     capacity_factor: Positive | None = None
     exchange_factor: Positive | None = None
     router: routing.Router = Dense
     expert_dense: Callable[..., nn.Module] = ExpertDense
     adapters: Callable[..., Any] | None = None
     shared: Callable[..., nn.Module] | None = None
+    shared_experts: Size = 1
+    combine_shared: Combination = "sum"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Returns [B, T, D]; with the rng 'dropout', within the limits of training."""
         self._check()
-        logits_BTE, probs_BTE = routing.probabilities(self, x_BTD)
+        scores = routing.scored(self, x_BTD, self.score)
         real_BT = routing.real_tokens(x_BTD, segments_BT)
         # A tap needs the rows of all devices in one order.
         place = None if taps.is_active() else parallel.placement(len(x_BTD), self.num_experts)
         choose: Callable[..., Any] = functools.partial(self._choose, place=place)
-        if place is not None:  # without this, XLA would gather all probabilities to sort them
-            choose = place.map(choose, place.split, place.split)
-        routes, experts_BTK = choose(probs_BTE, real_BT)
+        if place is not None:  # without this, XLA would gather all scores to sort them
+            choose = place.map(choose, *(place.split,) * 3)
+        routes, experts_BTK = choose(scores.scores_ME, self._order(scores), real_BT)
         kept_BTK = experts_BTK < self.num_experts
-        routing.report(
-            *(self, logits_BTE, probs_BTE, routes.experts_MK, real_BT),
-            kept_BTK=kept_BTK,
-            z_loss_weight=self.router_z_loss,
-        )
+        routing.report(self, scores.probs_ME, routes.experts_MK, real_BT, kept_BTK=kept_BTK)
+        if self.balance_bias:
+            routing.count_choices(self, routes.experts_MK, self.num_experts, real_BT)
+        if self.router_z_loss:
+            z_loss = routing.z_loss(scores.logits_ME, real_BT)
+            self.sow("losses", "router_z", self.router_z_loss * z_loss)
         out_BTD = self._mix(x_BTD, experts_BTK, routes.weights_MK, place)
         if self.shared is not None:
             out_BTD = out_BTD + self._shared()(x_BTD, segments_BT=segments_BT)
+            if self.combine_shared == "average":
+                out_BTD = out_BTD / 2
         return out_BTD
 
     @property
@@ -165,13 +194,36 @@ class MoeMlp(Counted):
     @nn.nowrap
     def _shared(self) -> Any:
         assert self.shared is not None
-        return self.shared(config=self.config, kind=self.kind, name="shared")
+        width = self.width * self.shared_experts
+        config = dataclasses.replace(self.config, mlp_dim=width)
+        return self.shared(config=config, kind=self.kind, name="shared")
+
+    @property
+    def width(self) -> int:
+        """F, the hidden width of one expert."""
+        return self.expert_dim or self.config.mlp_dim
+
+    def _order(self, scores: Scores) -> jax.Array | None:
+        """Returns what experts are chosen by, see `route`."""
+        if self.balance_bias:
+            bias_E = routing.choice_bias(self, self.num_experts)
+            return scores.scores_ME + bias_E.reshape(1, 1, -1)
+        return scores.logits_ME if self.score == "sigmoid" else None
 
     def _choose(
-        self, probs_BTE: jax.Array, real_BT: jax.Array, *, place: Placement | None
+        self,
+        scores_BTE: jax.Array,
+        order_BTE: jax.Array | None,
+        real_BT: jax.Array,
+        *,
+        place: Placement | None,
     ) -> tuple[Routes, jax.Array]:
         """Returns the tokens' routes and experts [B, T, K]; E for padding and choices beyond capacity."""
-        routes = route(probs_BTE, top_k=self.top_k, renormalise=self.renormalise)
+        routes = route(
+            scores_BTE, top_k=self.top_k, renormalise=self.renormalise, order_ME=order_BTE
+        )
+        if self.routed_scale != 1.0:
+            routes = Routes(routes.experts_MK, self.routed_scale * routes.weights_MK)
         experts_BTK = jnp.where(real_BT[..., None], routes.experts_MK, self.num_experts)
         if self._limit("capacity_factor") is not None:
             by_count = [self._capacity(n) for n in range(real_BT.shape[1] + 1)]
@@ -224,21 +276,24 @@ class MoeMlp(Counted):
 
     def _experts(self, rows_RD: jax.Array, sizes: jax.Array) -> jax.Array:
         act, config = activation(self.activation), self.config
-        gate = self._expert_dense("gate", config.mlp_dim, axes.EMBED, axes.MLP)
-        up = self._expert_dense("up", config.mlp_dim, axes.EMBED, axes.MLP)
+        hidden = (self.width, axes.EMBED, axes.MLP)
+        gate = self._adapted(self._expert_dense("gate", *hidden), layer_input=rows_RD)
+        up = self._adapted(self._expert_dense("up", *hidden), layer_input=rows_RD)
         down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
         # Results of single projections that a caller captures would be kernels.
         captured = self.is_mutable_collection("intermediates")
         plain = all(type(dense) is ExpertDense for dense in (gate, up, down))
         if plain and not captured and row_blocks.applies(sizes):
             rows_RD = rows_RD.astype(config.compute_dtype)
-            hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), config.mlp_dim), rows_RD.dtype)
+            hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), self.width), rows_RD.dtype)
             kernels = (gate(rows_RD, None), up(rows_RD, None), down(hidden_RF, None))
             return row_blocks.expert_mlp(act, rows_RD, kernels, sizes.astype(jnp.int32))
-        return down(act(gate(rows_RD, sizes)) * up(rows_RD, sizes), sizes)
+        branch_RF = act(gate(rows_RD, sizes))
+        down = self._adapted(down, layer_input=rows_RD, gate=branch_RF)
+        return down(branch_RF * up(rows_RD, sizes), sizes)
 
     def _expert_dense(self, name: str, features: int, *names: str) -> Any:
-        dense = self.expert_dense(
+        return self.expert_dense(
             num_experts=self.num_experts,
             features=features,
             axes=(axes.EXPERT, *names),
@@ -246,13 +301,22 @@ class MoeMlp(Counted):
             param_dtype=self.config.storage_dtype,
             name=name,
         )
-        return dense if self.adapters is None else self.adapters(dense)
+
+    def _adapted(self, dense: Any, **site: Any) -> Any:
+        return dense if self.adapters is None else self.adapters(dense, **site)
 
     def _check(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"MoeMlp.top_k = {self.top_k} must lie between 1 and num_experts = {self.num_experts}."
             )
+        if self.score == "sigmoid":
+            refuse_set(
+                self, ("router_z_loss",), "score = 'sigmoid', whose scores have no common sum"
+            )
+        check_choice("MoeMlp.combine_shared", self.combine_shared, get_args(Combination))
+        if self.shared is None:
+            refuse_set(self, ("shared_experts", "combine_shared"), "shared = None")
         for name in ("capacity_factor", "exchange_factor"):
             if (factor := getattr(self, name)) is not None and factor <= 0:
                 raise ValueError(
@@ -262,16 +326,48 @@ class MoeMlp(Counted):
 
 @recordable
 def experts_of(
-    *, mlp: Callable[..., Any] = GatedMlp, moe: Callable[..., MoeMlp] = MoeMlp
+    *,
+    mlp: Callable[..., Any] = GatedMlp,
+    moe: Callable[..., MoeMlp] = MoeMlp,
+    granularity: Size = 1,
 ) -> Callable[..., MoeMlp]:
     """Returns an `mlp` factory that makes mixtures of gated MLPs; each expert has the dense MLP's width.
 
     Args:
       mlp: factory of one expert; the mixture uses its activation.
       moe: factory of the mixture, called with this activation.
+      granularity: in how many parts each expert is split (DeepSeekMoE, arXiv 2401.06066): a mixture has so many times the
+        experts of `moe`, of this part of their width, and a token uses so many times as many.
 
     Raises:
       ValueError: (raised by the returned factory) `mlp` makes a class other than `GatedMlp`, or has settings that experts
-        do not have: biases, dropout, or projections or adapters of its own where the mixture has none.
+        do not have: biases, dropout, or projections or adapters of its own where the mixture has none; or experts cannot be
+        split.
     """
-    return like(mlp, moe, of=GatedMlp, own={"dense": "expert_dense", "adapters": "adapters"})
+    make = like(mlp, moe, of=GatedMlp, own={"dense": "expert_dense", "adapters": "adapters"})
+    return make if granularity == 1 else functools.partial(_split, make, granularity)
+
+
+def _split(make: Callable[..., MoeMlp], parts: int, **passed: Any) -> MoeMlp:
+    """Returns the mixture that `make` makes, with each expert in parts."""
+    whole = make(**{**passed, "name": None, "parent": None})
+    if whole.width % parts:
+        raise ValueError(
+            f"experts_of.granularity = {parts} does not divide the experts' width, {whole.width}."
+        )
+    if getattr(routing.router_of(whole, parent=None), "of_data", False):
+        raise ValueError(
+            f"experts_of.granularity = {parts} splits experts, and this router knows an expert by its data: it would always "
+            "choose all parts of an expert together. Use a router of the token alone, such as a linear one, or whole experts."
+        )
+    finer = {
+        "num_experts": parts * whole.num_experts,
+        "top_k": parts * whole.top_k,
+        "expert_dim": whole.width // parts,
+    }
+    if whole.shared is not None:
+        finer["shared_experts"] = parts * whole.shared_experts
+    fields = {x.name: getattr(whole, x.name) for x in dataclasses.fields(whole) if x.init}
+    for name in OWN:
+        del fields[name]
+    return type(whole)(**{**fields, **finer, **passed})

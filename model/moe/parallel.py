@@ -97,7 +97,7 @@ class Exchange:
     """How a device's choices were sent to the devices of their experts, for `collect`.
 
     Attributes:
-      own: the device's choices, sorted by expert and thereby by device.
+      own: the device's choices, sorted by expert and so by device.
       slot_C: for every choice, the index of its row among the P * S rows that are sent and returned.
       received: the received rows, sorted by expert; None if every device has all experts.
     """

@@ -9,20 +9,41 @@ expert.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import CalledWith
+from espalier.common.ranges import CalledWith, check_choice
 from espalier.model import axes
 
 # The factory of a router, see `router_of`.
 Router = Annotated[
     Callable[..., nn.Module], CalledWith("features", "axes", "dtype", "param_dtype", "name")
 ]
+
+# What makes scores of logits: a softmax over the experts (Switch, Mixtral, Qwen3-MoE), or a sigmoid of each (DeepSeek-V3,
+# arXiv 2412.19437, section 2.1.2; Cohere2-MoE).
+Score = Literal["softmax", "sigmoid"]
+_LEAST_SUM = 1e-20  # of weights that are divided by it; float32 sigmoids of logits below -103 are 0
+
+
+@flax.struct.dataclass
+class Scores:
+    """The output of a router for tokens, float32.
+
+    Attributes:
+      logits_ME: the router's projection.
+      scores_ME: the weights of experts before any renormalisation: softmax or sigmoids of the logits.
+      probs_ME: the scores over their sum over all experts: of a softmax the scores themselves. Losses and statistics are of
+        these.
+    """
+
+    logits_ME: jax.Array
+    scores_ME: jax.Array
+    probs_ME: jax.Array
 
 
 @flax.struct.dataclass
@@ -33,10 +54,11 @@ class Routes:
     weights_MK: jax.Array
 
 
-def router_of(mixture: Any) -> Any:
+def router_of(mixture: Any, **of_flax: Any) -> Any:
     """Returns the router of a mixture module, a float32 projection to E logits.
 
-    The mixture has the attributes `router`, `num_experts` and `config`.
+    The mixture has the attributes `router`, `num_experts` and `config`. `of_flax` may be parent=None, for a router whose
+    settings alone are read.
     """
     return mixture.router(
         features=mixture.num_experts,
@@ -44,30 +66,54 @@ def router_of(mixture: Any) -> Any:
         dtype=jnp.float32,
         param_dtype=mixture.config.storage_dtype,
         name="router",
+        **of_flax,
     )
 
 
-def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Routes:
-    """Returns the `top_k` most probable experts of each token; ties go to the first.
-
-    Without renormalisation the weights are the probabilities (Switch, arXiv 2101.03961; BAM, arXiv
-    2408.08274; Nexus, arXiv 2408.15901). With renormalisation they are the softmax over the logits of the
-    chosen experts (Mixtral, arXiv 2401.04088; BTX, arXiv 2403.07816). With renormalisation and top-1 the
-    weight is always 1, so the router learns only from auxiliary losses. With K = E all experts are mixed
-    by their probabilities.
-    """
-    weights_MK, experts_MK = jax.lax.top_k(probs_ME, top_k)
-    if renormalise:
-        weights_MK = weights_MK / jnp.sum(weights_MK, axis=-1, keepdims=True)
-    return Routes(experts_MK=experts_MK, weights_MK=weights_MK)
-
-
-def probabilities(mixture: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the router's logits and probabilities [B, T, E], and sows the probabilities."""
+def scored(mixture: Any, x_BTD: jax.Array, score: Score = "softmax") -> Scores:
+    """Returns the scores of a mixture's router for each token, and sows the probabilities."""
+    check_choice(f"{type(mixture).__name__}.score", score, get_args(Score))
     logits_BTE = router_of(mixture)(x_BTD)
-    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    if score == "softmax":
+        scores_BTE = probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    else:
+        scores_BTE = jax.nn.sigmoid(logits_BTE)
+        # The quotient of a sigmoid and the sum of all, which does not underflow.
+        probs_BTE = jax.nn.softmax(jax.nn.log_sigmoid(logits_BTE), axis=-1)
     mixture.sow("intermediates", "router_probs", probs_BTE)
-    return logits_BTE, probs_BTE
+    return Scores(logits_BTE, scores_BTE, probs_BTE)
+
+
+def route(
+    scores_ME: jax.Array,
+    *,
+    top_k: int,
+    renormalise: bool = True,
+    order_ME: jax.Array | None = None,
+) -> Routes:
+    """Returns the `top_k` first experts of each token by `order_ME`; ties go to the first.
+
+    Without renormalisation the weights are the scores: probabilities (Switch, arXiv 2101.03961; BAM, arXiv
+    2408.08274; Nexus, arXiv 2408.15901) or sigmoids. With renormalisation they are the scores over their sum: of
+    probabilities this is the softmax over the logits of the chosen experts (Mixtral, arXiv 2401.04088; BTX, arXiv
+    2403.07816; Cohere2-MoE's 'softmax'; Qwen3-MoE's norm_topk_prob). With renormalisation and top-1 the
+    weight is always 1, so the router learns only from auxiliary losses. With K = E all experts are mixed
+    by their scores.
+
+    Args:
+      scores_ME: the weights of all experts, softmax or sigmoids.
+      order_ME: what the choice goes by, for which a larger number is better; None for the scores. float32 sigmoids of
+        logits above 17 are equal, so that these are to be ordered by their logits.
+    """
+    if order_ME is None:
+        weights_MK, experts_MK = jax.lax.top_k(scores_ME, top_k)
+    else:
+        experts_MK = jax.lax.top_k(order_ME, top_k)[1]
+        weights_MK = jnp.take_along_axis(scores_ME, experts_MK, axis=-1)
+    if renormalise:
+        total_M1 = jnp.sum(weights_MK, axis=-1, keepdims=True)
+        weights_MK = weights_MK / jnp.maximum(total_M1, _LEAST_SUM)
+    return Routes(experts_MK=experts_MK, weights_MK=weights_MK)
 
 
 def real_tokens(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -80,20 +126,17 @@ def real_tokens(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
 
 def report(
     mixture: Any,
-    logits_BTE: jax.Array,
     probs_BTE: jax.Array,
     experts_BTK: jax.Array,
     real_BT: jax.Array,
     *,
     kept_BTK: jax.Array | None = None,
-    z_loss_weight: float = 0.0,
 ) -> None:
-    """Sows the losses and statistics of a mixture module; 'dropped' only with `kept_BTK`."""
+    """Sows the balance loss, the choices and the statistics of a mixture module; 'dropped' only with `kept_BTK`."""
+    mixture.sow("intermediates", "router_experts", experts_BTK)
     if mixture.balance_loss:
         balance = balance_loss(probs_BTE, experts_BTK, real_BT)
         mixture.sow("losses", "balance", mixture.balance_loss * balance)
-    if z_loss_weight:
-        mixture.sow("losses", "router_z", z_loss_weight * z_loss(logits_BTE, real_BT))
     if mixture.is_mutable_collection("metrics"):
         dispatched_BTK = jnp.ones(experts_BTK.shape, bool) if kept_BTK is None else kept_BTK
         for name, value in statistics(probs_BTE, experts_BTK, dispatched_BTK, real_BT).items():
@@ -107,11 +150,35 @@ def load(experts_MK: jax.Array, num_experts: int, real_M: jax.Array) -> jax.Arra
     return mean_of(counts_ME, real_M) / experts_MK.shape[-1]
 
 
+CHOICE_BIAS = "choice_bias"  # the name of a mixture's biases, and of the counts that move them
+
+
+def choice_bias(mixture: Any, experts: int) -> jax.Array:
+    """Returns the biases [E] of a mixture's scores where it chooses experts, which no gradient trains.
+
+    They balance the load without a loss (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2): each rises
+    after a step in which its expert had less than the mean load (trainers/optim/balance_bias.py).
+    """
+    zeros = nn.initializers.zeros_init()
+    return axes.constant(mixture, CHOICE_BIAS, zeros, (experts,), jnp.float32)
+
+
+def count_choices(
+    mixture: Any, experts_BTK: jax.Array, num_experts: int, real_BT: jax.Array
+) -> None:
+    """Sows how many choices of real tokens each expert got, int32 [E], into the collection 'counts'."""
+    chosen_BTK = jnp.where(real_BT[..., None], experts_BTK, num_experts)
+    counts_E = jax.nn.one_hot(chosen_BTK, num_experts, dtype=jnp.int32).sum((0, 1, 2))
+    mixture.sow("counts", CHOICE_BIAS, counts_E, reduce_fn=jnp.add, init_fn=lambda: 0)
+
+
 def balance_loss(probs_ME: jax.Array, experts_MK: jax.Array, real_M: jax.Array) -> jax.Array:
     """Returns E * sum_e load_e * mean probability of e (Switch, arXiv 2101.03961, equation 4).
 
     The load is a share of choices. Whatever K is, the value is 1 for uniform probabilities. It is a product of two means
     over the tokens at hand, as in the paper: of a batch in microbatches it is the mean of theirs, which is another number.
+    Of sigmoids, with `Scores.probs_ME`, it is DeepSeek-V3's (arXiv 2412.19437, equations 17 to 20) over the batch instead
+    of each sequence.
     """
     num_experts = probs_ME.shape[-1]
     load_E = load(experts_MK, num_experts, real_M)
@@ -131,7 +198,7 @@ def statistics(
     Returns:
       load: each expert's share of the choices, [E].
       load_max: the largest load.
-      entropy: mean entropy of a token's probabilities, in nats.
+      entropy: mean entropy of a token's probabilities, in nats; of sigmoids, see `Scores.probs_ME`.
       top_probability: mean of a token's largest probability.
       dropped: share of the choices where `kept_MK` is False.
     """

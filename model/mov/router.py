@@ -17,6 +17,7 @@ from espalier.model import axes
 from espalier.model.adapters.adapter import Adapted, Adapter, AdapterError
 from espalier.model.linear import Dense
 from espalier.model.moe import routing
+from espalier.model.moe.moe import ExpertDense
 from espalier.model.mov import sentence
 
 RouterInput = Literal["site_tensor", "layer_input", "sentence"]
@@ -32,7 +33,10 @@ class Routed(Adapter):
       num_experts: N.
       router_input: what a router reads: the tensor that is rescaled (of attention each head by itself, of a gated MLP
         its activated branch) or projected ('site_tensor'); the input of the attention or MLP ('layer_input'); the
-        embedding of the sentence ('sentence'): of the row, or of an encoder-decoder's inputs, see model/mov/sentence.py.
+        embedding of the sentence ('sentence'): of the row, of an example in it, or of an encoder-decoder's inputs, see
+        model/mov/sentence.py.
+      sentence_dim: width of the sentences' embeddings where another model computes them, so that an encoder-decoder never reads
+        its own; None for this model's width.
       top_k: number of experts of a token; None mixes all.
       renormalise: whether the weights of a token's `top_k` experts sum to 1. If not, a rescaling does not begin as the base
         model, since the chosen experts' probabilities sum to less. All experts' weights always do.
@@ -48,6 +52,7 @@ class Routed(Adapter):
 
     num_experts: Size = 10
     router_input: RouterInput = "site_tensor"
+    sentence_dim: Size | None = None
     top_k: Size | None = None
     renormalise: bool = True
     jitter: Decay = 0.0
@@ -68,6 +73,8 @@ class Routed(Adapter):
             )
         if self.top_k is None:
             refuse_set(self, ("renormalise",), "top_k = None, whose weights sum to 1")
+        if self.router_input != "sentence":
+            refuse_set(self, ("sentence_dim",), f"router_input = {self.router_input!r}")
         super().__post_init__()
 
     @nn.nowrap
@@ -77,20 +84,33 @@ class Routed(Adapter):
         """Returns the embeddings of the batch's sentences, if the router reads them."""
         if self.router_input != "sentence":
             return {}
-        embeddings = sentence.of_batch(model, variables, batch)
+        own = self.sentence_dim is None
+        embeddings = sentence.of_batch(model, variables, batch, own=own)
         return {} if embeddings is None else {sentence.COLUMN: embeddings}
 
-    def weights(self, site: Adapted, tensor: jax.Array, axis: str) -> jax.Array:
-        """Returns the experts' weights [..., N] for the tensor [..., W] of this site; `axis` is its last one's name."""
+    def weights(self, site: Adapted, tensor: jax.Array, axis: str, *sizes: jax.Array) -> jax.Array:
+        """Returns the experts' weights [..., N] for the tensor [..., W] of this site; `axis` is its last one's name.
+
+        At stacked experts of the model, which have a router each, the tensor has rows of these sizes.
+        """
+        if sizes and self.router_input == "sentence":
+            raise AdapterError(
+                f"{self.site_path}: router_input = 'sentence' is not at stacked experts, whose rows are sorted by expert and know no "
+                "sentence: use 'site_tensor' or 'layer_input' (ADAPTER_ROUTER_INPUT), or exclude it from the patterns."
+            )
         read, axis = self._read(site, tensor, axis)
-        router = Dense(
-            features=self.num_experts,
-            axes=(axis, axes.UNMODELED),
-            kernel_init=self.router_init,
-            param_dtype=self.param_dtype,
-            name="router",
-        )
-        logits = router(self._jittered(read.astype(jnp.float32)))
+        common = {"kernel_init": self.router_init, "param_dtype": self.param_dtype}
+        common |= {"features": self.num_experts, "name": "router"}
+        read = self._jittered(read.astype(jnp.float32))
+        if sizes:
+            names = (site.base.axes[0], axis, axes.UNMODELED)
+            router = ExpertDense(num_experts=site.base.num_experts, axes=names, **common)
+            real = _within(len(read), *sizes)
+            # What is computed for rows after the last expert's is undefined.
+            logits = jnp.where(real[:, None], router(read, *sizes), 0.0)
+        else:
+            logits = Dense(axes=(axis, axes.UNMODELED), **common)(read)
+            real = jnp.ones(logits.shape[:-1], bool)
         probs = jax.nn.softmax(logits, axis=-1)
         if self.top_k is None:
             weights, experts = probs, probs.argmax(-1)[..., None]
@@ -98,8 +118,9 @@ class Routed(Adapter):
             routes = routing.route(probs, top_k=self.top_k, renormalise=self.renormalise)
             experts, chosen = routes.experts_MK, jax.nn.one_hot(routes.experts_MK, self.num_experts)
             weights = jnp.sum(chosen * routes.weights_MK[..., None], axis=-2)
-        self._report(logits, probs, experts)
-        self.sow("intermediates", "router_weights", weights)
+        self._report(probs, experts, real)
+        if not sizes:  # a mean over the rows of all experts is of none of them
+            self.sow("intermediates", "router_weights", weights)
         return weights
 
     @nn.nowrap
@@ -111,19 +132,31 @@ class Routed(Adapter):
             return tensor, axis
         embeddings = sentence.current()
         if embeddings is None and self.is_initializing():
-            # The table of an encoder-decoder has the width of the model.
-            return jnp.zeros_like(site.layer_input), axes.CONTEXT
+            width = self.sentence_dim or site.layer_input.shape[-1]
+            return jnp.zeros((*site.layer_input.shape[:-1], width)), axes.CONTEXT
         if embeddings is None:
             raise AdapterError(
-                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. The commands "
-                "have them of an encoder-decoder's inputs alone: use 'site_tensor' or 'layer_input' for a decoder. In Python, "
-                "give float32 'sentence_embeddings' [rows, width of the model] in each batch of your own loop, or apply the "
-                "model inside of sentence.sentence_embeddings(...)."
+                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. Without others they "
+                "are of an encoder-decoder's inputs: give your data's examples 'sentence_embedding' (launch.prepare "
+                "embed_sentences writes them), or use 'site_tensor' or 'layer_input'. In Python, give float32 "
+                "'sentence_embeddings' [rows, width] in each batch of your own loop, or apply the model inside of "
+                "sentence.sentence_embeddings(...)."
             )
+        self._check_width(jax.tree.leaves(embeddings)[0].shape[-1])
         if isinstance(embeddings, sentence.OfTokens):
             return embeddings.at(self.site_path), axes.CONTEXT
         between = (1,) * (site.layer_input.ndim - 2)
         return embeddings.reshape(len(embeddings), *between, -1), axes.CONTEXT
+
+    def _check_width(self, found: int) -> None:
+        width = self.sentence_dim
+        if not self.is_initializing():
+            width = nn.meta.unbox(self.get_variable("params", "router"))["kernel"].shape[-2]
+        if width not in (None, found):
+            raise AdapterError(
+                f"{self.site_path}: the embeddings of sentences have {found} numbers, and the router reads {width}: set sentence_dim "
+                "of the adapter to their width."
+            )
 
     def _jittered(self, x: jax.Array) -> jax.Array:
         if not (self.jitter and self.has_rng("dropout")):
@@ -131,8 +164,14 @@ class Routed(Adapter):
         low, high = 1 - self.jitter, 1 + self.jitter
         return x * jax.random.uniform(self.make_rng("dropout"), x.shape, minval=low, maxval=high)
 
-    def _report(self, logits: jax.Array, probs: jax.Array, experts: jax.Array) -> None:
+    def _report(self, probs: jax.Array, experts: jax.Array, real: jax.Array) -> None:
         self.sow("intermediates", "router_probs", probs)
-        real = jnp.ones(probs.shape[:-1], bool)
-        routing.report(self, logits, probs, experts, real)
+        routing.report(self, probs, experts, real)
         self.sow("metrics", "router_probability", routing.mean_of(probs, real))
+
+
+def _within(rows: int, sizes: jax.Array) -> jax.Array:
+    """Returns which of the rows [R] are an expert's; see `grouped_matmul` for the sizes."""
+    of_devices = sizes.reshape(-1, sizes.shape[-1]).sum(-1, keepdims=True)
+    at = jnp.arange(rows // len(of_devices))[None]
+    return (at < of_devices).reshape(-1)

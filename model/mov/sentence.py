@@ -1,10 +1,10 @@
 """The embeddings of a batch's sentences, by which routers with `router_input = 'sentence'` choose.
 
 Every adapted projection of the model reads them, so they are a context of the rows (model/rows.py). They are frozen: vectors
-that another model computed, one for each row, or of an encoder-decoder the mean of the embeddings of an example's inputs in its
-own frozen table, if it has no others.
+that another model computed, one for each row or for each example that is packed into a row, or of an encoder-decoder the mean of
+the embeddings of an example's inputs in its own frozen table, if it has no others.
 
-Shapes: B rows, N tokens that an encoder reads, T tokens of targets, D width, S width of an embedding.
+Shapes: B rows, K examples of a row, N tokens that an encoder reads, T tokens of targets, D width, S width of an embedding.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.model import rows
+from espalier.model.adapters.adapter import AdapterError
 
 COLUMN = "sentence_embeddings"  # of a batch
 _OF_INPUTS = re.compile(r"encoder/.*|.*/cross_attention/(key|value)")
@@ -25,7 +26,7 @@ class OfTokens(NamedTuple):
     """The embedding of the sentence of each token.
 
     Attributes:
-      inputs: of the tokens that the encoder reads [B, N, S].
+      inputs: of the tokens that the encoder reads [B, N, S]; of a decoder, of its own.
       targets: of the tokens that the decoder reads [B, T, S].
     """
 
@@ -50,17 +51,28 @@ def current() -> jax.Array | OfTokens | None:
 
 
 def of_batch(
-    model: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]
+    model: Any, variables: Mapping[str, Any], batch: Mapping[str, Any], *, own: bool = True
 ) -> jax.Array | OfTokens | None:
-    """Returns the embeddings of a batch's sentences; None for a decoder without the column COLUMN.
+    """Returns the embeddings of a batch's sentences; None without the column COLUMN for a decoder, or unless `own`.
 
-    They are the batch's column COLUMN. Without one, those of an encoder-decoder are means of the embeddings of an
-    example's inputs, divided by their root mean square. Where there are no segments of targets yet, each row is one
-    example, and has one embedding, [B, S].
+    They are the batch's column COLUMN: [B, S], one for each row, or [B, K, S], of segments 1, 2, ... of each row. Without
+    one, if a router reads its `own` model's, those of an encoder-decoder are means of the embeddings of an example's inputs,
+    divided by their root mean square. Where there are no segments of targets yet, each row is one example, and has one
+    embedding, [B, S].
     """
     if COLUMN in batch:
-        return batch[COLUMN]
-    if "encoder_input_tokens" not in batch:
+        given = batch[COLUMN]
+        if given.ndim == 2:
+            return given
+        if own and "encoder_segment_ids" in batch:
+            raise AdapterError(
+                f"The data have embeddings of sentences, of width {given.shape[-1]}, and the router reads the model's own: set "
+                "sentence_dim of the adapter to this width, or leave the embeddings out."
+            )
+        targets = _of_segments(given, batch["decoder_segment_ids"])
+        encoder = batch.get("encoder_segment_ids")
+        return OfTokens(targets if encoder is None else _of_segments(given, encoder), targets)
+    if not own or "encoder_input_tokens" not in batch:
         return None
     x_BND = _embedded(model, variables, batch["encoder_input_tokens"])
     segments_BN = batch["encoder_segment_ids"]
@@ -70,6 +82,13 @@ def of_batch(
         _means(x_BND, segments_BN, segments_BN),
         _means(x_BND, segments_BN, batch["decoder_segment_ids"]),
     )
+
+
+def _of_segments(embeddings_BKS: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Returns the embedding of each token's segment, [B, T, S]; 0 for padding."""
+    place_BT1 = jnp.maximum(segments_BT - 1, 0)[..., None]
+    of_tokens_BTS = jnp.take_along_axis(embeddings_BKS, place_BT1, axis=1)
+    return jnp.where(segments_BT[..., None] > 0, of_tokens_BTS, 0.0)
 
 
 def _embedded(model: Any, variables: Mapping[str, Any], tokens_BN: jax.Array) -> jax.Array:

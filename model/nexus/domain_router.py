@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -67,7 +67,13 @@ class DomainRouter(GatedRouter):
 
     `domains` [E, M] is stored among the parameters but is not trained (axes.constant). `launch.upcycle` writes
     embeddings of the experts' data to it; otherwise it has random directions.
+
+    Its logits serve a softmax and sigmoids (MoeMlp.score). Sigmoids also learn the level of a vector, which differences do
+    not show, and an expert that is added later leaves the others' weights as they are.
     """
+
+    of_data: ClassVar[bool] = True  # equal data, as of the parts of one expert, have equal logits
+    linear: ClassVar[bool] = True  # in the state: model/hf/folded_routers.py makes it a kernel
 
     levelled: Size | None = None
 

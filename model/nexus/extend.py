@@ -1,8 +1,9 @@
 """Adds an expert to a mixture or removes one (Nexus, arXiv 2408.15901).
 
 The new expert is appended: its FFN, and its attention if attentions are experts. A projection router is not changed,
-and the embedding of the new expert's data is appended; other routers get a random column. Parameters that experts
-share are interpolated towards the new model, except the shared FFN. Removal deletes the expert's parameters.
+and the embedding of the new expert's data is appended; other routers get a random column. A bias that balances experts
+begins as the mean of the others'. Parameters that experts share are interpolated towards the new model, except the
+shared FFN. Removal deletes the expert's parameters.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class Addition:
       merge: weight of the new model in parameters that experts share. 1 / (E + 1) turns a mean of E models into a
         mean of E + 1 models; 0 leaves these parameters unchanged.
       router: for routers that are not projections: 'append' draws the new expert's column, 'reset' draws the whole
-        router.
+        router, whose biases then begin with 0.
     """
 
     mixture: Mixture
@@ -41,9 +42,14 @@ class Addition:
     def _recipe(self, path: str, shape: tuple[int, ...], old: Source, new: Source) -> Recipe:
         mixture = self.mixture
         router = re.fullmatch(experts.ROUTER, path) is not None
-        where = experts.expert_axis(path, mixture)
+        where = experts.expert_axis(path, shape, mixture)
+        bias = re.fullmatch(experts.CHOICE_BIAS, path) is not None
         if router and self.router == "reset":
             return experts.drawn(path, shape, mixture, mixture.experts)
+        if bias and self.router == "reset":
+            return experts.single(
+                path, shape, "0, as the router is new", (), lambda *_: np.zeros(shape)
+            )
         if where is None:
             if router or re.fullmatch(experts.SHARED, path) or not self.merge:
                 return base.copied(path, old.shape(path), old)
@@ -60,6 +66,14 @@ class Addition:
                 (drawn,) = column.compute([], 0)
                 # `drawn` has all stacked layers.
                 return drawn if len(drawn) == len(parts[0]) else drawn[layer : layer + 1]
+
+        elif bias:
+            # Only differences of biases matter: the mean neither favours the new expert nor hides it.
+            origin, inputs = "the mean of the others", ((old.name, path),)
+
+            def added(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
+                del layer
+                return parts[0].mean(-1, keepdims=True)
 
         else:
             _check_expert(path, one, where, old, new)
@@ -92,8 +106,8 @@ class Removal:
         return [self._recipe(path, old) for path in target]
 
     def _recipe(self, path: str, old: Source) -> Recipe:
-        where = experts.expert_axis(path, self.mixture)
         before, count = old.shape(path), self.mixture.experts
+        where = experts.expert_axis(path, before, self.mixture)
         if where is None:
             return base.copied(path, before, old)
 

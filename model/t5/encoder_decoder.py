@@ -6,7 +6,6 @@ Raffel et al., arXiv 1910.10683; version 1.1 has gated MLPs and a head of its ow
 Shapes: B batch, S encoder length, T decoder length, D width, V vocabulary.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
@@ -118,12 +117,8 @@ class EncoderDecoder(OfLayers, nn.Module):
     @property
     def encoder_config(self) -> TransformerConfig:
         """The encoder's sizes, whose layers are bidirectional."""
-        return dataclasses.replace(
-            self.config,
-            num_layers=self.encoder_layers or self.config.num_layers,
-            # Of the decoder's period, so that methods find the same blocks in both stacks.
-            layer_pattern=("bidirectional",) * len(self.config.layer_pattern),
-        )
+        # Of the decoder's pattern, so that methods find the same blocks in both stacks.
+        return self.config.bidirectional(self.encoder_layers or self.config.num_layers)
 
     def setup(self):
         config = self.config
@@ -245,6 +240,13 @@ class EncoderDecoder(OfLayers, nn.Module):
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         """Returns the FLOPs of a row, logits included, divided by its places for inputs and targets."""
+        T, S = row["decoder_input_tokens"].shape[-1], row["encoder_input_tokens"].shape[-1]
+        logits = 2.0 * self.config.vocab_size * self.config.embed_dim
+        return self.hidden_flops(row, variables) + T * logits / (S + T)
+
+    @nn.nowrap
+    def hidden_flops(self, row: Arrays, variables: Any = None) -> float:
+        """Returns the FLOPs of `hidden` for a row, divided by its places for inputs and targets."""
         targets = row["decoder_input_tokens"]
         T, S = targets.shape[-1], row["encoder_input_tokens"].shape[-1]
         if variables is None:
@@ -256,5 +258,4 @@ class EncoderDecoder(OfLayers, nn.Module):
         decoder = layers.flops_per_token(
             self.config, self.block, stacks["decoder"]["layers"], length=T, encoder_length=S
         )
-        logits = 2.0 * self.config.vocab_size * self.config.embed_dim
-        return (S * encoder + T * (decoder + logits)) / (S + T)
+        return (S * encoder + T * decoder) / (S + T)

@@ -51,7 +51,7 @@ class Recipe:
       origin: where the values come from, in words: "copied", "mean of 3", "drawn".
       compute: returns one array for each output, from one array for each input and the index of the first row.
         It takes and returns numpy or JAX arrays; the executor casts to the target's dtype.
-      slices: slices that `compute` accepts in place of whole arrays. "layers" is one row of the leading axis, which
+      slices: slices that `compute` accepts instead of whole arrays. "layers" is one row of the leading axis, which
         stacks layers; "rows" is any rows of the leading axis. Several outputs are always computed whole.
       abstract_inputs: returns the inputs' jax.ShapeDtypeStructs, with shardings, from the outputs'
         jax.ShapeDtypeStructs; None if inputs have the shape of the outputs.

@@ -11,7 +11,7 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from espalier.model.transforms.base import Recipe, Shapes, Source, TransformErro
 FFN = r"(.*/)?mlp/(gate|up|down)/kernel"
 SHARED = r"(.*/)?mlp/shared/(gate|up|down)/kernel"
 ROUTER = r"(.*/)?(mlp|attention)/router/((?!bias$).+)"  # with the parameter's name in its router
+CHOICE_BIAS = r"(.*/)?mlp/choice_bias"  # model/moe/routing.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,9 @@ class Mixture:
         (arXiv 2410.07524).
       drop_ratio: fraction of the hidden units of each routed expert that is redrawn, see `dropped`.
       drop_seed: seed of the redrawn values.
+      granularity: m, in how many parts the FFN of each expert is split (arXiv 2410.07524). Parts have equal columns in
+        their router, so that a token first gets all parts of an expert, each with 1/m of its probability; their
+        down-projections are multiplied by m. The mixture then computes what that of whole experts computes.
     """
 
     experts: int
@@ -111,19 +115,34 @@ class Mixture:
     expert_scale: float = 1.0
     drop_ratio: float = 0.0
     drop_seed: int = 0
+    granularity: int = 1
+
+    @property
+    def down_scale(self) -> float:
+        """Factor on the down-projections of routed experts."""
+        return self.expert_scale * self.granularity
 
     def slices(self, path: str) -> Literal["layers", "whole"]:
         """Returns the slices of an experts' array's recipe: "layers" if layers are stacked. See base.Recipe."""
         return "layers" if self.scanned and path.startswith("layers/") else "whole"
 
 
-def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
-    """Returns the expert axis of a parameter of the mixture; None for parameters that experts share."""
+def expert_axis(path: str, shape: Sequence[int], mixture: Mixture) -> ExpertAxis | None:
+    """Returns the expert axis of a parameter of the mixture; None for parameters that experts share.
+
+    Args:
+      path: path of the parameter.
+      shape: its shape in the mixture, in which some layers may have one dense FFN.
+      mixture: settings of the mixture.
+    """
     if re.fullmatch(FFN, path):
-        return ExpertAxis(-3) if mixture.ffn else None
+        dense = 2 + (mixture.slices(path) == "layers")
+        return ExpertAxis(-3) if mixture.ffn and len(shape) > dense else None
     if match := re.fullmatch(ROUTER, path):
         axis = mixture.router.axis(match[3])
         return None if axis is None else ExpertAxis(axis)
+    if re.fullmatch(CHOICE_BIAS, path):
+        return ExpertAxis(-1)
     return None if mixture.attention is None else mixture.attention.axis(path)
 
 
@@ -156,11 +175,16 @@ def mean(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def routed(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer: int) -> np.ndarray:
-    """Returns a routed expert's kernel [..., 1, X, Y] from a dense model's [..., X, Y] of one layer."""
+    """Returns a routed expert's kernel [..., m, X, Y], in m parts, from a dense model's [..., X, Y] of one layer."""
     kernel = dropped(kernel, path, mixture, expert, layer)
-    if mixture.expert_scale != 1.0 and path.endswith("/down/kernel"):
-        kernel = (kernel.astype(np.float32) * np.float32(mixture.expert_scale)).astype(kernel.dtype)
-    return np.expand_dims(kernel, -3)
+    if mixture.down_scale != 1.0 and path.endswith("/down/kernel"):
+        kernel = (kernel.astype(np.float32) * np.float32(mixture.down_scale)).astype(kernel.dtype)
+    return np.stack(np.split(kernel, mixture.granularity, axis=_hidden_axis(path)), axis=-3)
+
+
+def _hidden_axis(path: str) -> int:
+    """Returns the axis of the hidden units of an FFN's kernel."""
+    return -2 if path.endswith("/down/kernel") else -1
 
 
 def dropped(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer: int) -> np.ndarray:
@@ -177,7 +201,7 @@ def dropped(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer:
       expert: index of the expert.
       layer: index in the stack of layers under this path.
     """
-    axis = -2 if path.endswith("/down/kernel") else -1
+    axis = _hidden_axis(path)
     # In floating point, R * F may be slightly below an integer.
     count = int(mixture.drop_ratio * kernel.shape[axis] + 1e-9)
     if count == 0:
@@ -231,7 +255,7 @@ class Upcycle:
             return drawn(path, shape, self.mixture)
         before = dense[0].shape(path)
         inputs = tuple((source.name, path) for source in dense)
-        where = expert_axis(path, self.mixture)
+        where = expert_axis(path, shape, self.mixture)
         if where is None:
             return single(path, before, f"mean of {len(dense)}", inputs, _mean, slices="rows")
         return _side_by_side(path, before, inputs, where, self.mixture)
@@ -294,7 +318,13 @@ def _side_by_side(
 
     shape = list(dense)
     if ffn:
-        shape.insert(len(dense) - 2, mixture.experts)
+        hidden, parts = _hidden_axis(path), mixture.granularity
+        if shape[hidden] % parts:
+            raise TransformError(
+                f"{path} has {shape[hidden]} hidden units, which {parts} parts do not divide."
+            )
+        shape[hidden] //= parts
+        shape.insert(len(dense) - 2, mixture.experts * parts)
     else:
         shape[where.axis] *= mixture.experts
     origin = "copied, one beside the other" + changes(path, mixture)
@@ -308,8 +338,9 @@ def changes(path: str, mixture: Mixture) -> str:
     if not re.fullmatch(FFN, path):
         return ""
     redrawn = f", {mixture.drop_ratio:g} of units redrawn" if mixture.drop_ratio else ""
-    scaled = mixture.expert_scale != 1.0 and path.endswith("/down/kernel")
-    return redrawn + (f", times {mixture.expert_scale:g}" if scaled else "")
+    split = f", each in {mixture.granularity} parts" if mixture.granularity > 1 else ""
+    scaled = mixture.down_scale != 1.0 and path.endswith("/down/kernel")
+    return redrawn + split + (f", times {mixture.down_scale:g}" if scaled else "")
 
 
 def drawn(path: str, shape: tuple[int, ...], mixture: Mixture, *key: int) -> Recipe:
@@ -324,5 +355,14 @@ def drawn(path: str, shape: tuple[int, ...], mixture: Mixture, *key: int) -> Rec
         raise TransformError(f"{path} {list(shape)} of the mixture has no source.")
     if isinstance(initial, np.ndarray):
         return single(path, shape, "embeddings", (), lambda *_: np.broadcast_to(initial, shape))
-    values = lambda *_: draw(path, shape, initial, mixture.seed, *key)  # noqa: E731
-    return single(path, shape, "drawn", (), values)
+    axis = mixture.router.axis(match[3]) if match and match[2] == "mlp" else None
+    parts = 1 if axis is None else mixture.granularity
+
+    def values(*_: Any) -> np.ndarray:
+        whole = [*shape]
+        if axis is not None:
+            whole[axis] //= parts
+        drawn = draw(path, tuple(whole), initial, mixture.seed, *key)
+        return drawn if parts == 1 else np.repeat(drawn, parts, axis)
+
+    return single(path, shape, "drawn" + (f", {parts} times" if parts > 1 else ""), (), values)

@@ -1,7 +1,8 @@
 """Converts parameters between the scanned and the unrolled layout of a transformer's layers, exactly.
 
-Scanned: layers/block_p has a leading axis of L / P; layer g * P + p is at index g of block_p.
-Unrolled: layers/block_i for i < L, without that axis. An encoder-decoder has two such stacks, of one period.
+Scanned: every block of a group of layers (model/layer_groups.py) has a leading axis of its layers; with one period of P layers,
+layer g * P + p is at index g of layers/block_p.
+Unrolled: layers/block_i for i < L, without that axis. An encoder-decoder has two such stacks.
 Decoding needs unrolled layers: slicing a stack
 inside the token loop would copy the weights for every token.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from espalier.model import layer_groups
 from espalier.model.config import TransformerConfig
 
 Params = dict[str, Any]
@@ -28,14 +30,16 @@ def unroll(params: Params, config: TransformerConfig) -> Params:
     if not config.scan_layers:
         return params
 
-    def unrolled_layers(layers: Params) -> Params:
-        period, groups = len(layers), jax.tree.leaves(layers)[0].shape[0]
+    def unrolled_layers(layers: Params, owner: str) -> Params:
+        del owner  # the shapes show the groups
+        numbers = {int(name.removeprefix("block_")): name for name in layers}
+        groups = layer_groups.inferred(
+            {number: len(jax.tree.leaves(layers[name])[0]) for number, name in numbers.items()}
+        )
         return {
-            f"block_{group * period + p}": jax.tree.map(
-                lambda leaf, group=group: leaf[group], layers[f"block_{p}"]
-            )
-            for group in range(groups)
-            for p in range(period)
+            f"block_{layer}": jax.tree.map(lambda leaf, index=index: leaf[index], layers[name])
+            for number, name in numbers.items()
+            for index, layer in enumerate(layer_groups.layers_of(groups, number))
         }
 
     return _in_stacks(unrolled_layers, params)
@@ -43,26 +47,31 @@ def unroll(params: Params, config: TransformerConfig) -> Params:
 
 def stack(params: Params, config: TransformerConfig) -> Params:
     """Returns unrolled parameters with scanned layers: the inverse of `unroll`."""
-    period = len(config.layer_pattern)
 
-    def stacked_layers(layers: Params) -> Params:
+    def stacked_layers(layers: Params, owner: str) -> Params:
+        own = config.bidirectional(len(layers)) if owner == "encoder" else config
         return {
-            f"block_{p}": jax.tree.map(
+            f"block_{block}": jax.tree.map(
                 lambda *leaves: jnp.stack(leaves),
-                *(layers[f"block_{i}"] for i in range(p, len(layers), period)),
+                *(layers[f"block_{layer}"] for layer in group.layers(block)),
             )
-            for p in range(period)
+            for group in own.layer_groups
+            for block in group.blocks
         }
 
     return _in_stacks(stacked_layers, params)
 
 
-def _in_stacks(change: Callable[[Params], Params], params: Params) -> Params:
-    """Returns the parameters with the layers of every stack changed: a decoder's, or also an encoder's."""
+def _in_stacks(change: Callable[[Params, str], Params], params: Params, owner: str = "") -> Params:
+    """Returns the parameters with the layers of every stack changed: a decoder's, or also an encoder's.
+
+    Args:
+      change: called with the layers and the name of what they are in, such as 'encoder'; '' of a decoder-only model.
+    """
     return {
-        name: change(child)
+        name: change(child, owner)
         if name == "layers"
-        else _in_stacks(change, child)
+        else _in_stacks(change, child, name)
         if isinstance(child, dict)
         else child
         for name, child in params.items()

@@ -5,7 +5,7 @@ Example, from a checkout, about a minute; figures and the environment go to stan
   python -m tests.benchmarks data_pipeline --out=/tmp/data_pipeline.json
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
-interval. Benchmarks against PyTorch (train_step, moe_step, adapters, t5, dpo, sft, cold_start, hf_import,
+interval. Benchmarks against PyTorch (train_step, moe_step, qwen3_moe_step, adapters, t5, dpo, sft, cold_start, hf_import,
 first_token, influence, merge) need `make peers` first, and lm_eval needs `make peers-lm-eval`. accelerator needs a
 GPU or a TPU, and measures PyTorch beside it if `make peers` installed it with CUDA.
 """
@@ -21,6 +21,12 @@ from espalier.launch import cli
 from tests.benchmarks import compare
 
 PROGRAM = "python -m tests.benchmarks"
+# What --tiny passes to a benchmark, of what its `run` takes.
+FEWEST = {
+    **{"tiny": True, "rounds": 1, "steps": 2, "repeats": 2, "kills": 1, "million_tokens": 4},
+    **{"many_rounds": 1, "documents": 8, "many_documents": 16, "prompts": 2, "new_tokens": 8},
+    **{"tokens": 256},
+}
 BENCHMARKS = cli.modules_with("tests.benchmarks", r"^def run\(\s*\*,")
 
 
@@ -33,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK")
     parser.add_argument("--out", metavar="FILE", help="also writes the JSON here")
     parser.add_argument(
-        "--tiny", action="store_true", help="tiny sizes, to try the benchmark on a small machine"
+        "--tiny",
+        action="store_true",
+        help="tries the benchmark: the fewest measurements, of tiny sizes where it has them; its figures say nothing",
     )
     flags = parser.parse_args(argv)
 
@@ -54,15 +62,19 @@ def _measure(flags: argparse.Namespace) -> None:
     if flags.out:
         row_files.check_output(flags.out, "out")
     module = importlib.import_module(f"tests.benchmarks.{flags.benchmark}")
-    if flags.tiny and "tiny" not in inspect.signature(module.run).parameters:
-        raise argparse.ArgumentError(
-            None, f"Benchmark {flags.benchmark!r} has no tiny sizes: remove --tiny."
-        )
+    asked = {}
+    if flags.tiny:
+        known = inspect.signature(module.run).parameters
+        asked = {name: value for name, value in FEWEST.items() if name in known}
+        if not asked:
+            raise argparse.ArgumentError(
+                None, f"Benchmark {flags.benchmark!r} has no tiny sizes: remove --tiny."
+            )
     machine = compare.environment()
     result = {
         "benchmark": flags.benchmark,
         "command": " ".join(sys.orig_argv[1:]),
-        "figures": module.run(**({"tiny": True} if flags.tiny else {})),
+        "figures": module.run(**asked),
         "environment": machine,
     }
     print(json.dumps(result, indent=1))

@@ -92,9 +92,9 @@ def write_model(
       values: returns a tensor by name and shape, or its first rows, which are then repeated.
       order: sort key of names; tensors are written in this order.
     """
-    from espalier.model.hf.families import family_of_config
     from espalier.model.hf.files.safetensors_files import SafetensorsWriter
     from espalier.model.hf.plan import FLOATS
+    from espalier.model.hf.registry import family_of_config
 
     family, dtype = family_of_config(config), FLOATS[config["torch_dtype"]]
     shapes = family.shapes(family.model(config))

@@ -86,15 +86,15 @@ def test_both_sides_of_t5_have_the_shared_weights_and_rows(tmp_path):
     assert [len(row) for row in answer["tokens"]] == [3, 3]
 
 
-@pytest.mark.parametrize("experts", sorted(moe_case.HIDDEN))
-def test_both_routings_of_a_mixture_are_one_model_and_differ_in_their_shares(experts, tmp_path):
+@pytest.mark.parametrize("name", moe_case.MIXTURES)
+def test_both_routings_of_a_mixture_are_one_model_and_differ_in_their_shares(name, tmp_path):
     small = {"vocab_size": 512, "num_layers": 1, "embed_dim": 32, "length": 128}
     sizes = {**moe_case.SIZES, **small}
     shares = {}
     for routing in moe_case.ROUTINGS:
         folder = tmp_path / routing
         folder.mkdir()
-        moe_case.write(str(folder), experts=experts, routing=routing, steps=1, sizes=sizes)
+        moe_case.write(str(folder), name=name, routing=routing, steps=1, sizes=sizes)
         recipe = llama_jax.recipe_of(json.loads((folder / "case.json").read_text()))
         params = llama_jax.peer_params(str(folder))
         abstract = recipe.program(devices=jax.devices()[:1]).abstract_state.params
@@ -103,6 +103,7 @@ def test_both_routings_of_a_mixture_are_one_model_and_differ_in_their_shares(exp
         apply = jax.jit(functools.partial(recipe.model.apply, mutable=["metrics"]))
         _, seen = apply({"params": params}, tokens)
         shares[routing] = np.asarray(seen["metrics"]["layers"]["block_0"]["mlp"]["router_load"][0])
+    experts = moe_case.MIXTURES[name]["num_experts"]
     eighth = experts // 8
     assert shares["balanced"].max() < 3 / experts
     assert shares["skewed"][:eighth].sum() > 3 * shares["balanced"][:eighth].sum()

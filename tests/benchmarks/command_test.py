@@ -1,6 +1,11 @@
 """The command of benchmarks: what it lists, and errors that are one line."""
 
+import importlib
 import importlib.util
+import inspect
+import sys
+
+import pytest
 
 from espalier.launch import cli
 from tests.benchmarks import __main__ as bench
@@ -22,9 +27,28 @@ def test_benchmarks_without_their_peers_end_with_one_error(capsys, monkeypatch):
     assert "run `make peers` first" in capsys.readouterr().err
 
 
-def test_tiny_is_refused_where_it_would_be_ignored(capsys):
+def test_tiny_asks_for_the_fewest_measurements_or_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(start_up, "run", lambda *, repeats=7: {"repeats": repeats})
+    assert bench.main(["start_up", "--tiny"]) == 0
+    assert '"repeats": 2' in capsys.readouterr().out
+    monkeypatch.setattr(start_up, "run", lambda: {})
     assert bench.main(["start_up", "--tiny"]) == 2
     assert "'start_up' has no tiny sizes" in capsys.readouterr().err
+
+
+def test_each_benchmark_has_a_tiny_form():
+    for name in bench.BENCHMARKS:
+        run = importlib.import_module(f"tests.benchmarks.{name}").run
+        assert {*bench.FEWEST} & {*inspect.signature(run).parameters}, name
+
+
+def test_a_peer_without_a_package_is_an_error_of_one_line(monkeypatch):
+    command = [sys.executable, "-c", "import no_such_package"]
+    with pytest.raises(compare.PeerError) as error:
+        compare.timed(command)
+    assert str(error.value).endswith("No module named 'no_such_package'") and "\n" not in str(
+        error.value
+    )
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):

@@ -85,6 +85,9 @@ def timed(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> tu
         process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         wall = time.perf_counter() - before
     if process.returncode:
+        *_, last = process.stderr.strip().splitlines() or [""]
+        if last.startswith(("ModuleNotFoundError: ", "ImportError: ")):
+            raise PeerError(f"{command[0]} cannot run this benchmark: {last}")
         status = f"ended with status {process.returncode}"  # negative: the signal that ended it
         raise PeerError(f"{' '.join(command)} {status}:\n{process.stderr[-2000:]}")
     cpu = _used_by_children() - used

@@ -16,11 +16,11 @@ from tests.benchmarks import compare, hf_import
 PROMPT = list(range(100, 116))
 
 
-def run(*, rounds: int = 5) -> dict[str, Any]:
+def run(*, rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
     """Alternates both sides `rounds` times, cold and then warm."""
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "source")
-        size = hf_import.write_checkpoint(source)
+        size = hf_import.write_checkpoint(source, tiny=tiny)
         commands = {
             "ours": compare.ours("first_token", source),
             "transformers": compare.peer("torch/llama_torch.py", "first_token", source),

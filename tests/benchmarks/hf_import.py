@@ -30,13 +30,14 @@ _CONFIG = {
     "rope_theta": 500000.0,
     "torch_dtype": "bfloat16",
 }
+_TINY = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 
 
-def run(*, rounds: int = 3) -> dict[str, Any]:
+def run(*, rounds: int = 3, tiny: bool = False) -> dict[str, Any]:
     """Alternates both sides `rounds` times, cold and then warm; then converts `rounds` times."""
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "source")
-        size = write_checkpoint(source)
+        size = write_checkpoint(source, tiny=tiny)
         commands = {
             "ours": compare.ours("hf_import", "load", source),
             "transformers": compare.peer("torch/llama_torch.py", "load", source),
@@ -100,7 +101,7 @@ def evict(folder: str) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write_checkpoint(folder: str) -> int:
+def write_checkpoint(folder: str, *, tiny: bool = False) -> int:
     """Writes the checkpoint, in two files, and returns the size of its weights."""
     import numpy as np
 
@@ -114,7 +115,9 @@ def write_checkpoint(folder: str) -> int:
         count = min(shape[0], draws.size // width)
         return draws[: count * width].reshape(count, *shape[1:])
 
-    return case.write_model(folder, case.hf_config({}, **_CONFIG), rows)
+    return case.write_model(
+        folder, case.hf_config({}, **{**_CONFIG, **(_TINY if tiny else {})}), rows
+    )
 
 
 def side(action: str, *arguments: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ CASE: dict[str, Any] = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+_TINY = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"models": [(1, {"weight": 1.0}), (2, {"weight": 0.5})]},
     "slerp": {"models": [(1, {}), (2, {})], "base": 1, "parameters": {"t": 0.4}},
@@ -50,12 +51,12 @@ _DRAWN = 1 << 24  # values that tables repeat
 _SIDES = ("ours", "mergekit")
 
 
-def run(*, rounds: int = 2) -> dict[str, Any]:
+def run(*, rounds: int = 2, tiny: bool = False) -> dict[str, Any]:
     """Alternates both sides `rounds` times for each method."""
     results: dict[str, Any] = {}
     reports: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        size = sum(write_model(folder, i) for i in range(3))
+        size = sum(write_model(folder, i, tiny=tiny) for i in range(3))
         for method in METHODS:
             config = write_config(folder, method)
             of_method = {name: reports.setdefault(f"{name} {method}", []) for name in _SIDES}
@@ -148,7 +149,7 @@ def write_config(folder: str, method: str) -> str:
     return os.fspath(path)
 
 
-def write_model(folder: str, number: int) -> int:
+def write_model(folder: str, number: int, *, tiny: bool = False) -> int:
     """Writes model 0, the base, or a model that differs from it a little; returns the bytes of its weights."""
     import numpy as np
 
@@ -165,7 +166,9 @@ def write_model(folder: str, number: int) -> int:
         count = min(shape[0], draws.size // width)
         return draws[: count * width].reshape(count, *shape[1:])
 
-    return case.write_model(os.path.join(folder, f"model{number}"), CASE, rows)
+    return case.write_model(
+        os.path.join(folder, f"model{number}"), {**CASE, **(_TINY if tiny else {})}, rows
+    )
 
 
 def beyond_one_ulp(ours: str, theirs: str) -> float:

@@ -6,6 +6,7 @@ timed with the balanced router first; the fastest one then alternates with this 
 """
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from tests.benchmarks import compare, moe_case
@@ -16,21 +17,24 @@ WARM_UP = 2
 FORMS = ("eager", "grouped_mm", "grouped_mm+compiled")
 
 
-def run(*, rounds: int = 3, steps: int = 4) -> dict[str, Any]:
+def run(
+    *, rounds: int = 3, steps: int = 4, names: Sequence[str] = ("8_experts", "64_experts")
+) -> dict[str, Any]:
     """Alternates both sides `rounds` times on each mixture, `steps` timed steps in each."""
-    result: dict[str, Any] = {"case": {**moe_case.SIZES, "mlp_dim": moe_case.HIDDEN}}
-    for experts in moe_case.HIDDEN:
+    own = {name: moe_case.MIXTURES[name] for name in names}
+    result: dict[str, Any] = {"case": {**moe_case.SIZES, "mixtures": own}}
+    for name in names:
         tried: dict[str, float] = {}
         for routing in moe_case.ROUTINGS:
             with tempfile.TemporaryDirectory() as folder:
                 total = WARM_UP + steps
-                moe_case.write(folder, experts=experts, routing=routing, steps=total)
+                moe_case.write(folder, name=name, routing=routing, steps=total)
                 for form in () if tried else FORMS:
                     report = compare.measured(command(form, folder, WARM_UP + 1))
                     tried[form] = report["seconds"][WARM_UP]
                 best = min(FORMS, key=lambda form: tried[form])
-                result[f"{experts}_experts_{routing}"] = _compare(folder, best, rounds, total)
-        result[f"{experts}_experts_seconds_by_form"] = tried
+                result[f"{name}_{routing}"] = _compare(folder, best, rounds, total)
+        result[f"{name}_seconds_by_form"] = tried
     return result
 
 

@@ -68,7 +68,7 @@ def test_figures_have_the_names_of_the_recorded_ones(name, monkeypatch):
     writers += [(lm_eval, "_write"), (lm_eval, "_write_many")]
     for owner, writer in (*writers, *((module, "write") for module in (dpo, online_dpo, moe_case))):
         monkeypatch.setattr(owner, writer, lambda *_, **__: None)
-    monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder: os.mkdir(folder) or 1)
+    monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder, tiny: os.mkdir(folder) or 1)
     figures = importlib.import_module(f"tests.benchmarks.{name}").run()
     recorded = json.loads((RECORDED / f"{name}.json").read_bytes())["figures"]
     # Recorded runs also measured programs that were stored whole, which there are no more.
@@ -82,7 +82,7 @@ def test_figures_have_the_names_of_the_recorded_ones(name, monkeypatch):
 def test_figures_of_the_first_token_are_ratios_of_stand_ins(monkeypatch):
     monkeypatch.setattr(compare, "peer", lambda *arguments, **_: [*map(str, arguments)])
     monkeypatch.setattr(compare, "measured", measured)
-    monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder: os.mkdir(folder) or 1)
+    monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder, tiny: os.mkdir(folder) or 1)
     figures = first_token.run(rounds=2)
     assert figures["transformers_over_ours_seconds_cold"] == figures["transformers_over_ours_peak"]
     assert figures["seconds"].keys() == {f"{side}_{cache}" for side in ("ours", "transformers") for cache in ("cold", "warm")}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Makes faults on purpose and counts how many the project withstands: the table of docs/reliability.md.
+"""Makes faults on purpose and counts how many the project withstands: the table of docs/evidence/reliability.md.
 
 Kills, damaged files, full and failing disks, NaN, wrong configurations, hostile files and more, on small runs of a
 minute or less. Examples, from a checkout: a short sample of each row, and then all, in at most an hour on two cores:
@@ -8,7 +8,7 @@ minute or less. Examples, from a checkout: a short sample of each row, and then 
 
 Results are appended to OUT/results.jsonl, so a stopped table goes on with the same command. Every case that did not
 hold is printed with the command that runs it again. The exit status is 0 if all held, 1 if something did not, 2 for
-an error in the flags, and 75 after Ctrl-C or SIGTERM. `--write` also writes docs/reliability.md and reliability.json.
+an error in the flags, and 75 after Ctrl-C or SIGTERM. `--write` also writes docs/evidence/reliability.md and reliability.json.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=1, help="cases that run at the same time (1)"
     )
-    parser.add_argument("--write", action="store_true", help="writes the table into docs/")
+    parser.add_argument("--write", action="store_true", help="writes the table into docs/evidence/")
     flags = parser.parse_args(argv)
 
     def call() -> int:
@@ -85,7 +85,7 @@ def _run(flags: argparse.Namespace) -> int:
     print("\n".join(report.lines(summaries, flags.seed)))
     if flags.write and not interrupted:
         command = " ".join([PROGRAM, *sys.argv[1:]])
-        folder = pathlib.Path(environment.ROOT, "docs")
+        folder = pathlib.Path(environment.ROOT, "docs", "evidence")
         report.write(summaries, seed=flags.seed, command=command, folder=folder)
     if interrupted:
         return cli.INTERRUPTED

@@ -153,9 +153,9 @@ def test_finished_cases_are_not_run_again_and_bad_flags_are_named(tmp_path, caps
 
 def test_the_page_has_its_marks_and_is_linked():
     root = pathlib.Path(__file__).parents[2]
-    page = (root / "docs" / "reliability.md").read_text()
+    page = (root / "docs" / "evidence" / "reliability.md").read_text()
     assert page.count(report.BEGIN) == page.count(report.END) == 1
-    assert "docs/reliability.md" in (root / "README.md").read_text()
+    assert "docs/evidence/reliability.md" in (root / "README.md").read_text()
 
 
 def test_a_form_of_a_step_is_judged_by_its_distance_from_float64():

@@ -1,4 +1,4 @@
-"""The result of the fault table: as lines on a terminal, as JSON, and as a table in docs/reliability.md."""
+"""The result of the fault table: as lines on a terminal, as JSON, and as a table in docs/evidence/reliability.md."""
 
 import collections
 import dataclasses

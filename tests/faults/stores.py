@@ -158,7 +158,7 @@ ROWS = (
     Row(
         27,
         "SIGKILL at random requests of a run in a bucket (s3://, gs://)",
-        "no half-written step is used; another host goes on from the last committed one and ends bit-equal, metrics too",
+        "no half-written step is used; another host continues from the last committed one and ends bit-equal, metrics too",
         _kills,
         sample=2,
     ),

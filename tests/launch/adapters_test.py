@@ -56,6 +56,7 @@ def flags(unrolled_run, tmp_path_factory):
     ("more", "words"),
     [
         (["--gin.LORA_RANK=17"], "the rank 17 is larger than the smaller side of its matrix [16, "),
+        (["--gin.LORA_A_INIT=@jax.nn.initializers.zeros"], "a_init and b_init are both zeros"),
         (["--gin.LORA_LAYERS=['.*/nothing']"], "'.*/nothing' of its `layers` matches no layer"),
         (
             ["--gin_file=t5x_configs/methods/adapters/ia3.gin"],

@@ -52,6 +52,10 @@ def stored(run, root):
     return {name.removeprefix(root): StoredArray(step, name).read() for name in names}
 
 
+def test_numbers_of_a_checkpoint_are_read_as_arrays_are(run):
+    assert stored(run, "step")[""] == 12
+
+
 def test_the_average_is_saved_evaluated_and_exported(run, tmp_path, command, capsys):
     y, z, x = (stored(run, root) for root in ("params/", "opt_state/z/", "ema_params/"))
     assert y.keys() == z.keys() == x.keys()

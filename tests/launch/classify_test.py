@@ -136,11 +136,13 @@ def test_a_step_is_compiled_ahead_and_its_flops_are_found():
     assert report.fits and report.flops.analytic == pytest.approx(16 * program.train_flops_per_unit)
 
 
-def test_the_sweep_has_every_arm_at_two_rates():
+def test_the_sweep_has_the_arms_that_are_compared_with_the_dense_one_at_two_rates():
     runs = file.read("launch/papers/low_rank/experiment.py:vision,2")
     kinds = {run.kind for run in runs}
-    assert len(kinds) == 2 * (1 + 3) and len(runs) == 2 * len(kinds)
-    assert {"dense", "dense_half", "spectral_ones_frobenius_full", "spectral_l2_half"} <= kinds
+    assert len(runs) == 2 * len(kinds) and {"narrow", "spectral_l2_full"} <= kinds
+    two = {f"{start}_frobenius_{rate}" for start in ("he", "spectral") for rate in ("full", "half")}
+    assert {"dense", "dense_half", *two} <= kinds and len(kinds) == 8
+    assert not any("FACTOR_DECAY='none'" in run.bindings for run in runs)
 
 
 @pytest.mark.parametrize("decay", ["none", "l2", "frobenius"])

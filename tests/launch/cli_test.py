@@ -16,6 +16,7 @@ from gin import utils as gin_utils
 
 from espalier.launch import cli, environment, input_errors
 from espalier.launch.submit import slurm
+from tests import transcripts
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -100,6 +101,24 @@ def test_a_long_message_keeps_its_beginning_and_its_remedy(capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("\nerror: x.json: yyy") and printed.endswith("y: remove it.\n")
     assert len(printed) < 7000
+
+
+def test_errors_about_memory_lead_to_the_page_of_what_saves_it(capsys):
+    import jax.numpy as jnp
+    import numpy as np
+
+    for too_large, words in (
+        (lambda: jnp.zeros(2**50).block_until_ready(), "a device is out of memory (Out of memory"),
+        (lambda: np.zeros(2**50), "this host is out of memory (Unable to allocate 8.00 PiB"),
+    ):
+        with pytest.raises(Exception) as caught:  # noqa: PT011, B017
+            too_large()
+        assert input_errors.reason(caught.value) is caught.value
+        input_errors.report(caught.value)
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"\nerror: {words}")
+        page = re.search(r"\. (docs/\S+\.md) has what saves memory, and how much\.\n$", printed)[1]
+        assert pathlib.Path(ROOT, page).is_file()
 
 
 def test_a_plain_value_error_raised_on_purpose_is_for_people_one_from_below_is_not():
@@ -495,6 +514,19 @@ def test_every_command_of_the_project_has_a_summary_and_an_example():
             assert f"espalier {name}" in file.read().split('"""')[1], name
 
 
+def test_a_help_text_whose_reader_has_ended_is_no_error():
+    """As in `espalier train --help | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for words in (["--help"], ["sweep", "--help"]):
+        command = [sys.executable, "-m", "launch", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    os.close(writer)
+
+
 # Prints, as JSON, the help text of every command and sub-command, and the slow packages that were imported for them.
 HELP = """
 import contextlib, importlib, io, json, sys, warnings
@@ -522,9 +554,32 @@ print(json.dumps([pages, sorted({"jax", "gin", "tensorflow", "seqio"} & set(sys.
 """
 
 
-def test_help_of_every_command_is_quick_and_says_how_the_command_is_called():
+@pytest.fixture(scope="module")
+def help_texts():
+    """The help text of each command and sub-command, and the slow packages that they import."""
     named = " ".join(sorted(COMMANDS - {"lm_eval"}))  # whose help text is the harness's
-    pages, slow = json.loads(run(ROOT, "-c", HELP, named))
+    return json.loads(run(ROOT, "-c", HELP, named))
+
+
+def test_flags_of_commands_that_pages_show_exist(help_texts):
+    texts, _ = help_texts
+    shown = 0
+    for page in transcripts.pages():
+        text = re.sub(r"\\\n\s*", " ", (pathlib.Path(ROOT) / page).read_text("utf-8"))
+        for line in re.findall(r"\bespalier (\w+ .*)", text):
+            name, part, *_ = [*line.split(), ""]
+            command = f"{name} {part}" if f"{name} {part}" in texts else name
+            if name not in texts or name == "reproduce" or (command == name and part[:1].isalpha()):
+                continue  # flags that depend on what comes before; influence: commands_test.py
+            ours = re.split(r" -- | \| | > |`", line)[0]
+            for flag in re.findall(r"(?<!\S)--([a-z]\w*)(?=[= ]|$)", ours):
+                assert re.search(rf"--{flag}\b", texts[command]), f"{page}: {command} --{flag}"
+                shown += 1
+    assert shown > 300
+
+
+def test_help_of_every_command_is_quick_and_says_how_the_command_is_called(help_texts):
+    pages, slow = help_texts
     assert slow == []
     assert {"evaluate loss", "prepare cache", "upcycle extend"} < pages.keys()
     for command, page in pages.items():

@@ -23,7 +23,7 @@ from espalier.launch.weights import target_folder
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
-from espalier.model.hf import families, load
+from espalier.model.hf import load, registry
 from espalier.model.hf.description import describe
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 from espalier.model.hf.plan import Plan
@@ -60,10 +60,11 @@ def golden(name):
         config = json.loads(str(case["config"]))
         found = {k.partition("/")[2]: case[k] for k in case.files if k.startswith("tensor/")}
     config |= {"bos_token_id": 7, "eos_token_id": [3, 5], "max_position_embeddings": 77}
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     names = family.match(family.model(config), {k: x.shape for k, x in found.items()})
     found = {k: found[names[k]] for k in family.shapes(family.model(config))}
     last_norms = ("model.norm.weight", "transformer.ln_f.weight", "decoder.final_layer_norm.weight")
+    last_norms += ("gpt_neox.final_layer_norm.weight",)
     last = next(name for name in last_norms if name in found)
     config["torch_dtype"] = config["dtype"] = "bfloat16"
     return config, {k: x.astype(np.float32 if k == last else BFLOAT16) for k, x in found.items()}
@@ -86,7 +87,7 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     assert convert.main([f"--from_hf={tmp_path}/hf", f"--to={tmp_path}/run"]) == 0
 
     # The run holds what is made of the tensors in memory, and its configuration makes the same model.
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     model = family.model(config)
     expected = arrays.to_native(family, model, tensors)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
@@ -115,7 +116,7 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
 def test_loading_into_memory_is_the_same(tmp_path):
     config, tensors = golden("gpt2_0")  # query, key and value are parts of one tensor
     write_checkpoint(tmp_path / "hf", config, tensors)
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     expected = arrays.to_native(family, family.model(config), tensors)
     model, params = load.load(tmp_path / "hf")
     assert describe(model) == describe(family.model(config))
@@ -328,7 +329,7 @@ def test_an_imported_run_is_scored(llama, tmp_path, command):
     flags = ["--gin.config.TransformerConfig.dtype='float32'", f"--checkpoint={tmp_path}/run"]
     assert command("score", *flags, *files) == 0
     found = json.loads((tmp_path / "y.jsonl").read_text())["logprobs"]
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     model = family.model({**config, "torch_dtype": "float32", "dtype": "float32"})
     params = arrays.to_native(family, model, {k: x.astype(np.float32) for k, x in tensors.items()})
     logits = model.apply({"params": params}, jnp.array([[5, 9, 2]]))
@@ -385,7 +386,7 @@ def test_memory_is_bounded_by_the_largest_array(llama, tmp_path):
         "num_key_value_heads": 8,
         "head_dim": 128,
     }
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     shapes = family.shapes(family.model(config))
     tensors = {
         name: np.broadcast_to(np.ones((), BFLOAT16), shape) for name, shape in shapes.items()

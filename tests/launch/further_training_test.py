@@ -7,8 +7,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from espalier.launch.convert import __main__ as convert
-from espalier.model.hf.families import family_of_config
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
+from espalier.model.hf.registry import family_of_config
 from espalier.trainers.checkpoints import step_dir
 
 BOS, EOS = 256, 257

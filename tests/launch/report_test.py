@@ -278,38 +278,60 @@ def test_spectra_of_runs_are_drawn_and_a_run_without_is_named(tmp_path, capsys):
     assert "named twice" in capsys.readouterr().err
 
 
-def test_the_scorecard_has_every_claim_and_the_readme_its_head(tmp_path, monkeypatch, capsys):
+def test_the_scorecard_has_every_claim_and_one_page_has_the_main_effects(
+    tmp_path, monkeypatch, capsys
+):
     folder = tmp_path / "reproductions" / "a_paper"
     folder.mkdir(parents=True)
-    gain = {"where": "models", "what": "gain of A over B", "unit": "%"}
-    gain |= {"effect": 3.5, "interval": [1.25, 5.75]}
     first = {"claim": "A1", "statement": "A is better", "paper": "4 %", "required": True}
-    first |= {"verdict": "holds", "effect": 3.5, "interval": [1.25, 5.75], "seeds": [10, 11]}
+    first |= {"group": "controls", "verdict": "holds", "seeds": [20, 21], "unit": "%"}
+    first |= {
+        "effect": 3.5,
+        "interval": [1.25, 5.75],
+        "where": "models",
+        "what": "gain of A over B",
+    }
     second = {**first, "claim": "A2", "required": False, "verdict": "not measured"}
-    second |= {"effect": None, "interval": None, "seeds": [], "effects": []}
-    record = {"title": "A paper", "claims": [{**first, "effects": [gain]}, second]}
+    second |= {"group": "of the paper", "effect": None, "interval": [None, None], "seeds": []}
+    head = {"claim": "A1", "what": "gain in score", "unit": "%", "paper": 4.0, "digits": 1}
+    head |= {"value": 3.5, "low": 1.25, "high": 5.75, "word": "reproduced", "required": True}
+    head |= {"why": "A reads more.", "mind": "A second size, 40 minutes."}
+    record = {"title": "A paper: on small models", "headline": head, "claims": [second, first]}
     (folder / "results.json").write_text(json.dumps(record))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- scorecard -->\nold\n<!-- /scorecard -->\nafter\n")
     monkeypatch.chdir(tmp_path)
-    assert report.main(["--all", "reproductions", "--out", "scorecard.md"]) == 0
-    card = (tmp_path / "scorecard.md").read_text()
+    assert report.main(["--all", "reproductions", "--out", "docs/evidence/scorecard.md"]) == 0
+    card = (tmp_path / "docs" / "evidence" / "scorecard.md").read_text()
     here = "gain of A over B (models): 3.500 [1.250, 5.750] %"
-    assert f"| **A1 A is better** | 4 % | {here} | 10, 11 | **holds** |" in card
-    assert "| A2 A is better | 4 % |  |  | **not measured** |" in card
-    row = "| [A paper](reproductions/a_paper.md) | 1 (1) |  |  |  | 1 (0) |"
+    main = f"| **A1 A is better** | 4 % | {here} | 2 | **holds** |"
+    other = "| A2 A is better | 4 % |  |  | **not measured** |"
+    assert card.index(main) < card.index(other)  # the main effect comes first
+    assert (
+        "| [A paper: on small models](../../reproductions/a_paper.md) | 1 (1) |  |  | 1 (0) |"
+        in card
+    )
+    total = "1 papers, 2 claims: 1 holds, 1 is not measured. Of the 1 that must hold at this scale: 1 holds."
+    assert total in card and total in capsys.readouterr().out
+    learned = (tmp_path / "docs" / "evidence" / "what_we_learned.md").read_text()
+    row = "| gain in score | +4.0 % | +3.5 % [+1.2, +5.8] | **reproduced** | A reads more. |"
+    assert f"| [A paper](../../reproductions/a_paper.md) {row}" in learned and total in learned
+    assert "A second size, 40 minutes." in learned
+    assert (
+        tmp_path / "docs" / "evidence" / "images" / "what_we_learned.png"
+    ).stat().st_size > 5_000
     text = readme.read_text()
-    assert row in card and row in text and row in capsys.readouterr().out
+    assert total in text and "(docs/evidence/images/what_we_learned.png)" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     (tmp_path / "reproductions" / "older").mkdir()
     (tmp_path / "reproductions" / "older" / "results.json").write_text('{"claims": []}')
-    assert report.main(["--all", "reproductions", "--out", "scorecard.md"]) == 0
-    assert "Not yet run under these rules" in capsys.readouterr().out
-    assert report.main(["--all", "nothing"]) == 2
-    assert "run launch.reproduce first" in capsys.readouterr().err
+    assert report.main(["--all", "reproductions", "--out", "docs/evidence/scorecard.md"]) == 0
+    assert "Not run under these rules yet, and not counted: older." in capsys.readouterr().out
     (folder / "results.json").write_text("[]")
     assert report.main(["--all", "reproductions"]) == 2
     assert "has no 'claims'" in capsys.readouterr().err
+    assert report.main(["--all", "nothing"]) == 2
+    assert "run launch.reproduce first" in capsys.readouterr().err
 
 
 def test_a_report_without_a_place_is_refused(capsys):

@@ -1,4 +1,4 @@
-"""An encoder-decoder tuned on files of inputs with targets: its adapters side by side, its preferences, and the harness."""
+"""An encoder-decoder tuned on files of inputs with targets: adapters side by side, preferences and rewards, and the harness."""
 
 import json
 
@@ -22,11 +22,15 @@ SMALL = (
     "vocabularies.byte.extra_ids=20",
     "BATCH_SIZE=8",
     "LOG_PERIOD=1",
-    "EVAL_PERIOD=2",
-    "EVAL_STEPS=1",
     "WARMUP_STEPS=0",
 )
+WITH_DATA = (
+    "TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+    "EVAL_PERIOD=2",
+    "EVAL_STEPS=1",
+)
 TUNING = ("models/t5_tiny", "data/examples_base", "runs/pretrain")
+ONLINE = ("models/t5_tiny", "data/prompts_base", "runs/online")
 PREFERENCES = ("models/t5_tiny", "data/preferences_base", "runs/preference")
 VOCABULARY = """
 from __gin__ import dynamic_registration
@@ -60,7 +64,7 @@ def start(train, files):
             "MIXTURE_OR_TASK_NAME='examples'" if names[:3] == TUNING else "",
             f"PAIRS={str(files / 'pairs.jsonl')!r}" if names[:3] == PREFERENCES else "",
             "PAIRS_VALIDATION_FRACTION=0.2" if names[:3] == PREFERENCES else "",
-            "TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+            *(() if names[:3] == ONLINE else WITH_DATA),
             f"TRAIN_STEPS={steps}",
             *SMALL,
             *bindings,
@@ -261,7 +265,88 @@ def test_preferences_are_learnt_against_the_base(start, base, tmp_path):
         tmp_path / "refused", PREFERENCES, *more, "TASK_FEATURE_LENGTHS={'targets': 32}", status=2
     )
     assert "reads inputs, and PackedPairs has none" in refused.err
-    assert "online methods, reward models" in refused.err
+    assert "set TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 512}" in refused.err
+
+
+def test_it_learns_from_its_own_samples_and_a_reward_model(start, base, files, tmp_path):
+    """GRPO with updates on each rollout goes on bit for bit; PPO has a critic, and the policy's rewards are those of the file."""
+    own = (f"INITIAL_CHECKPOINT_PATH={str(base)!r}", "BACKBONE=@encoder_decoder.EncoderDecoder()")
+    reward = tmp_path / "reward"
+    names = (*PREFERENCES, "methods/preference/reward_model")
+    start(reward, names, *own, "INITIAL_STRICT=False", "PROMPT_EOS=True", "LEARNING_RATE=1e-2")
+    assert metric(reward, "loss")[0] == pytest.approx(np.log(2), abs=1e-5)
+    online = (
+        *("MAX_PROMPT_LENGTH=12", "MAX_NEW_TOKENS=4", "PROMPTS=8", "SAMPLES=2", "UPDATES=2"),
+        "BATCH_SIZE=16",
+        f"PROMPT_FILES={str(files / 'pairs.jsonl')!r}",
+        "tasks.register_prompts.prompt_eos=True",
+        "CHECKPOINT_PERIOD=1",
+        "LEARNING_RATE=1e-3",
+    )
+    grpo = (*ONLINE, "methods/preference/grpo", "methods/preference/reward_checkpoint")
+    given = (*own, *online, f"REWARD_CHECKPOINT={str(reward)!r}", "WITH_REFERENCE=True", "BETA=0.1")
+    run = tmp_path / "grpo"
+    start(run, grpo, *given, steps=4)
+    whole = {row["step"]: row for row in read_jsonl(run / "metrics.jsonl")}
+    assert whole[1]["reward"] == whole[2]["reward"] != whole[3]["reward"]
+    assert whole[1]["kl"] == pytest.approx(0, abs=1e-5) and abs(whole[1]["ratio"] - 1) < 1e-4
+    steps = epath.Path(run) / "checkpoints"
+    ended = step_dir.read_manifest(steps / "4").arrays
+    (steps / "4").rmtree()  # the run goes on in the middle of its second rollout
+    start(run, grpo, *given, steps=4)
+    assert step_dir.read_manifest(steps / "4").arrays == ended
+
+    ppo = (*ONLINE, "methods/preference/ppo")
+    online += ("VERIFIERS=[@verifiers.too_long]", "verifiers.too_long.free=0")
+    online += ("verifiers.too_long.span=4",)
+    start(tmp_path / "ppo", ppo, *own, *online, steps=1)
+    assert np.isfinite(metric(tmp_path / "ppo", "value_loss")).all()
+    refused = start(tmp_path / "no", ppo, own[0], *online, status=2)
+    assert "encoder_decoder.EncoderDecoder" in refused.err
+
+
+def test_it_learns_a_teacher_that_runs_or_is_stored(start, base, tmp_path):
+    given = (f"TEACHER={str(base)!r}", "TEMPERATURE=2.0", "SEED=3")
+    live, stored = tmp_path / "live", tmp_path / "stored"
+    start(live, (*TUNING, "methods/distillation/distillation"), *given)
+    more = (f"TEACHER_STORE={str(tmp_path / 'store')!r}", "TEACHER_TOP_K=280")
+    start(stored, (*TUNING, "methods/distillation/distillation_stored"), *given, *more)
+    for name in ("loss", "divergence", "distillation_loss"):
+        np.testing.assert_allclose(metric(stored, name), metric(live, name), rtol=2e-4)
+
+
+def test_routers_read_the_sentences_that_another_model_embeds(
+    start, base, files, command, tmp_path
+):
+    from espalier.launch.load import load_run
+
+    embedded, made = tmp_path / "embedded.jsonl", tmp_path / "y.jsonl"
+    given = [f"--checkpoint={base}", f"--inputs={files / 'examples.jsonl'}"]
+    assert command("prepare embed_sentences", *given, f"--output={embedded}") == 0
+    rows = rows_of(embedded)
+    with load_run.config_of(str(base)).load(str(base), encoder_decoders=True) as run:
+        ids = [*run.vocabulary.encode(rows[3]["inputs"]), run.vocabulary.eos_id]
+        inputs = np.array([ids] * 8)  # a row for each device
+        states = run.model.apply({"params": run.params}, inputs, method="encode").states_BSD
+    mean = np.asarray(states, np.float64)[0].mean(0)
+    mean /= np.sqrt((mean**2).mean() + 1e-6)
+    np.testing.assert_allclose(rows[3]["sentence_embedding"], mean, atol=1e-4)
+
+    tuned = tmp_path / "run"
+    more = (f"EXAMPLES={str(embedded)!r}", "examples.register_examples.with_sentences=True")
+    more += ("ADAPTER_ROUTER_INPUT='sentence'", "ADAPTER_EXPERTS=2", "LEARNING_RATE=0.3")
+    more += ("mov.Mov.sentence_dim=16", f"INITIAL_CHECKPOINT_PATH={str(base)!r}")
+    start(tuned, (*TUNING, "methods/mov/mov"), *more)
+    assert np.isfinite(metric(tuned, "eval/examples/loss")).all()
+    some = tmp_path / "x.jsonl"
+    other = {"sentence_embedding": [-10 * x for x in rows[3]["sentence_embedding"]]}
+    some.write_text("".join(json.dumps({**rows[3], **more}) + "\n" for more in ({}, other)))
+    flags = [f"--checkpoint={tuned}", f"--inputs={some}", f"--output={made}"]
+    assert command("score", *flags) == 0
+    one, two = (row["sum"] for row in rows_of(made))
+    assert one != two
+    assert command("generate", *flags, "--max_new_tokens=3") == 0
+    assert len(rows_of(made)) == 2
 
 
 def test_the_harness_scores_and_continues_it(base, command, tmp_path):

@@ -23,6 +23,7 @@ from espalier.trainers.initialise import abstract_variables
 from espalier.trainers.inputs import PackedTokens
 from espalier.trainers.recipe import Program
 from espalier.trainers.telemetry.metric_writers import read_jsonl
+from tests import transcripts
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FILES = ("models/tiny", "data/files", "runs/pretrain")
@@ -86,8 +87,16 @@ def trained(train, flags, tmp_path_factory):
 def test_a_start_describes_itself_before_it_restores_and_compiles(
     train, flags, command, tmp_path, monkeypatch
 ):
-    """The log of a real command: a header first, and every stage that lasts."""
-    monkeypatch.setattr(stages, "PERIOD", 0.002)
+    """The log of a real command: a header first, and every stage."""
+
+    class Spoken(list):
+        """Says each stage when it begins: a thread that waits for silence may miss a short one."""
+
+        def append(self, newest):
+            super().append(newest)
+            stages._say(newest)
+
+    monkeypatch.setattr(stages, "_stages", Spoken())
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -132,6 +141,25 @@ def test_a_run_says_what_it_will_do_and_did(trained):
     assert lines["estimate"].startswith("about ")
     assert f"done at step 40; the run is in {path}" in result.out
     assert re.search(r"time: init .*; \d+% in steps", result.out)
+
+
+@pytest.mark.parametrize("page", transcripts.pages())
+def test_pages_show_what_a_run_prints_in_its_order(trained, page):
+    _, result = trained
+    order = list(dict.fromkeys(transcripts.stages(result.out)))
+    assert " ".join(order) == (
+        "mesh parameters data tokens epochs start estimate step held done loss time life read"
+    )
+    for block in transcripts.transcripts(page):
+        omitted = transcripts.omitted_stages(block, order)
+        assert not omitted, (
+            f"{page}:{block.line}: a run also prints lines that begin with {', '.join(omitted)}: show them, "
+            f"or a line '...' in their place. The order is {', '.join(order)}."
+        )
+        other = transcripts.other_words(block, result.out)
+        assert not other, (
+            f"{page}:{block.line}: a run's lines do not have the words {', '.join(other)}: show what it prints today"
+        )
 
 
 def test_losses_are_lines_where_there_is_no_terminal(trained):
@@ -414,6 +442,9 @@ def test_the_directory_of_another_run_is_refused_by_the_first_difference(train, 
     path, _ = trained
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     message = error(train(*flags(path, "LEARNING_RATE=1e-3")))
+    page = "docs/reference/configuration_errors.md"
+    shown = transcripts.transcripts(page)[-1].text.partition(" now. ")[2]
+    assert shown and message.strip().endswith(shown), "show the message of today in " + page
     for part in (str(path), "LEARNING_RATE was 0.01 there and is 0.001 now", "another MODEL_DIR"):
         assert part in message
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before

@@ -172,7 +172,7 @@ class StoredArray:
         if entry is not None:
             _check_layout(path, name, self._store, entry)
         self._whole: np.ndarray | None = None
-        self.chunk: tuple[int, ...] = tuple(self._store.chunk_layout.read_chunk.shape)
+        self.chunk: tuple[int, ...] = tuple(self._store.chunk_layout.read_chunk.shape or ())
         if all(a >= b for a, b in zip(self.chunk, self._store.shape, strict=True)):
             self._whole = self._store.read().result()
 

@@ -53,7 +53,12 @@ Occasion = Literal["period", "local", "signal"]
 
 
 class Checkpointer(contextlib.AbstractContextManager):
-    """The checkpoints of one run. Only its training processes may open it; other readers use restore.py."""
+    """The checkpoints of one run: `save` writes a step, `restore_latest` reads the newest good one.
+
+    Each step is a folder of its own, which counts as soon as it is complete. All processes of a run call each method. Only they
+    may open the directory; other programs read it with trainers/checkpoints/restore.py. `wait` ends the saves that a thread
+    has begun, and so does leaving the `with` block.
+    """
 
     def __init__(
         self,
@@ -334,7 +339,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _start_locally(
         self, local: LocalSteps, restored: Restored, unusable: Mapping[int, str]
     ) -> None:
-        """Tells why newer local steps are not used, and goes on in the local tier from the restored step."""
+        """Tells why newer local steps are not used, and continues in the local tier from the restored step."""
         reasons = list(unusable.values())[:1] or list(filter(None, [local.in_part(restored.step)]))
         if reasons and agreement.is_primary():
             _log.warning(

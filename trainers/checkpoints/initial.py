@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -23,6 +23,7 @@ from espalier.trainers.checkpoints.manifest import Manifest
 from espalier.trainers.checkpoints.restore_params import (
     Assignment,
     CheckpointMismatchError,
+    ComputedCheckpoint,
     as_saved,
     is_added,
     restore_params,
@@ -54,6 +55,8 @@ class InitialCheckpoint:
         whenever one of them is (base_step.py).
       transform: transforms the checkpoint's parameters to this model's (model/transforms/base.py).
       moments: with `transform`, 'reset' uses fresh optimiser moments, 'carry' transforms the checkpoint's.
+      computed: opens a checkpoint that is computed from several, `path` among them, whose parameters are taken instead of
+        those in `path`; with 'params', `transform` applies to them. All else is as in `path`.
     """
 
     path: str | os.PathLike | None = None
@@ -66,6 +69,7 @@ class InitialCheckpoint:
     base_apart: bool = False
     transform: TreeTransform | None = None
     moments: Moments = "reset"
+    computed: Callable[[], ComputedCheckpoint] | None = None
 
     def check(self) -> None:
         """Raises ValueError for unknown values and for options that exclude each other."""
@@ -106,6 +110,18 @@ class InitialCheckpoint:
                 "BASE_APART reads the base model from INITIAL_CHECKPOINT_PATH, as it is there: set this path, and no "
                 "INITIAL_TRANSFORM or InitialCheckpoint.assignment."
             )
+        refused = {
+            "InitialCheckpoint.use_ema": self.use_ema,
+            "BASE_APART": self.base_apart,
+            "INITIAL_CHECKPOINT_PATH = None": not self.path,
+            "INITIAL_TRANSFORM": self.transform is not None and self.scope != "params",
+        }
+        if self.computed is not None and any(refused.values()):
+            raise ValueError(
+                f"The parameters of {self.computed!r} are computed from several checkpoints as the run starts, so "
+                f"{', '.join(name for name, is_set in refused.items() if is_set)} cannot be had: remove this setting, or write "
+                "the checkpoint first and start from it."
+            )
         if self.transform is not None and not self.path:
             raise ValueError(
                 "INITIAL_TRANSFORM changes the parameters of a checkpoint: set "
@@ -127,6 +143,7 @@ def transformed(
     state: Any,
     transform: TreeTransform,
     initial: InitialCheckpoint,
+    computed: ComputedCheckpoint | None = None,
 ) -> Any:
     """Returns a fresh state with transformed parameters and, if `initial.moments` is 'carry', moments.
 
@@ -136,13 +153,15 @@ def transformed(
       state: a fresh TrainState of the new model.
       transform: a transform of one source, see model/transforms/base.py.
       initial: options.
+      computed: parameters to transform instead of the step's.
 
     Raises:
       TransformError: the transform does not support the checkpoint.
       ValueError: the moments cannot be transformed.
       DamagedCheckpointError, CheckpointMismatchError.
     """
-    entries = base_step.entries(step, recorded, "ema" if initial.use_ema else "raw")
+    which = "ema" if initial.use_ema else "raw"
+    entries = computed.entries if computed else base_step.entries(step, recorded, which)
     saved = {name: tuple(entry.shape) for name, entry in entries.items()}
     everything = state_tree.flatten(state.params)
     fresh = {
@@ -159,6 +178,7 @@ def transformed(
             assignment=initial.assignment,
             strict=initial.strict,
             use_ema=initial.use_ema,
+            computed=computed,
         )
     )
     params = base.apply(recipes, lambda _, name: source[name])

@@ -289,7 +289,7 @@ class LocalSteps:
         """Takes over the steps up to `last` under a new token, and deletes all others. Every process must call it.
 
         Args:
-          last: the step that the run goes on from; None for a new run.
+          last: the step that the run continues from; None for a new run.
         """
         self.wait()
         kept = {step for step in self._steps if last is not None and step <= last}

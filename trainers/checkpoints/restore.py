@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpo
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from espalier.trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
+    ComputedCheckpoint,
     as_saved,
     describe,
     list_differences,
@@ -28,6 +30,7 @@ from espalier.trainers.checkpoints.restore_params import (
 )
 from espalier.trainers.extensions import StepExtension, of_model
 
+_log = logging.getLogger(__name__)
 # The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).
 _OF_ARRAYS = "model.param_dtype"
 
@@ -199,7 +202,7 @@ def restore_or_initialise(
       initial: the checkpoint to start from if the run has none.
       restart: returns a state with a fresh optimiser for its parameters; None if a fresh optimiser does not
         depend on their values.
-      extensions: those of the run, whose parts of the state begin anew with another run's parameters.
+      extensions: those of the run, whose parts of the state begin again with another run's parameters.
 
     Raises:
       ValueError: options of `initial` exclude each other.
@@ -213,7 +216,10 @@ def restore_or_initialise(
         return Restored(step=0, state=initialise(), source="scratch")
     if initial.transform is not None or initial.scope == "params":
         return _restore_variables(initial, initialise(), restart, extensions)
+    computed = _computed(initial)
     restored = restore_state(initial.path, abstract_state)
+    if computed is not None:
+        restored = _with_parameters(restored, computed, restart)
     if initial.scope == "phase":
         restored = dataclasses.replace(
             restored, step=0, state=_at_phase_start(restored.state, extensions)
@@ -233,16 +239,21 @@ def _restore_variables(
     moving average starts at the new parameters.
     """
 
+    assert initial.path is not None
+    computed = _computed(initial)
+
     def read(step: epath.Path) -> Restored:
         recorded = step_dir.read_manifest(step)
         record = step_dir.read_record(step, recorded)
         if initial.transform is not None:
-            new = transformed(step, recorded, state, initial.transform, initial)
+            new = transformed(step, recorded, state, initial.transform, initial, computed)
         else:
             names = ("assignment", "strict", "use_ema", "added")
             options = {key: getattr(initial, key) for key in names}
-            new = state.replace(params=restore_params(step, state.params, **options))
-        new = new.with_parts(restore_variables(step, of_model(extensions, state.variables)))
+            params = restore_params(step, state.params, **options, computed=computed)
+            new = state.replace(params=params)
+        if computed is None:
+            new = new.with_parts(restore_variables(step, of_model(extensions, state.variables)))
         if state.ema_params is not None:
             # A copy, because averages have their own dtype, and a buffer can be donated only once.
             ema = jax.tree.map(
@@ -254,11 +265,48 @@ def _restore_variables(
         first = record["step"] if initial.scope == "state" else 0
         new = _at_step(new, first) if first else new
         # Sums of the old model's metrics do not belong into a row of the new one.
-        meta = {key: value for key, value in record["meta"].items() if key != "window"}
+        facts = record["meta"] if computed is None else computed.meta
+        meta = {key: value for key, value in facts.items() if key != "window"}
         return Restored(step=first, state=new, meta=meta, path=step, source="initial")
 
-    assert initial.path is not None
     return step_dir.newest_good(initial.path, read)
+
+
+def _with_parameters(
+    restored: Restored,
+    computed: ComputedCheckpoint,
+    restart: Callable[[Any], Any] | None,
+) -> Restored:
+    """Returns a whole state with computed parameters, and their record among its facts.
+
+    Raises:
+      ValueError: the state has more of its own parameters than moments.
+    """
+    state, path = restored.state, restored.path
+    assert path is not None
+    if restart is not None or state.ema_params is not None:
+        raise ValueError(
+            "An optimiser or an average that has a copy of the parameters cannot go on with others: use INITIAL_SCOPE = 'params'."
+        )
+    state = state.replace(params=restore_params(path, state.params, computed=computed))
+    meta = {**restored.meta, **computed.meta}
+    return dataclasses.replace(restored, state=state, meta=meta)
+
+
+def _computed(initial: InitialCheckpoint) -> ComputedCheckpoint | None:
+    """Returns the opened checkpoint that is computed from several; None if the run starts from one that is stored."""
+    if initial.computed is None:
+        return None
+    assert initial.path is not None
+    computed = initial.computed()
+    named = step_dir.folder_of(step_dir.resolve(initial.path))
+    if named not in map(step_dir.folder_of, computed.steps):
+        raise ValueError(
+            f"INITIAL_CHECKPOINT_PATH = {os.fspath(initial.path)!r} is none of the checkpoints that {initial.computed!r} is "
+            "computed from: remove it from the command, or name the one whose data, moments and step go on."
+        )
+    _log.info("initial parameters:\n%s", "\n".join(computed.table()))
+    return computed
 
 
 def _at_phase_start(state: Any, extensions: Sequence[StepExtension]) -> Any:

@@ -1,8 +1,8 @@
 """Restores the parameters of a checkpoint into a model, all of them or by path pattern.
 
-A checkpoint may store a model's layers in another layout. Scanned with a period P, layers/block_p has a leading axis, whose
-row g is layer g * P + p. Unrolled, layers/block_i is layer i. A run may read layers with another period (`layer_pattern`), or
-scan layers that were saved unrolled.
+A checkpoint may store a model's layers in another layout. Scanned, a block has a leading axis of its layers, which
+model/layer_groups.py divides: with a period P, row g of layers/block_p is layer g * P + p. Unrolled, layers/block_i is layer i.
+A run may read layers in other groups (`layer_pattern`), or scan layers that were saved unrolled.
 """
 
 import collections
@@ -11,19 +11,20 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.model import layer_groups
 from espalier.trainers.checkpoints import base_step, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Manifest
 
-_BLOCK = re.compile(r"((?:.*/)?layers)/block_(\d+)/(.+)")
 _log = logging.getLogger(__name__)
 # Fact of a checkpoint: the name of its model's part for inference (model/protocol.py), without which a model that has no
 # further heads names the parameters.
@@ -76,61 +77,127 @@ class Saved:
         return wanted
 
 
+class ComputedCheckpoint(Protocol):
+    """A checkpoint that is computed from others while it is read, an array at a time; no step directory has it.
+
+    Attributes:
+      steps: step directories of the checkpoints; `meta` begins with the facts of the first.
+      meta: JSON facts, as a step's record has them.
+      entries: shapes and dtypes of its parameters, by path.
+    """
+
+    steps: Sequence[epath.Path]
+    meta: Mapping[str, Any]
+    entries: Mapping[str, ArrayEntry]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns the values of one of `entries`, which every process computes."""
+        ...
+
+    def table(self) -> list[str]:
+        """Returns lines on how every parameter is computed."""
+        ...
+
+
 class SavedArrays:
     """The arrays of a checkpoint, by the names of a model that may have another layout.
 
     Args:
       entries: the checkpoint's arrays by name.
-      names: all names that will be looked up: they tell the model's layout.
+      wanted: the shapes of all arrays that will be looked up, by name: they show the model's layout.
     """
 
-    def __init__(self, entries: Mapping[str, ArrayEntry], names: Iterable[str]):
+    def __init__(self, entries: Mapping[str, ArrayEntry], wanted: Mapping[str, tuple[int, ...]]):
         self.entries = entries
-        self._blocks: dict[tuple[str, str], dict[int, str]] = {}  # by stack and path in a block
-        self._periods = _periods(entries), _periods(names)
-        for name in entries:
-            if match := _BLOCK.fullmatch(name):
-                self._blocks.setdefault((match[1], match[3]), {})[int(match[2])] = name
+        theirs = _shapes_in_blocks({name: entry.shape for name, entry in entries.items()})
+        ours = _shapes_in_blocks(wanted)
+        self._layouts = {
+            stack: layouts
+            for stack in {*theirs} & {*ours}
+            if (layouts := _layouts(theirs[stack], ours[stack])) is not None
+        }
 
     def find(self, name: str, shape: tuple[int, ...]) -> Saved | None:
         """Returns an array of this shape; None if the checkpoint lacks it, one of another shape if it has only that."""
         entry = self.entries.get(name)
         whole = None if entry is None else Saved(entry, ((name, None),))
-        if entry is not None and entry.shape == shape:
+        match = layer_groups.BLOCK.fullmatch(name)
+        if match is None or match[1] not in self._layouts:
             return whole
-        match = _BLOCK.fullmatch(name)
-        moved = match and self._moved(match[1], int(match[2]), match[3], shape)
-        return moved or whole
+        if entry is not None and entry.shape == shape and self._same(match[1], int(match[2])):
+            return whole
+        return self._moved(match[1], int(match[2]), match[3], shape) or whole
+
+    def _same(self, stack: str, block: int) -> bool:
+        """Returns whether a block has the same layers in both layouts."""
+        theirs, ours = self._layouts[stack]
+        return theirs.scanned == ours.scanned and theirs.layers(block) == ours.layers(block)
 
     def _moved(self, stack: str, block: int, rest: str, shape: tuple[int, ...]) -> Saved | None:
-        blocks = self._blocks.get((stack, rest))
-        if not blocks:
-            return None
-        theirs, ours = (periods[stack] for periods in self._periods)
-        entry = self.entries[next(iter(blocks.values()))]
-        layer = entry.shape if len(entry.shape) < len(shape) else entry.shape[1:]
-        unrolled, stacked = len(entry.shape) == len(layer), len(shape) > len(layer)
-        count = theirs if unrolled else theirs * entry.shape[0]
-        if (
-            count != (ours * shape[0] if stacked else ours)
-            or shape[len(shape) - len(layer) :] != layer
-        ):
-            return None
-        parts = []
-        for i in range(block, count if stacked else block + 1, ours):
-            source = blocks.get(i if unrolled else i % theirs)
-            if source is None or self.entries[source].shape != entry.shape:
+        theirs, ours = self._layouts[stack]
+        layer_shape = shape[1:] if ours.scanned else shape
+        parts, dtypes = [], set()
+        for layer in ours.layers(block):
+            source, index = layer_groups.place(theirs.groups, layer)
+            name = f"{stack}/block_{source}/{rest}"
+            entry = self.entries.get(name)
+            if entry is None or entry.shape[theirs.scanned :] != layer_shape:
                 return None
-            parts.append((source, None if unrolled else i // theirs))
-        return Saved(dataclasses.replace(entry, shape=shape), tuple(parts), stacked)
+            parts.append((name, index if theirs.scanned else None))
+            dtypes.add(entry.dtype)
+        if len(dtypes) != 1 or (ours.scanned and shape[:1] != (len(parts),)):
+            return None
+        entry = dataclasses.replace(self.entries[parts[0][0]], shape=shape)
+        return Saved(entry, tuple(parts), ours.scanned)
 
 
-def _periods(names: Iterable[str]) -> dict[str, int]:
-    """Returns the number of blocks of each stack of layers."""
-    periods: dict[str, int] = {}
-    for match in filter(None, map(_BLOCK.fullmatch, names)):
-        periods[match[1]] = max(periods.get(match[1], 0), int(match[2]) + 1)
-    return periods
+class _Layout(NamedTuple):
+    """The layout of a stack of layers: the blocks' groups, and whether a block has an axis of layers."""
+
+    groups: tuple[layer_groups.Group, ...]
+    scanned: bool
+
+    def layers(self, block: int) -> range:
+        return layer_groups.layers_of(self.groups, block)
+
+
+# The shapes of a stack's arrays, by path in a block and number of the block.
+_InBlocks = dict[str, dict[int, tuple[int, ...]]]
+
+
+def _shapes_in_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _InBlocks]:
+    """Returns the shapes of each stack of layers."""
+    stacks: dict[str, _InBlocks] = {}
+    for name, shape in shapes.items():
+        if match := layer_groups.BLOCK.fullmatch(name):
+            stacks.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = shape
+    return stacks
+
+
+def _layouts(theirs: _InBlocks, ours: _InBlocks) -> tuple[_Layout, _Layout] | None:
+    """Returns the layouts of two stacks; None if they are not of the same layers.
+
+    An array that all blocks have on both sides shows which side has an axis of layers: the one with one axis more.
+    """
+    both = [rest for rest in theirs if _in_all(rest, theirs) and _in_all(rest, ours)]
+    # Those of fewest axes first, such as norms, which no method stacks otherwise.
+    for rest in sorted(both, key=lambda rest: len(next(iter(theirs[rest].values())))):
+        there, here = theirs[rest], ours[rest]
+        more = len(next(iter(there.values()))) - len(next(iter(here.values())))
+        # With as many axes, both are scanned, or blocks are the same layers anyway.
+        layouts = _layout(there, scanned=more >= 0), _layout(here, scanned=more <= 0)
+        if layouts[0].groups[-1].end == layouts[1].groups[-1].end:
+            return layouts
+    return None
+
+
+def _in_all(rest: str, stack: _InBlocks) -> bool:
+    return rest in stack and len(stack[rest]) == max(map(len, stack.values()))
+
+
+def _layout(shapes: Mapping[int, tuple[int, ...]], *, scanned: bool) -> _Layout:
+    repeats = {block: shape[0] if scanned else 1 for block, shape in shapes.items()}
+    return _Layout(layer_groups.inferred(repeats), scanned)
 
 
 class CheckpointMismatchError(ValueError):
@@ -161,6 +228,7 @@ def _assign(
     assignment: Assignment,
     strict: bool,
     added: Sequence[str],
+    root_of: Callable[[epath.Path], str],
 ) -> dict[str, Saved | None]:
     """Returns where the checkpoint has each parameter of the model; None to use its initial value."""
     names: dict[str, str | None] = {}
@@ -179,9 +247,14 @@ def _assign(
             f"{_nearest(first, list(wanted))}."
         )
     given = [name for name in names.values() if name is not None]
-    root = "" if set(given) <= set(entries) else _inference_root(path)
+    root = "" if set(given) <= set(entries) else root_of(path)
     root = "" if any(name.startswith(root) for name in given) else root
-    saved = SavedArrays(entries, [root + name for name in given])
+    shapes = {
+        root + source: tuple(wanted[name].shape)
+        for name, source in names.items()
+        if source is not None
+    }
+    saved = SavedArrays(entries, shapes)
     sources: dict[str, Saved | None] = {}
     missing = []
     for name, source in names.items():
@@ -233,6 +306,7 @@ def restore_params(
     verify: bool = True,
     use_ema: bool = False,
     added: Sequence[str] = (),
+    computed: ComputedCheckpoint | None = None,
 ) -> Any:
     """Returns parameters of a checkpoint with the shardings and dtypes of `abstract_params`.
 
@@ -247,6 +321,7 @@ def restore_params(
       verify: whether to check all files of the step and the restored arrays.
       use_ema: whether to read the moving average instead of the parameters.
       added: patterns of parameters that keep their initial values if the checkpoint lacks them, such as adapters.
+      computed: parameters to take instead of those of `path`, which is then only named in messages.
 
     Raises:
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError, BaseModelError.
@@ -254,26 +329,14 @@ def restore_params(
     """
     params = state_tree.flatten(abstract_params)
 
-    def read(step: epath.Path) -> Any:
-        which = "ema" if use_ema else "raw"
-        parts = base_step.parts(step, step_dir.read_manifest(step), which)
-        if not parts[0].entries:
-            raise CheckpointMismatchError(
-                f"checkpoint {step} holds no {parts[0].root.rstrip('/')}."
-            )
-        saved = {name: entry for part in parts for name, entry in part.entries.items()}
-        sources = _assign(step, params, saved, assignment, strict, added)
-        wanted = _wanted(step, params, saved, sources, added)
-        arrays: state_tree.Flat = {}
-        for part in parts:
-            own = {part.root + name: x for name, x in wanted.items() if name in part.entries}
-            if own:
-                reads = (
-                    read_verified(part.step, part.recorded, own)
-                    if verify
-                    else read_arrays(part.step, own)
-                )
-                arrays |= {name.removeprefix(part.root): array for name, array in reads.items()}
+    def placed(
+        step: epath.Path,
+        saved: Mapping[str, ArrayEntry],
+        read: Callable[[state_tree.Flat], state_tree.Flat],
+        root_of: Callable[[epath.Path], str],
+    ) -> Any:
+        sources = _assign(step, params, saved, assignment, strict, added, root_of)
+        arrays = read(_wanted(step, params, saved, sources, added))
         flat = {}
         uses = collections.Counter(sources.values())
         for name, source in sources.items():
@@ -286,7 +349,44 @@ def restore_params(
             flat[name] = jax.device_put(value, sharding_of(params[name]))
         return state_tree.unflatten(flat, abstract_params)
 
-    return step_dir.newest_good(path, read)
+    def read(step: epath.Path) -> Any:
+        which = "ema" if use_ema else "raw"
+        parts = base_step.parts(step, step_dir.read_manifest(step), which)
+        if not parts[0].entries:
+            raise CheckpointMismatchError(
+                f"checkpoint {step} holds no {parts[0].root.rstrip('/')}."
+            )
+
+        def arrays_of(wanted: state_tree.Flat) -> state_tree.Flat:
+            arrays: state_tree.Flat = {}
+            for part in parts:
+                own = {part.root + name: x for name, x in wanted.items() if name in part.entries}
+                if own:
+                    reads = (
+                        read_verified(part.step, part.recorded, own)
+                        if verify
+                        else read_arrays(part.step, own)
+                    )
+                    arrays |= {name.removeprefix(part.root): x for name, x in reads.items()}
+            return arrays
+
+        saved = {name: entry for part in parts for name, entry in part.entries.items()}
+        return placed(step, saved, arrays_of, _inference_root)
+
+    if computed is None:
+        return step_dir.newest_good(path, read)
+
+    def computed_arrays(wanted: state_tree.Flat) -> state_tree.Flat:
+        # One array after the other: no process has the whole checkpoint in its memory.
+        arrays = {}
+        for name, leaf in wanted.items():
+            values = computed.read(name)
+            arrays[name] = jax.make_array_from_callback(
+                leaf.shape, sharding_of(leaf), values.__getitem__
+            )
+        return arrays
+
+    return placed(epath.Path(path), computed.entries, computed_arrays, lambda _: "")
 
 
 def _wanted(

@@ -1,12 +1,13 @@
 """Writes a step from arrays that are computed block by block, so no array is in memory whole.
 
 The files are the same as from `Checkpointer`: Orbax's layout and metadata, the record, and a manifest with
-a digest of each array. The digest is summed while the blocks are written.
+a digest of each array. The digest is summed while the blocks are written. A save that was killed can go on (`Interrupted`).
 """
 
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from espalier.trainers.checkpoints import array_files, commit, manifest, state_t
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _BYTES_IN_FLIGHT = 16 << 20
+_STORE = "ocdbt.process_0"  # where the arrays of one process are, in the folder of a save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,43 @@ class StreamedArray:
     blocks: Callable[[], Iterator[Block]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Interrupted:
+    """The arrays that a killed save has written, which a save of the same arrays continues with.
+
+    Attributes:
+      store: their folder, see `take_store`; it becomes part of the new step. None to begin again.
+      digests: of the arrays in it that are whole, by name.
+      finished: called with the name and digest of each further array, once it is on the disk.
+    """
+
+    store: str | None = None
+    digests: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    finished: Callable[[str, int], None] = lambda name, digest: None
+
+
+def take_store(directory: str | os.PathLike, to: str) -> bool:
+    """Moves the arrays of a killed save, and removes what else it has left.
+
+    Args:
+      directory: directory `checkpoints` of the run, with one step at most.
+      to: folder to make; if it exists, an earlier call has made it, and the save was killed before it took it.
+
+    Returns:
+      Whether there are arrays.
+    """
+    for store in epath.Path(directory).glob(f"*/{step_dir.STATE}*/{_STORE}"):
+        shutil.rmtree(to, ignore_errors=True)
+        os.rename(store, to)
+    shutil.rmtree(directory, ignore_errors=True)
+    return os.path.isdir(to)
+
+
 class _Handler(ocp.type_handlers.TypeHandler):
     """Orbax handler that writes `StreamedArray` leaves; Orbax writes the other files."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupted: Interrupted) -> None:
+        self._interrupted = interrupted
         self.digests: dict[str, int] = {}
 
     def typestr(self) -> str:
@@ -57,10 +92,17 @@ class _Handler(ocp.type_handlers.TypeHandler):
     async def serialize(
         self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Any = None
     ) -> Sequence[Any]:
+        before = self._interrupted
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
-            base = paths.kvstore(info.parent_dir / "ocdbt.process_0")
-            self.digests[info.name] = _write(base, info.name, value)
+            folder = info.parent_dir / _STORE
+            if before.store is not None and not self.digests:
+                os.rename(before.store, folder)
+            digest = before.digests.get(info.name)
+            if digest is None:
+                digest = _write(paths.kvstore(folder), info.name, value)
+                before.finished(info.name, digest)
+            self.digests[info.name] = digest
         return []
 
 
@@ -77,6 +119,7 @@ def _write(base: Mapping[str, Any], name: str, array: StreamedArray) -> int:
         },
         "store_data_equal_to_fill_value": True,
         "create": True,
+        "delete_existing": True,  # a part, of a killed save
     }
     store = tensorstore.open(spec).result()
     digest, pending, size = 0, [], 0
@@ -111,6 +154,7 @@ def save(
     *,
     step: int = 0,
     meta: Mapping[str, Any] | None = None,
+    interrupted: Interrupted | None = None,
 ) -> epath.Path:
     """Writes a step in one process, and returns its directory.
 
@@ -119,13 +163,14 @@ def save(
       arrays: arrays by path, such as 'params/final_norm/scale'.
       step: number of the step.
       meta: JSON facts about the run.
+      interrupted: what a killed save of these arrays has left, with the names that `finished` was called with.
 
     Raises:
       CheckpointSaveError: the disk is full or cannot be written.
     """
     array_files.change_orbax()
     path = step_dir.absolute(directory) / str(step)
-    writer = _Handler()
+    writer = _Handler(interrupted or Interrupted())
     # Orbax warns if this argument is missing.
     plain = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
     registry = ocp.type_handlers.create_type_handler_registry(

@@ -2,7 +2,7 @@
 
 Every step ranks the continuations of all running beams by their summed log-probability. Continuations
 that end with EOS and are among the best K become finished, with the score sum / length^length_penalty
-(Wu et al., arXiv 1609.08144, with the length in place of their equation 14). The best K continuations
+(Wu et al., arXiv 1609.08144, with the length instead of their equation 14). The best K continuations
 that do not end become the running beams. Prompts are independent. After the last step every running
 beam is finished.
 

@@ -8,7 +8,7 @@ programs, a large one as many as pay for themselves.
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -73,6 +73,17 @@ def padded(
     for b, row in enumerate(rows):
         tokens_BT[b, : len(row)], lengths_B[b] = row, len(row)
     return tokens_BT, lengths_B
+
+
+def stacked(columns: Sequence[Mapping[str, np.ndarray]], batch_size: int) -> dict[str, np.ndarray]:
+    """Returns the columns of rows as arrays [batch_size, ...], 0 for absent rows."""
+    arrays: dict[str, np.ndarray] = {}
+    names = columns[0] if columns else {}
+    for name, first in names.items():
+        arrays[name] = np.zeros((batch_size, *first.shape), first.dtype)
+        for b, of_row in enumerate(columns):
+            arrays[name][b] = of_row[name]
+    return arrays
 
 
 def in_order(pairs: Iterable[tuple[int, _T]]) -> Iterator[_T]:

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from espalier.trainers.decoding.buckets import (
     in_order,
     padded,
     program_tokens,
+    stacked,
 )
 from espalier.trainers.decoding.decode import Settings, advance, begin
 from espalier.trainers.decoding.prefill import check_memory, prefill, repeated
@@ -151,6 +152,7 @@ class Decoder:
         self._indices: Sequence[int] = ()
         self._first: Sequence[Sequence[int] | None] | None = None
         self._draws: Sequence[Draw] | None = None
+        self._columns: Sequence[Mapping[str, np.ndarray]] = ()
         self.stats = Stats()
 
     def use(self, params: Any) -> None:
@@ -170,14 +172,17 @@ class Decoder:
         indices: Sequence[int] | None = None,
         first: Sequence[Sequence[int] | None] | None = None,
         draws: Sequence[Draw] | None = None,
+        columns: Sequence[Mapping[str, np.ndarray]] = (),
     ) -> Iterator[Continuation]:
         """Yields continuations as they are finished, in the order of the prompts and their samples.
 
         Args:
           indices: indices of the prompts in a larger set, for the draws; None for 0, 1, ...
           first: the tokens among which each prompt's first new token is chosen, None for all; None if no prompt has any.
-          draws: how each prompt is continued, in place of `seed`, `indices`, and the settings' temperature and restrictions;
+          draws: how each prompt is continued, instead of `seed`, `indices`, and the settings' temperature and restrictions;
             None if all are continued alike.
+          columns: what layers read of each prompt's row besides its tokens, see `trainers.scoring.scoring.Row`; empty for
+            nothing.
 
         Raises:
           ValueError: a prompt is empty, has no token before the last `policy.future` tokens, or leaves
@@ -201,6 +206,7 @@ class Decoder:
         self._indices = range(len(prompts)) if indices is None else indices
         self._first = first
         self._draws = draws
+        self._columns = columns
         batches = self._batches(prompts, seed)
         return (continuation for samples in in_order(batches) for continuation in samples)
 
@@ -252,7 +258,8 @@ class Decoder:
         tokens_BT, lengths_B = padded([prompts[i] for i in batch], self._batch_size, length)
         active_B = np.arange(self._batch_size) < len(batch)
         allowed_BV = self._allowed(batch)
-        arrays = (tokens_BT, lengths_B, active_B, allowed_BV, *self._drawn(batch, seed))
+        more = stacked([self._columns[i] for i in batch] if self._columns else [], self._batch_size)
+        arrays = (tokens_BT, lengths_B, active_B, allowed_BV, *self._drawn(batch, seed), more)
         state = self._read(length, *jax.device_put(arrays, self._sharding))
         decode = self._choose if self._settings.beams is None else self._search
         continued = decode(length, state, batch)
@@ -291,8 +298,9 @@ class Decoder:
         return keys, RowSampling(temperature_B, top_p_B)
 
     def _name(self, program: str) -> str:
-        """Returns the name of a program, which differs if every row has its own sampling."""
-        return program if self._draws is None else f"{program} by row"
+        """Returns the name of a program, which differs if every row has its own sampling, or columns."""
+        program = program if self._draws is None else f"{program} by row"
+        return f"{program} with columns" if self._columns else program
 
     def _read(self, length: int, *arrays: Any) -> Any:
         """Reads each prompt once and repeats its caches.
@@ -306,9 +314,9 @@ class Decoder:
         copies = settings.num_samples if beams is None else beams.num_beams
         start, options = self._decoder_start, self._prefill_options
 
-        def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling):
+        def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling, more):
             columns, tokens_BT, lengths_B = model.row.prompts(tokens_BT, lengths_B, start=start)
-            context = model.row_context({"params": params}, columns)
+            context = model.row_context({"params": params}, {**columns, **more})
             with rows.given(context):
                 logits_BV, caches = prefill(
                     *(model, params, policy, tokens_BT, lengths_B),
@@ -396,7 +404,7 @@ class Decoder:
                 )
             return ((logits_BV, caches, *own_B, allowed_BV), context), beams
 
-        name = "decode" if self._first is None else "restricted decode"
+        name = self._name("decode" if self._first is None else "restricted decode")
         _, beams = self._timed(name, length, run, state)
         return [
             [

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.model import rows
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.protocol import inference_model, inference_params
 from espalier.model.transforms import layer_stack
@@ -27,7 +28,7 @@ class PolicySampler:
     round and the number of the sample.
 
     Args:
-      model: a decoder-only module, or an actor-critic model.
+      model: a language model, or an actor-critic model.
       settings: settings of generation, including the number of samples per prompt.
       sharding: sharding of the prompts, which must divide evenly over its mesh.
     """
@@ -42,15 +43,24 @@ class PolicySampler:
             # Slices of stacked weights inside the loop would copy them for every token.
             unrolled = layer_stack.unrolled(written_by)
             params = layer_stack.unroll(params, written_by.config)
-            logits_PV, caches = prefill(unrolled, params, policy, tokens_PT, lengths_P, room=room)
-            rows = repeated((logits_PV, caches, lengths_P, active_P), copies)
-            logits_RV, caches, lengths_R, active_R = rows
+            columns, tokens_PT, lengths_P = unrolled.row.begun(tokens_PT, lengths_P)
+            context = unrolled.row_context({"params": params}, columns)
+            with rows.given(context):
+                logits_PV, caches = prefill(
+                    *(unrolled, params, policy, tokens_PT, lengths_P),
+                    room=room,
+                    encoder=rows.encoder_arguments(columns),
+                )
+            of_prompts = (logits_PV, caches, lengths_P, active_P, context)
+            logits_RV, caches, lengths_R, active_R, context = repeated(of_prompts, copies)
             key = jax.random.fold_in(jax.random.key(seed), number)
             index_R = first * copies + jnp.arange(len(lengths_R), dtype=jnp.uint32)
             keys_R = jax.vmap(jax.random.fold_in, (None, 0))(key, index_R)
-            decoded, _ = decode.decode(
-                unrolled, params, policy, logits_RV, caches, lengths_R, active_R, keys_R, settings
-            )
+            own_R = (lengths_R, active_R, keys_R)
+            with rows.given(context):
+                decoded, _ = decode.decode(
+                    unrolled, params, policy, logits_RV, caches, *own_R, settings
+                )
             return decoded.tokens_BM, decoded.lengths_B
 
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -71,14 +81,15 @@ class PolicySampler:
         """Returns the tokens of R continuations, including EOS; continuations of one prompt are adjacent.
 
         Args:
-          tokens_PT: prompts, padded on the right; every process has all of them.
+          tokens_PT: prompts, padded on the right; every process has all of them. The first token of an encoder-decoder's is
+            the one that the continuation follows, and the encoder reads the others.
           number: number of the round, such as the step.
           first: index in the round of the first of these prompts.
           active_P: False for rows that only fill the batch; None if all rows are prompts.
         """
         active_P = np.ones_like(lengths_P, bool) if active_P is None else active_P
-        rows = [placed(array, self._sharding) for array in (tokens_PT, lengths_P, active_P)]
-        arrays = self._sample(params, *rows, np.uint32(number), np.uint32(first))
+        prompts = [placed(array, self._sharding) for array in (tokens_PT, lengths_P, active_P)]
+        arrays = self._sample(params, *prompts, np.uint32(number), np.uint32(first))
         tokens_RM, counts_R = jax.device_get(arrays)
         return [row[:n].tolist() for row, n in zip(tokens_RM, counts_R, strict=True)]
 
@@ -145,9 +156,9 @@ class Generator:
             batch = self._prompts[first : first + self._batch_size]
             tokens_BT, lengths_B = padded(batch, self._batch_size, length)
             active_B = np.arange(self._batch_size) < len(batch)
-            rows = self._sampler(
+            continued = self._sampler(
                 params, tokens_BT, lengths_B, active_P=active_B, number=step, first=first
             )
-            outputs += rows[: len(batch)]
+            outputs += continued[: len(batch)]
             done()
         return outputs

@@ -24,7 +24,7 @@ from espalier.common.ranges import Count, Fraction, Positive, Size
 from espalier.model.axes import Rules
 from espalier.model.kernels.cross_entropy import map_tokens
 from espalier.model.kernels.vocab_logits import LogitForm
-from espalier.trainers.inputs import Arrays, PackedTokens, TokenRows
+from espalier.trainers.inputs import Arrays, TokenRows, packed
 from espalier.trainers.objectives.base import Batch, LossOut, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective, frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenModel
@@ -56,7 +56,7 @@ def jensen_shannon(log_p_CN: jax.Array, log_q_CN: jax.Array, *, beta: float = 0.
 
 
 class Teacher(FrozenModel):
-    """A teacher that runs beside the student: any run's decoder, sharded as the student is and outside of its state."""
+    """A teacher that runs beside the student: any run's language model, sharded as the student is and outside of its state."""
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
         """Checks also that the teacher predicts tokens, and that its documents began like the data's."""
@@ -70,12 +70,21 @@ class Teacher(FrozenModel):
         self.checkpoint.check_beginnings(step, meta, "register the data with add_bos")
 
 
+def check_student(teacher: Teacher, student: Any) -> None:
+    """Raises ValueError if one of both is an encoder-decoder, and the other reads inputs and targets as one text."""
+    if teacher.model.row.encodes != student.row.encodes:
+        raise ValueError(
+            f"TEACHER is a {type(teacher.model).__name__} and the student a {type(student).__name__}, which read different rows: "
+            "an encoder-decoder learns from an encoder-decoder, a decoder from a decoder."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TaughtTokens(TokenRows):
     """Packed tokens, each with a teacher's K likeliest predictions.
 
     Attributes:
-      feature_lengths: {'targets': tokens of a row}.
+      feature_lengths: {'targets': tokens of a row}; of an encoder-decoder also its 'inputs'.
       top_k: K.
     """
 
@@ -84,12 +93,13 @@ class TaughtTokens(TokenRows):
 
     @property
     def length(self) -> int:
-        return self.feature_lengths["targets"]
+        return sum(self.feature_lengths.values())
 
     def arrays(self, rows: int) -> Arrays:
-        ids = jax.ShapeDtypeStruct((rows, self.length, self.top_k), jnp.int32)
-        log_probs = jax.ShapeDtypeStruct((rows, self.length, self.top_k + 1), jnp.float32)
-        tokens = PackedTokens(self.length).arrays(rows)
+        per_token = (rows, self.feature_lengths["targets"])
+        ids = jax.ShapeDtypeStruct((*per_token, self.top_k), jnp.int32)
+        log_probs = jax.ShapeDtypeStruct((*per_token, self.top_k + 1), jnp.float32)
+        tokens = packed(self.feature_lengths).arrays(rows)
         return {**tokens, TEACHER_IDS: ids, TEACHER_LOG_PROBS: log_probs}
 
 
@@ -113,7 +123,7 @@ def distillation(
     that both have.
 
     Args:
-      model: the student, a decoder-only module.
+      model: the student, a language model.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
       teacher: runs in every step; None if its log-probabilities come with the batch, computed at this temperature.
       divergence: a function of this file, or another of two arrays of log-probabilities.
@@ -125,6 +135,8 @@ def distillation(
         raise ValueError(f"TEMPERATURE = {temperature} must be above 0.")
     if not 0 <= teacher_weight <= 1:
         raise ValueError(f"TEACHER_WEIGHT = {teacher_weight} must lie in [0, 1].")
+    if teacher is not None:
+        check_student(teacher, model)
 
     def loss_fn(out: Forward, extras: Any) -> LossOut:
         batch = out.batch

@@ -165,7 +165,7 @@ def read_curvature(
     reader: Reader | None = None,
     precision: Precision = "highest",
 ) -> kronecker.Curvature:
-    """Returns the curvature of fitted stages, split over the devices of a reader's mesh; `precision` is of its rotations.
+    """Returns the curvature of fitted stages, rotated in `precision` and split over the devices of a reader's mesh.
 
     Raises:
       StageError: a stage is missing or damaged.

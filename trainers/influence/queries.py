@@ -100,7 +100,7 @@ def prepare(
       dtype: dtype of gradients and sums.
       sample: documents over which compressed and full scores are compared.
       of_sample: the model of the documents, if it is another.
-      refine: (gradients of one query [L, E, X, Y]) -> (preconditioned gradients, a note), in place of `precondition`.
+      refine: (gradients of one query [L, E, X, Y]) -> (preconditioned gradients, a note), instead of `precondition`.
     """
     parts: list[Inputs] = []
     nats, norms, kept, pearson, notes = [], [], [], [], []
@@ -134,7 +134,7 @@ def prepare(
 
 
 def concatenated(sites: Mapping[str, Site], parts: Sequence[Inputs]) -> Inputs:
-    """Returns the inputs of several sets of queries as those of one."""
+    """Returns the inputs of several sets of queries as one set."""
     return {
         path: {
             name: np.concatenate([part[path][name] for part in parts], axis=len(site.scan))

@@ -15,7 +15,7 @@ class FitSettings:
       blocks: diagonal blocks of each covariance; more need less memory.
       factor_dtype: dtype of sums and stored factors; bfloat16 stores eigenvectors only, sums stay in float32.
       seed: seed of the sampled labels.
-      precision: of products in the eigenbasis on accelerators; default rounds them to bfloat16 on TPUs and to 10 bits on GPUs.
+      precision: rounding of products in the eigenbasis on accelerators; 'default' rounds them to bfloat16 on TPUs and to 10 bits on GPUs.
     """
 
     modules: Annotated[Sequence[str], "NAMES"] = ("mlp",)

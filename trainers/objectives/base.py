@@ -24,12 +24,14 @@ class LossOut:
       weight: sum of the weights.
       metrics: name -> (sum, weight), scalars or vectors; summed over microbatches, then divided.
       variables: complete collections of the state that the loss updated (such as batch statistics), or None.
+      counts: what layers counted for the step (Forward.loss_out), int32 by path; summed over microbatches. None without.
     """
 
     sum: jax.Array
     weight: jax.Array
     metrics: Metrics
     variables: Any = None
+    counts: Any = None
 
 
 # (params, batch, rng) -> LossOut. The rng is None in evaluation, which has no dropout.

@@ -131,7 +131,7 @@ class Forward:
         return self.loss_out(total, count if weight is None else weight, reported)
 
     def loss_out(self, total: jax.Array, weight: jax.Array, metrics: Metrics) -> LossOut:
-        """Returns the loss with the losses and metrics that modules sowed, and the collections that they wrote.
+        """Returns the loss with the losses, metrics and counts that modules sowed, and the collections that they wrote.
 
         Each value in collection 'losses' is a mean over the batch. It is multiplied by `weight`, added to the loss, and
         reported as metric 'auxiliary_loss'.
@@ -151,7 +151,13 @@ class Forward:
             means = {name: values.mean(0) for name, values in by_layer.items()}
             for name, value in (means | worst).items():
                 reported[name] = (weight * value, jnp.full_like(value, weight))
-        return LossOut(sum=total + added, weight=weight, metrics=reported, variables=self.updates)
+        return LossOut(
+            sum=total + added,
+            weight=weight,
+            metrics=reported,
+            variables=self.updates,
+            counts=self.written.get("counts"),
+        )
 
     @property
     def updates(self) -> dict[str, Any]:
@@ -211,8 +217,8 @@ def forward(
 ) -> Forward:
     """Runs a model on a batch, for a loss.
 
-    In training, modules use the rng 'dropout', write the state's collections, and sow into 'metrics'. In evaluation (no
-    rng) they do none of these. They sow into 'losses' in both.
+    In training, modules use the rng 'dropout', write the state's collections, and sow into 'metrics' and 'counts'. In
+    evaluation (no rng) they do none of these. They sow into 'losses' in both.
 
     Args:
       rng: rng of this microbatch; None in evaluation.
@@ -229,7 +235,7 @@ def forward(
             *args,
             **keywords,
             rngs={"dropout": rng} if training else None,
-            mutable=["losses", *(["metrics"] if training else []), *lasting],
+            mutable=["losses", *(["metrics", "counts"] if training else []), *lasting],
             method=method,
         )
     return Forward(
@@ -242,12 +248,14 @@ def forward(
     )
 
 
-def frozen_forward(model: Any, params: Any, batch: Batch) -> Forward:
-    """Runs a frozen decoder: without gradient to its parameters, random numbers, or writing collections."""
+def frozen_forward(
+    model: Any, params: Any, batch: Batch, *, method: str | None = "hidden"
+) -> Forward:
+    """Runs a frozen language model: without gradient to its parameters, random numbers, or writing collections."""
     variables = {"params": jax.lax.stop_gradient(params)}
     args, keywords = decoder_arguments(batch, False)
     with rows.given(model.row_context(variables, batch)):
-        output = model.apply(variables, *args, **keywords, method="hidden")
+        output = model.apply(variables, *args, **keywords, method=method)
     return Forward(model=model, variables=variables, batch=batch, output=output, written={})
 
 

@@ -134,7 +134,12 @@ class FrozenCheckpoint:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class FrozenModel:
-    """A model and the checkpoint of its parameters: the `StoredExtras` of an objective."""
+    """A model that is not trained, such as a reference or a teacher: the `StoredExtras` of an objective.
+
+    Attributes:
+      model: the module, whose parameters the checkpoint has.
+      checkpoint: where its parameters are read from, once, before the first step.
+    """
 
     model: Any
     checkpoint: FrozenCheckpoint
@@ -179,7 +184,7 @@ class FrozenModel:
             raise ValueError(
                 f"{macro}: {step.step} is of another model: {restore_params.list_differences(differences)}. Set "
                 f"{macro}_MODEL to the model of that run; run_model.model reads it from the run's model.json "
-                "(docs/add_a_method.md)."
+                "(docs/extend/add_a_method.md)."
             )
         if "vocabulary" in meta:
             self.checkpoint.check_vocabulary(step, meta["vocabulary"])

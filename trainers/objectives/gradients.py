@@ -25,7 +25,7 @@ def make_gradients(
 ) -> Gradients:
     """Returns a function that computes the gradient of the summed loss to the trained parameters, and the loss.
 
-    Each microbatch reads the collections that the one before wrote. Sums are float32.
+    Each microbatch reads the collections that the one before wrote. Sums are float32, and of counts int32.
 
     Args:
       mask, microbatches, gradient_dtype: see `trainers.step.make_train_step`.
@@ -55,14 +55,12 @@ def make_gradients(
             (total, variables), (part, index) = carry, xs
             key = jax.random.fold_in(rng, index)
             grads, out, variables = gradients(params, part, key, variables, extras)
-            wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+            wide = jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads)
             return (jax.tree.map(jnp.add, total, (wide, out)), variables), None
 
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(gradients, params, first, rng, variables, extras)[:2]
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype)), shapes)
         xs = (parts, jnp.arange(microbatches))
         ((grads, out), variables), _ = jax.lax.scan(body, (zeros, variables), xs)
         return grads, out, variables
@@ -85,6 +83,11 @@ def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) ->
             f"{sorted(variables)}: a collection must be created by the model's init."
         )
     return {**variables, **(written or {})}
+
+
+def _wide(dtype: Any) -> Any:
+    """Returns the dtype of a sum: at least float32, and of integers theirs."""
+    return dtype if jnp.issubdtype(dtype, jnp.integer) else jnp.promote_types(dtype, jnp.float32)
 
 
 def _cast_floats(tree: Any, dtype: str) -> Any:

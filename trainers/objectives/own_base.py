@@ -18,7 +18,7 @@ from espalier.trainers.objectives.forward import Forward, frozen_forward
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class OwnBase:
-    """In place of a `FrozenModel`: `StoredExtras` without arrays.
+    """Instead of a `FrozenModel`: `StoredExtras` without arrays.
 
     Attributes:
       model: the policy.

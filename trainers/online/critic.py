@@ -56,7 +56,7 @@ class Valued(Method):
     def columns(self, rows: int) -> inputs.Arrays:
         per_token = ("advantages", "returns", "old_values", "old_log_probs")
         return {
-            **float_columns((rows, self.length), *per_token),
+            **float_columns((rows, self.targets_length), *per_token),
             **float_columns((rows,), "rewards", "ended"),
         }
 

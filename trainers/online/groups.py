@@ -62,7 +62,7 @@ class Groups(Method):
         reference = ["reference_log_probs"] if self.reference else []
         return {
             **float_columns((rows,), "advantages", "rewards", "ended"),
-            **float_columns((rows, self.length), *old, *reference),
+            **float_columns((rows, self.targets_length), *old, *reference),
         }
 
     def batch(self, samples: Samples, score: Score) -> Arrays:

@@ -19,6 +19,7 @@ _EPS = 1e-4  # added to the standard deviation of a group, as in TRL
 
 Sum = tuple[jax.Array, jax.Array]  # numerator and weight
 REDUCTIONS = ("grpo", "bnpo", "dapo", "dr_grpo")  # see `reduced`
+RATIOS = ("token", "completion")  # see `grpo`
 
 
 @flax.struct.dataclass
@@ -60,7 +61,16 @@ def group_centred(rewards_PG: jax.Array) -> jax.Array:
 
 
 def rloo(tokens: PolicyTokens, *, clip: NonNegative = 0.2) -> Sum:
-    """-min(w A, clip(w, 1 - clip, 1 + clip) A), averaged over completions; w is the ratio of a whole completion."""
+    """RLOO's loss (arXiv 2402.14740): -min(w A, clip(w, 1 - clip, 1 + clip) A), averaged over completions.
+
+    Args:
+      tokens: log-probabilities and advantages A of completions, [rows, tokens]; w is the ratio of a whole completion's
+        probabilities under the policy and under the policy that drew it.
+      clip: distance of w from 1 beyond which it gives no gradient.
+
+    Returns:
+      The sum of the losses, and the number of completions.
+    """
     check_positive(clip=clip)
     # Masked tokens contribute 0, and the advantage is the same at all tokens of a completion.
     log_ratio_R = ((tokens.log_probs - tokens.old_log_probs) * tokens.mask).sum(-1)
@@ -79,21 +89,63 @@ def grpo(
     beta: NonNegative = 0.0,
     reduction: str = "grpo",
     max_length: Size | None = None,
+    ratio: str = "token",
 ) -> Sum:
-    """-min(w A, clip(w) A) + beta k3, where w is the ratio of a single token.
+    """-min(w A, clip(w) A) + beta k3, where w is the ratio of a single token, or of a completion (GSPO).
 
     Args:
       clip: the ratio is clipped below 1 - clip.
       clip_high: the ratio is clipped above 1 + clip_high; None for `clip` (DAPO, arXiv 2503.14476, uses 0.28).
       beta: weight of `k3`, the divergence from the reference.
       reduction, max_length: see `reduced`.
+      ratio: 'token', or 'completion' for the geometric mean of the ratios of its tokens (GSPO, arXiv 2507.18071,
+        eq. 7), with `reduction` 'grpo' only: other reductions would weigh a completion by its length.
     """
     check_positive(clip=clip, **({} if clip_high is None else {"clip_high": clip_high}))
-    check_not_negative(beta=beta)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("ratio", ratio, RATIOS)
+    if ratio == "completion" and reduction != "grpo":
+        raise ValueError(
+            f"reduction = {reduction!r} weighs the one ratio of a completion by its length: ratio = 'completion' needs "
+            "reduction = 'grpo'."
+        )
     log_ratio_RT = tokens.log_probs - tokens.old_log_probs
+    if ratio == "completion":
+        count_R = jnp.maximum(tokens.mask.sum(-1), 1.0)
+        log_ratio_RT = ((log_ratio_RT * tokens.mask).sum(-1) / count_R)[:, None]
     high = clip if clip_high is None else clip_high
     loss_RT = clipped(log_ratio_RT, tokens.advantages, clip, high)
+    return _with_divergence(loss_RT, tokens, beta, reduction, max_length)
+
+
+def cispo(
+    tokens: PolicyTokens,
+    *,
+    clip_high: NonNegative = 4.0,
+    beta: NonNegative = 0.0,
+    reduction: str = "dapo",
+    max_length: Size | None = None,
+) -> Sum:
+    """-min(w, 1 + clip_high) A log p + beta k3, where the weight has no gradient: CISPO (arXiv 2506.13585, eq. 4).
+
+    No token loses its gradient, however far its ratio w has gone; the weight is bounded from above only, as in that paper's runs.
+
+    Args:
+      clip_high: largest weight minus 1.
+      beta: weight of `k3`, the divergence from the reference.
+      reduction, max_length: see `reduced`.
+    """
+    check_positive(clip_high=clip_high)
+    ratio_RT = jnp.exp(tokens.log_probs - tokens.old_log_probs)
+    weight_RT = jax.lax.stop_gradient(jnp.minimum(ratio_RT, 1 + clip_high))
+    loss_RT = -weight_RT * tokens.advantages * tokens.log_probs
+    return _with_divergence(loss_RT, tokens, beta, reduction, max_length)
+
+
+def _with_divergence(
+    loss_RT: jax.Array, tokens: PolicyTokens, beta: float, reduction: str, max_length: int | None
+) -> Sum:
+    check_not_negative(beta=beta)
+    check_choice("reduction", reduction, REDUCTIONS)
     if beta:
         if tokens.reference_log_probs is None:
             raise ValueError(
@@ -104,7 +156,16 @@ def grpo(
 
 
 def ppo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
-    """-min(w A, clip(w) A), averaged over tokens, each with its own advantage: PPO (arXiv 1707.06347, eq. 7)."""
+    """PPO's loss (arXiv 1707.06347, eq. 7): -min(w A, clip(w, 1 - clip, 1 + clip) A), averaged over tokens.
+
+    Args:
+      tokens: log-probabilities and advantages A of completions, [rows, tokens]; w is the ratio of a token's probabilities
+        under the policy and under the policy that drew it.
+      clip: distance of w from 1 beyond which it gives no gradient.
+
+    Returns:
+      The sum of the losses, and the number of tokens.
+    """
     return grpo(tokens, clip=clip, reduction="dapo")
 
 

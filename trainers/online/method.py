@@ -3,15 +3,17 @@
 Shapes: P prompts, G samples of each, R = P G completions, B rows, L length.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import Size
+from espalier.model.rows import TOKENS, RowKind
 from espalier.trainers import inputs
 
 # What a forward pass over rows can compute, float32 [B, L] each.
@@ -50,12 +52,15 @@ class Method(inputs.TokenRows):
       completion_length: maximum tokens of a completion, including its end token.
       samples: G, completions of each prompt.
       updates: number of updates on each rollout; every update uses the whole rollout.
+      row: the kind of row that the policy reads. An encoder-decoder encodes prompts without their start token, which its
+        targets follow.
     """
 
     prompt_length: Size
     completion_length: Size
     samples: Size = 1
     updates: Size = 1
+    row: RowKind = dataclasses.field(default=TOKENS, init=False)
     texts_per_row: ClassVar[int] = 1
 
     def __post_init__(self):
@@ -69,10 +74,29 @@ class Method(inputs.TokenRows):
         """Number of rows of a batch for each prompt."""
         return self.samples // self.texts_per_row
 
+    def read_by(self, row: RowKind) -> Self:
+        """See `trainers.inputs.Inputs`."""
+        read = copy.copy(self)
+        object.__setattr__(read, "row", row)  # no setting: the model decides
+        return read
+
+    @property
+    def targets_length(self) -> int:
+        """Tokens of a row that a decoder reads. The last token of a completion is only a target, so it needs no position."""
+        whole = self.prompt_length + self.completion_length - 1
+        return self.texts_per_row * (self.completion_length if self.row.encodes else whole)
+
     @property
     def length(self) -> int:
-        """Length of a row. The last token of a completion is only a target, so it needs no input position."""
-        return self.texts_per_row * (self.prompt_length + self.completion_length - 1)
+        """Tokens of a row."""
+        return sum(self._lengths.values())
+
+    @property
+    def _lengths(self) -> dict[str, int]:
+        targets = {"targets": self.targets_length}
+        if not self.row.encodes:
+            return targets
+        return {"inputs": self.texts_per_row * (self.prompt_length - 1), **targets}
 
     @property
     def scores(self) -> frozenset[str]:
@@ -80,7 +104,7 @@ class Method(inputs.TokenRows):
         raise NotImplementedError
 
     def columns(self, rows: int) -> inputs.Arrays:
-        """Returns shapes and dtypes of the batch columns that `PackedTokens` does not have."""
+        """Returns shapes and dtypes of the batch columns besides tokens."""
         raise NotImplementedError
 
     def batch(self, samples: Samples, score: Score) -> Arrays:
@@ -89,7 +113,13 @@ class Method(inputs.TokenRows):
 
     def arrays(self, rows: int) -> inputs.Arrays:
         """Returns shapes and dtypes of all columns of a batch."""
-        return {**inputs.PackedTokens(self.length).arrays(rows), **self.columns(rows)}
+        return {**inputs.packed(self._lengths).arrays(rows), **self.columns(rows)}
+
+    def packed(self, rows: Sequence[Sequence[inputs.Text]], source_B: np.ndarray) -> Arrays:
+        """Returns the token columns of rows of texts, where the policy reads them."""
+        if not self.row.encodes:
+            return inputs.pack(rows, source_B, length=self.length)
+        return inputs.pack_encoded(rows, source_B, **self._lengths)
 
     def one_in_a_row(self, samples: Samples) -> Arrays:
         """Returns token columns with one completion per row, and 'rewards' and 'ended' [R]."""
@@ -98,7 +128,7 @@ class Method(inputs.TokenRows):
             for r, completion in enumerate(samples.completions)
         ]
         return {
-            **inputs.pack(texts, np.repeat(samples.sources_P, self.samples), length=self.length),
+            **self.packed(texts, np.repeat(samples.sources_P, self.samples)),
             "rewards": samples.rewards_PG.reshape(-1),
             "ended": samples.ended_PG.reshape(-1).astype(np.float32),
         }

@@ -16,7 +16,7 @@ from espalier.trainers.online.method import REFERENCE, Arrays, Method, Samples, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestAndWorst(Method):
-    """Pairs for preference losses: online DPO (arXiv 2402.04792), of two samples of a prompt or of the extremes of more.
+    """Pairs for preference losses: online DPO (arXiv 2402.04792), from two samples of a prompt, or the best and the worst of more.
 
     The sample with the largest reward is chosen, the first of equals; the one with the smallest is rejected, the last of
     equals. Batches have the columns of
@@ -75,7 +75,7 @@ class BestAndWorst(Method):
         trained_P1 = np.ones((count, 1), np.float32)
         if self.gap is not None:
             trained_P1[:, 0] = rewards_P2[:, 0] - rewards_P2[:, 1] > self.gap
-        columns = inputs.pack(pairs, samples.sources_P, length=self.length) | {
+        columns = self.packed(pairs, samples.sources_P) | {
             "pair_weights": trained_P1,
             "chosen_tokens_per_pair": np.full(count, chosen_tokens / count, np.float32),
             "mean_reward": samples.rewards_PG.mean(axis=1),

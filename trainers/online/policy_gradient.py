@@ -48,7 +48,7 @@ def policy_gradient(
     `losses.k3`); and 'loss'.
 
     Args:
-      model: a decoder-only module.
+      model: a language model.
       loss: a function from trainers/online/losses.py.
       num_sources: ignored: rewards are not losses.
       temperature: that of the samples.

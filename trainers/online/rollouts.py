@@ -91,6 +91,12 @@ class Rollouts:
             assert reference is not None  # see _method
             meta = {"vocabulary": stream.summary()["vocabulary"]["digest"]}
             reference.check(program.mesh, program.rules, meta)
+        size = program.mesh.size
+        if stream.batch_size % (parts := size // program.batch_sharding.shard_shape((size,))[0]):
+            raise RolloutError(
+                f"PROMPTS = {stream.batch_size} do not divide over the {parts} parts of a batch on this mesh: change PROMPTS, or "
+                "MESH."
+            )
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         self._temperature = _scored_temperature(recipe, sampling)
         settings = Settings(
@@ -188,7 +194,8 @@ class Rollouts:
     def _score(self, params: Any, columns: Any) -> Arrays:
         """Returns the scores that the method needs, computed from token columns."""
         reference_params = self._reference_params if REFERENCE in self._method.scores else None
-        batch = self._placed({name: columns[name] for name in columns if "decoder" in name})
+        read = [name for name in columns if name.startswith(("encoder_", "decoder_"))]
+        batch = self._placed({name: columns[name] for name in read})
         return jax.device_get(self._score_fn(params, reference_params, batch))
 
     @functools.cached_property
@@ -260,6 +267,10 @@ def _method(recipe: Recipe, stream: Prompts, reference: FrozenModel | OwnBase | 
         raise RolloutError(
             f"Recipe.inputs = {method} is not a method of trainers/online/, but the run has rollouts: give a file of "
             "methods/preference/ such as online_dpo.gin or grpo.gin."
+        )
+    if recipe.model.row.encodes and stream.summary()["start_token"] is None:
+        raise RolloutError(
+            "DOCUMENT_START is None, and the targets of an encoder-decoder follow a start token: set it, to 0 for T5."
         )
     limit = recipe.language_model.max_length
     longest = method.prompt_length + method.completion_length - 1

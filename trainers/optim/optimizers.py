@@ -56,7 +56,18 @@ def adamw(
     max_grad_norm: Positive | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """Returns AdamW (Loshchilov and Hutter, arXiv 1711.05101), with clipping of the gradients before it.
+
+    Args:
+      learning_rate: a schedule (trainers/optim/schedules.py), or a constant.
+      param_axes: logical axes of the model's parameters; matrices are decayed, gains, biases and other vectors are not.
+      b1, b2: decay of the moving averages of the gradient and of its square, each update.
+      eps: is added to the square root of the second moment.
+      weight_decay: decoupled decay: an update subtracts learning_rate * weight_decay * parameter.
+      no_decay: regular expressions of paths of further parameters that are not decayed.
+      max_grad_norm: global norm to which larger gradients are scaled down; None for no clipping.
+      moment_dtype: dtype in which the first moment is stored; None for the parameter's dtype.
+    """
     mask = _decay_mask(param_axes, no_decay)
     optimizer = optax.adamw(
         learning_rate, b1, b2, eps, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=mask
@@ -75,7 +86,7 @@ def lion(
     max_grad_norm: Positive | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-    """Lion (Chen et al., arXiv 2302.06675)."""
+    """Returns Lion (Chen et al., arXiv 2302.06675); the arguments have the meaning that they have in `adamw`."""
     mask = _decay_mask(param_axes, no_decay)
     optimizer = optax.lion(
         learning_rate, b1, b2, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=mask
@@ -143,6 +154,13 @@ def adafactor(
 
     Scanned layers, and experts, are stacked in one array. Statistics, clipping and scale are still computed for each
     layer's or expert's parameter separately.
+
+    Args:
+      learning_rate: a schedule or a constant; relative to the size of each parameter with `multiply_by_parameter_scale`.
+      param_axes, weight_decay, no_decay, max_grad_norm: see `adamw`.
+      decay_rate: the second moment of update t decays by 1 - t^-decay_rate.
+      clipping_threshold: root mean square above which an update is scaled down; None for no such clipping.
+      multiply_by_parameter_scale: whether updates are multiplied by the root mean square of their parameter.
     """
     scale = optax.scale_by_factored_rms(decay_rate=decay_rate)
     steps = [optax.identity()]

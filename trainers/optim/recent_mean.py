@@ -1,9 +1,9 @@
-"""The mean of a run's last few states, evaluated and released in place of the newest parameters.
+"""The mean of a run's last few states, evaluated and released instead of the newest parameters.
 
 It is the linear merge, with equal weights, of the parameters after the last `window` multiples of `every` updates, such as
 the last checkpoints. It does not change training. t5x_configs/methods/averaging/recent_mean.gin binds it.
 
-The states are in the optimiser's state, so a run that is stopped within a window goes on with them, and memory grows by
+The states are in the optimiser's state, so a run that is stopped within a window continues with them, and memory grows by
 `window` + 1 times the trained parameters.
 """
 

@@ -91,7 +91,7 @@ def _warmup(name: str, total_steps: int, warmup_steps: int | None) -> int:
 
 
 def constant(peak: NonNegative, *, warmup_steps: Count = 0) -> Schedule:
-    """Warm-up, then constant at `peak`."""
+    """Returns a schedule: linear warm-up over `warmup_steps` updates, then constant at `peak`."""
     return _with_warmup(optax.constant_schedule(peak), peak, warmup_steps)
 
 
@@ -102,7 +102,13 @@ def linear(
     warmup_steps: Count | None = 0,
     final: NonNegative = 0.0,
 ) -> Schedule:
-    """Warm-up, then a straight line that reaches `final` at `total_steps`."""
+    """Returns a schedule: warm-up, then a straight line that reaches `final` at `total_steps`.
+
+    Args:
+      peak: the highest learning rate; None for the rate at which the parent run stopped.
+      total_steps, warmup_steps: see `cosine`.
+      final: the learning rate at the end.
+    """
     if peak is None or total_steps is None:
         return Unspanned(
             lambda run: linear(
@@ -124,7 +130,17 @@ def cosine(
     warmup_steps: Count | None = 0,
     final_fraction: Fraction = 0.1,
 ) -> Schedule:
-    """Warm-up, then half a cosine down to `final_fraction` of the peak at `total_steps`."""
+    """Returns a schedule: warm-up, then half a cosine down to `final_fraction` of the peak at `total_steps`.
+
+    Args:
+      peak: the highest learning rate.
+      total_steps: updates of the whole schedule, warm-up included; None for the length of the run.
+      warmup_steps: updates in which the rate rises linearly from 0 to `peak`; None for 1 % of all updates.
+      final_fraction: the rate at the end, divided by `peak`.
+
+    Raises:
+      ValueError: the warm-up is as long as the schedule, or longer.
+    """
     if total_steps is None:
         return _over_the_run(
             cosine, peak=peak, warmup_steps=warmup_steps, final_fraction=final_fraction
@@ -176,7 +192,16 @@ def wsd(
     warmup_steps: Count | None = 0,
     final: NonNegative = 0.0,
 ) -> Schedule:
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395), with a linear decay."""
+    """Returns a schedule: warm-up, constant at `peak`, linear decay (WSD of MiniCPM, arXiv 2404.06395).
+
+    Args:
+      peak, total_steps, warmup_steps: see `cosine`.
+      decay_steps: the last updates, in which the rate falls linearly from `peak` to `final`.
+      final: the learning rate at the end.
+
+    Raises:
+      ValueError: warm-up and decay are longer than the schedule.
+    """
     if total_steps is None:
         return _over_the_run(
             wsd, peak=peak, decay_steps=decay_steps, warmup_steps=warmup_steps, final=final
@@ -191,10 +216,16 @@ def wsd(
 def cooldown(
     *, before: Schedule | NonNegative, start_step: Count, steps: Size, final: NonNegative = 1e-6
 ) -> Schedule:
-    """Follows `before` up to `start_step`, then a straight line from its value there to `final`.
+    """Returns a schedule that follows `before` up to `start_step`, then a straight line from its value there to `final`.
 
     To cool down from a checkpoint at step s, set `before` to the run's schedule and `start_step` to s. Optimiser moments
     and step then continue; only the rate changes.
+
+    Args:
+      before: a schedule, or a constant rate.
+      start_step: the update with which the line begins.
+      steps: updates of the line; the rate is `final` after them.
+      final: the learning rate at the end.
     """
     before = as_schedule(before)
     if steps < 1:

@@ -1,4 +1,4 @@
-"""A reward model as a `Reward`. Shapes: B batch, T length, N completions."""
+"""A reward model as a `Reward`. Shapes: B batch, T length of a decoder's text, N completions."""
 
 import dataclasses
 import os
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -14,9 +13,10 @@ from espalier.common.ranges import Count, Size
 from espalier.model.axes import Rules
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.checkpoints import restore_params
-from espalier.trainers.decoding.buckets import in_order, padded
+from espalier.trainers.decoding.buckets import in_order
+from espalier.trainers.objectives.forward import frozen_forward
 from espalier.trainers.rewards.base import Completion
-from espalier.trainers.scoring.scoring import Batched
+from espalier.trainers.scoring.scoring import Batched, Row, encoded_columns, scored_columns
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,7 +64,7 @@ class ModelReward:
 
     Args:
       model, params: a `model.heads.reward_model.RewardModel` and its parameters.
-      start_token: token before each prompt; None for none.
+      start_token: token before each prompt, of an encoder-decoder before each completion; None for none.
       end_token: appended to a completion that ended; None for none.
     """
 
@@ -78,18 +78,19 @@ class ModelReward:
         batch_size: int = 8,
         sharding: NamedSharding | None = None,
     ):
-        self._params = params
+        self._params, self._row = params, model.row
         self._before = [] if start_token is None else [start_token]
         self._after = [] if end_token is None else [end_token]
+        if self._row.encodes and not self._before:
+            raise ValueError(
+                "start_token is None, and the completions that an encoder-decoder reads follow a start token: set it, to 0 for T5."
+            )
 
-        def score(params: Any, arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
-            tokens_BT, lengths_B = arrays
-            real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
-            segments_BT = real_BT.astype(jnp.int32)
-            rewards_BT = model.apply({"params": params}, tokens_BT, segments_BT=segments_BT)
-            return jnp.take_along_axis(rewards_BT, lengths_B[:, None] - 1, axis=1)[:, 0]
+        def score(params: Any, batch: Any) -> jax.Array:
+            return frozen_forward(model, params, batch, method=None).output
 
-        self._score = Batched(score, padded, model, batch_size=batch_size, sharding=sharding)
+        columns = encoded_columns if self._row.encodes else scored_columns
+        self._score = Batched(score, columns, model, batch_size=batch_size, sharding=sharding)
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """Returns rewards, float32 [N].
@@ -98,19 +99,24 @@ class ModelReward:
           ValueError: a text without a token, or longer than the model's learned positions.
         """
         texts = [self._text(completion) for completion in completions]
-        lengths = [len(text) for text in texts]
+        lengths = [len(text.context) for text in texts]
         limit = self._score.limit
         for i, length in enumerate(lengths):
-            if not length:
-                raise ValueError(f"Completion {i} and its prompt are empty: give a token to score.")
+            if not length or (self._row.encodes and not texts[i].encoder_inputs):
+                what = "has an empty prompt" if length else "and its prompt are empty"
+                raise ValueError(f"Completion {i} {what}: give a token to score.")
             if limit is not None and length > limit:
                 raise ValueError(
                     f"Completion {i} and its prompt have {length} tokens, but the reward model learned only "
                     f"{limit} positions."
                 )
         rewards = in_order(self._score(self._params, texts, lengths))
-        return np.fromiter(rewards, np.float32, len(texts))
+        last = (rewards_T[n - 1] for rewards_T, n in zip(rewards, lengths, strict=True))
+        return np.fromiter(last, np.float32, len(texts))
 
-    def _text(self, completion: Completion) -> list[int]:
+    def _text(self, completion: Completion) -> Row:
+        """Returns the text that is read as a context; the one target is not."""
+        placed = self._row.placed(self._before, completion.prompt)
         end = self._after if completion.ended else []
-        return [*self._before, *completion.prompt, *completion.tokens, *end]
+        context = [*placed.pop("context"), *completion.tokens, *end]
+        return Row(context=context, targets=[0], **placed)

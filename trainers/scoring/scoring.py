@@ -4,7 +4,7 @@ Shapes: B batch, T length, D width.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,18 +13,29 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common.bars import Bar
-from espalier.trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
+from espalier.trainers.decoding.buckets import (
+    batches_by_length,
+    bucket_length,
+    in_order,
+    padded,
+    stacked,
+)
 from espalier.trainers.inputs import pack
 from espalier.trainers.objectives.forward import frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Target tokens, the context tokens before them, and the tokens that an encoder reads."""
+    """Target tokens, the context tokens before them, and the tokens that an encoder reads.
+
+    Attributes:
+      columns: what layers read of the row besides its tokens, by name of the batch's column; the same names in all rows.
+    """
 
     context: Sequence[int]
     targets: Sequence[int]
     encoder_inputs: Sequence[int] = ()
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def inputs(self) -> int:
@@ -126,6 +137,11 @@ class Scorer:
         for i, row in enumerate(rows):
             if not len(row.context):
                 raise ValueError(f"Row {i} has no context: nothing precedes its first target.")
+            if row.columns.keys() != rows[0].columns.keys():
+                raise ValueError(
+                    f"Row {i} has {[*row.columns] or 'no column'} besides its tokens, and row 0 has "
+                    f"{[*rows[0].columns] or 'none'}: give the same to all rows."
+                )
         lengths = [row.inputs for row in rows]
         check_lengths(lengths, self._read.limit)
         scored = self._read(self._params, rows, lengths, title="score")
@@ -135,17 +151,26 @@ class Scorer:
 
 
 class MeanStates:
-    """Computes the mean final hidden state of each row's targets; see `Batched` for `batch_size` and `sharding`."""
+    """Computes the mean final hidden state of each row's targets; see `Batched` for `batch_size` and `sharding`.
+
+    The encoder of an encoder-decoder reads context and targets, and the states are its own.
+    """
 
     def __init__(
         self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
     ):
         def means(params: Any, arrays: Any) -> jax.Array:
             tokens_BT, segments_BT, mask_BT = arrays
-            hidden_BTD = model.apply(
-                {"params": params}, tokens_BT, segments_BT=segments_BT, method="hidden"
-            ).hidden_BTD.astype(jnp.float32)
-            sums_BD = jnp.einsum("btd,bt->bd", hidden_BTD, mask_BT)
+            variables = {"params": params}
+            if model.row.encodes:
+                states_BTD = model.apply(
+                    variables, tokens_BT, segments_BS=segments_BT, method="encode"
+                ).states_BSD
+            else:
+                states_BTD = model.apply(
+                    variables, tokens_BT, segments_BT=segments_BT, method="hidden"
+                ).hidden_BTD
+            sums_BD = jnp.einsum("btd,bt->bd", states_BTD.astype(jnp.float32), mask_BT)
             return sums_BD / jnp.maximum(mask_BT.sum(-1, keepdims=True), 1)
 
         self._params = params
@@ -172,7 +197,8 @@ def scored_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[st
     texts = [[(row.context, row.targets)] for row in rows] + [[]] * (batch_size - len(rows))
     columns = pack(texts, np.zeros(batch_size), length=length)
     names = ("input_tokens", "target_tokens", "segment_ids")
-    return {name: columns[name] for name in map("decoder_{}".format, names)}
+    read = {name: columns[name] for name in map("decoder_{}".format, names)}
+    return {**read, **stacked([row.columns for row in rows], batch_size)}
 
 
 def encoded_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:

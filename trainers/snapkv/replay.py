@@ -159,11 +159,38 @@ def read_on(
     Returns:
       Logits [B, V] after the last token of each row, and caches with the new tokens uncompressed.
     """
-    at_X = jnp.arange(tokens_BX.shape[1], dtype=jnp.int32)[None]
-    positions_BX = jnp.where(at_X < counts_B[:, None], lengths_B[:, None] + at_X, -1)
+    positions_BX = _positions_after(lengths_B, tokens_BX, counts_B)
     out = read(model, params, policy, tokens_BX, positions_BX, caches)
     last_B1D = jnp.take_along_axis(out.hidden_BTD, (counts_B - 1)[:, None, None], axis=1)
     return model.apply({"params": params}, last_B1D, method="logits")[:, 0], out.caches
+
+
+def _positions_after(lengths_B: jax.Array, tokens_BX: jax.Array, counts_B: jax.Array) -> jax.Array:
+    at_X = jnp.arange(tokens_BX.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(at_X < counts_B[:, None], lengths_B[:, None] + at_X, -1)
+
+
+def log_probabilities(
+    model: Any,
+    params: Any,
+    policy: CachePolicy,
+    caches: Any,
+    lengths_B: jax.Array,
+    logits_BV: jax.Array,
+    tokens_BX: jax.Array,
+    counts_B: jax.Array,
+) -> jax.Array:
+    """Returns the log-probabilities [B, X], float32, of counts_B >= 1 given tokens after prompts of lengths_B tokens.
+
+    The first token's follows from logits_BV, those after the prompts; padding on the right has zeros.
+    """
+    positions_BX = _positions_after(lengths_B, tokens_BX, counts_B)
+    hidden_BYD = read(model, params, policy, tokens_BX, positions_BX, caches).hidden_BTD[:, :-1]
+    later_BYV = model.apply({"params": params}, hidden_BYD, method="logits")
+    logits_BXV = jnp.concatenate([logits_BV[:, None], later_BYV], axis=1).astype(jnp.float32)
+    given_BX1 = jnp.take_along_axis(logits_BXV, tokens_BX[..., None], axis=-1)
+    log_BX = given_BX1[..., 0] - jax.nn.logsumexp(logits_BXV, axis=-1)
+    return jnp.where(positions_BX >= 0, log_BX, 0.0)
 
 
 def cache_bytes(

@@ -1,7 +1,7 @@
 """The time of a run's whole life, over all its restarts, which a file in its directory records while it runs.
 
 A killed process writes nothing at its end, so a thread writes every few seconds; the next start then knows when the one
-before was last alive, and how many of its steps were lost: those after the checkpoint that the run goes on from.
+before was last alive, and how many of its steps were lost: those after the checkpoint that the run continues from.
 
     lifetime.json    {"starts": [{"began", "alive", "from_step", "step", "first_step_at", "ended", "seconds", "saves",
                       "lost_steps", "lost_seconds"}, ...], "checksum"}

@@ -39,7 +39,7 @@ class MetricWriter(Protocol):
 
     Steps decrease only after a rollback, a row with `rollback_to`: earlier rows of later steps belong to discarded
     updates. A writer may have a method `sync`, which is called before each checkpoint: it puts on disk what a run that
-    goes on from there will not write again, and returns facts to record with the checkpoint (JSON).
+    continues from there will not write again, and returns facts to record with the checkpoint (JSON).
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...

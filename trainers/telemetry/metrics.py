@@ -72,7 +72,7 @@ class LateFetch:
 class Window:
     """Sums of metrics over the updates since the last row that ended a window.
 
-    A checkpoint stores `state()` as JSON. Restored, the sums go on with the same bits: decimal text holds every
+    A checkpoint stores `state()` as JSON. Restored, the sums continue with the same bits: decimal text holds every
     float exactly.
 
     Attributes:

@@ -36,7 +36,7 @@ def version(path: str | os.PathLike) -> str:
     """Returns a text that changes with the content of a file of this machine: its size, and times of modification and change.
 
     Programs such as `cp -p` and `rsync -t` can set the modification time, but not the change time. The inode is left out: some
-    network file systems number files anew on each machine.
+    network file systems number files differently on each machine.
     """
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"

@@ -1,17 +1,15 @@
-"""Exact answers of a model to held-out instructions in the made languages, with the format of turns and without it."""
+"""Exact answers of a model to held-out instructions in the made languages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from espalier.launch.load import load_run
 
 PER_SOURCE = 16  # instructions of each kind and pair of languages
-KINDS = ("copy", "translate")
-FORMATS = {"turns": True, "plain": False}
 
 
 def exact(checkpoint: str, *, params: str = "auto") -> dict[str, float]:
-    """Returns the share of right answers by kind and format: copy_turns, copy_plain, translate_turns, translate_plain.
+    """Returns the share of right answers by kind, copy and translate, with the format of turns.
 
     Answers are greedy. All of a sentence must be right; what follows its end does not count.
 
@@ -19,7 +17,7 @@ def exact(checkpoint: str, *, params: str = "auto") -> dict[str, float]:
       checkpoint: run or step directory.
       params: see launch/load/load_run.py.
     """
-    asked = [one for name in FORMATS for one in _requests(name)]
+    asked = _requests()
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:
         answers = _continued(
             run, [prompt for _, prompt, _ in asked], max(len(a) for *_, a in asked)
@@ -30,15 +28,15 @@ def exact(checkpoint: str, *, params: str = "auto") -> dict[str, float]:
     return {kind: sum(some) / len(some) for kind, some in right.items()}
 
 
-def _requests(name: str) -> list[tuple[str, str, str]]:
-    """Returns (kind with the format, prompt, answer) of held-out instructions."""
+def _requests() -> list[tuple[str, str, str]]:
+    """Returns (kind, prompt, answer) of held-out instructions."""
     from espalier.launch.papers.aya23 import toy_languages
 
     out = []
     for source in toy_languages.instructions(1, 0):
-        prompts, answers = source.requests("validation", turns=FORMATS[name])
+        prompts, answers = source.requests("validation")
         out += [
-            (f"{source.kind}_{name}", toy_languages.text(prompt), toy_languages.text(answer[:-1]))
+            (source.kind, toy_languages.text(prompt), toy_languages.text(answer[:-1]))
             for prompt, answer in zip(prompts[:PER_SOURCE], answers[:PER_SOURCE], strict=True)
         ]
     return out
@@ -57,8 +55,3 @@ def _continued(run: Any, prompts: Sequence[str], new_tokens: int) -> list[str]:
     )
     continued = decoder([run.context(run.vocabulary.encode(prompt)) for prompt in prompts])
     return [run.vocabulary.decode(one.tokens) for one in continued]
-
-
-def mean(scores: Mapping[str, float], name: str) -> float:
-    """Returns the mean over kinds of the share of right answers in a format."""
-    return sum(scores[f"{kind}_{name}"] for kind in KINDS) / len(KINDS)

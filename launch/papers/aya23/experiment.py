@@ -1,23 +1,21 @@
-"""Aya 23 (arXiv 2405.15032): small models on made languages, vocabularies, bytes of caches, and programs of full size.
+"""Aya 23 (arXiv 2405.15032): small models on made languages, vocabularies, and programs of full size.
 
-The sweep asks what more languages cost, and what a base is worth. Fourteen runs for each seed, of about a minute on one core; the
-number of seeds after a colon:
+The sweep asks what more languages cost, and what a base is worth. Eighteen runs for each seed, of less than a minute on one core
+each; the number of seeds after a colon:
 
   espalier sweep --sweep launch/papers/aya23/experiment.py:5 --out runs/aya23/toy --workers 2
 
 Vocabularies are trained on languages of unequal amounts of text: as they are, and in equal shares.
 """
 
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from espalier.data.text.documents import Document
-from espalier.launch.papers.aya23 import answers
+from espalier.launch.papers.aya23 import fertility
 from espalier.launch.papers.shared import domains, results, sweeps
 from espalier.launch.precompile.table_rows import Row, mesh, tokens
 
@@ -25,18 +23,22 @@ CPU = "t5x_configs/experiments/aya23/cpu/"
 COUNTS = (4, 8, 16)  # languages
 WIDTHS = {"narrow": (32, 96), "wide": (96, 288)}  # width, and hidden width of the FFN
 KV_HEADS = (4, 1)  # the base has 2 of 4
+STEPS = 800
 TUNING_STEPS = 200
 REQUESTS = 2048  # instructions of each kind and pair of languages in the full mixture
 BASE = "base"  # eight languages, width 64
+SECOND = "wide"  # the width at which a base and a new model are compared as well
 
 
 def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms = {
-        breadth(count, width): _arm(
-            MIXTURE_OR_TASK_NAME=f"toy_mix_{count}", WIDTH=size, HIDDEN=hidden
-        )
-        for width, (size, hidden) in WIDTHS.items()
-        for count in COUNTS
+        breadth(count, width): _on_languages(count, width) for width in WIDTHS for count in COUNTS
+    }
+    # As much text of each of these languages as the mixture of most languages has of it.
+    part = STEPS * COUNTS[0] // COUNTS[-1]
+    arms |= {
+        little(width): _on_languages(COUNTS[0], width, TRAIN_STEPS=part, EVAL_PERIOD=part)
+        for width in WIDTHS
     }
     arms[BASE] = _arm()
     arms["sequential"] = _arm("transformer.Block.layout='sequential'")
@@ -46,6 +48,8 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms["scratch"] = _tuned(REQUESTS)
     arms["tuned"] = _tuned(REQUESTS // 4, parent=BASE)
     arms["tuned_full"] = _tuned(REQUESTS, parent=BASE)
+    arms[f"scratch_{SECOND}"] = _tuned(REQUESTS, width=SECOND)
+    arms[f"tuned_{SECOND}"] = _tuned(REQUESTS // 4, breadth(8, SECOND), SECOND)
     evaluations = {"answers": {"call": "espalier.launch.papers.aya23.answers:exact"}}
     return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 
@@ -53,6 +57,11 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
 def breadth(count: int, width: str) -> str:
     """Returns the name of the arm that trains on so many languages at a width of WIDTHS."""
     return f"languages{count}_{width}"
+
+
+def little(width: str) -> str:
+    """Returns the name of the arm that has the fewest languages, and as little text of each as with the most."""
+    return f"languages{COUNTS[0]}_{width}_little"
 
 
 def heads(count: int) -> str:
@@ -65,18 +74,35 @@ def _arm(*bindings: str, **macros: object) -> dict:
     return sweeps.arm(f"{CPU}toy.gin", bindings=(*settings, *bindings), evaluations=())
 
 
-def _tuned(requests: int, parent: str | None = None) -> dict:
+def _on_languages(count: int, width: str, **macros: object) -> dict:
+    return _arm(MIXTURE_OR_TASK_NAME=f"toy_mix_{count}", **_size(width), **macros)
+
+
+def _size(width: str) -> dict[str, int]:
+    return dict(zip(("WIDTH", "HIDDEN"), WIDTHS[width], strict=True))
+
+
+def _tuned(requests: int, parent: str | None = None, width: str | None = None) -> dict:
     """Returns an arm that is tuned on a mixture of this size, always for as many updates."""
+    sizes = _size(width) if width else {}
     return sweeps.arm(
         f"{CPU}toy_instruct.gin",
-        bindings=(f"TRAIN_STEPS={TUNING_STEPS}", f"REQUESTS={requests}"),
+        bindings=(
+            f"TRAIN_STEPS={TUNING_STEPS}",
+            f"REQUESTS={requests}",
+            *(f"{name}={value}" for name, value in sizes.items()),
+        ),
         evaluations=("answers",),
         parent=parent,
     )
 
 
-LOSS, TURNS, PLAIN, FORMAT = "loss", "right answers", "right without turns", "gain by turns"
-TUNED = ("scratch", "tuned", "tuned_full")
+LOSS = "loss"
+ANSWERS, PLAIN = "loss of the answers", "loss of the answers without turns"
+RIGHT = "right answers"
+SCORES = (ANSWERS, PLAIN, RIGHT)  # of tuned models, each the mean of its kinds
+KINDS = {"copy": "copies", "translate": "translations"}
+TUNED = ("scratch", "tuned", "tuned_full", f"scratch_{SECOND}", f"tuned_{SECOND}")
 _LABELS = {
     "base": "base: parallel, SwiGLU, 2 heads",
     "sequential": "sequential blocks",
@@ -86,32 +112,48 @@ _LABELS = {
     "scratch": "new model, full mixture",
     "tuned": "base, a quarter of the mixture",
     "tuned_full": "base, full mixture",
+    f"scratch_{SECOND}": f"new model, {SECOND}, full mixture",
+    f"tuned_{SECOND}": f"base, {SECOND}, a quarter of the mixture",
 }
-# A loss of uniform guesses over the words of a language is above 4 nats.
-_UNTRAINED = 3.5
+# A model that has only learned which symbols may come at a place guesses among the words of a language, at about 3.5 nats a
+# symbol; a perfect one knows the answers.
+_UNTRAINED, _KNOWN = 3.5, 0.02
+
+
+def part_of(score: str, kind: str) -> str:
+    """Returns the name of the part of a score that is of one kind of instruction."""
+    return f"{score}, {KINDS[kind]}"
 
 
 class Runs(results.Results):
     """Runs as `experiment.run` returns them."""
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
-        """Returns the mean loss of the common languages; of tuned models the share of right answers instead."""
+        """Returns the mean loss of the common languages; of tuned models what their answers are worth instead."""
+        losses = row["held_out"]
         if row["arm"] not in TUNED:
-            losses = row["held_out"]
-            return {LOSS: sum(losses.values()) / len(losses) if losses else None}
-        exact = (row.get("evaluations") or {}).get("answers")
-        if not exact:
-            return {TURNS: None, PLAIN: None}
-        return {TURNS: answers.mean(exact, "turns"), PLAIN: answers.mean(exact, "plain")}
+            return {LOSS: _mean(losses.values())}
+        right = (row.get("evaluations") or {}).get("answers") or {}
+        out: dict[str, float | None] = {}
+        for kind in KINDS:
+            for score, start in ((ANSWERS, f"toy_{kind}_"), (PLAIN, f"toy_plain_{kind}_")):
+                some = [loss for task, loss in losses.items() if task.startswith(start)]
+                out[part_of(score, kind)] = _mean(some)
+            out[part_of(RIGHT, kind)] = right.get(kind)
+        return {score: _mean(out[part] for part in self.parts(score)) for score in SCORES} | out
+
+    def parts(self, score: str) -> tuple[str, ...]:
+        return tuple(part_of(score, kind) for kind in KINDS) if score in SCORES else ()
 
     def lower_is_better(self, score: str) -> bool:
-        return score == LOSS
+        return not score.startswith(RIGHT)
 
     def digits(self, score: str) -> int:
+        del score
         return 3
 
     def limits(self, score: str) -> tuple[float, float] | None:
-        return None if score == LOSS else (0.0, 1.0)
+        return (0.05, 0.98) if score.startswith(RIGHT) else (_KNOWN, _UNTRAINED)
 
     def degenerate(self, row: Mapping[str, Any]) -> str:
         loss = self.row_scores(row).get(LOSS)
@@ -119,93 +161,16 @@ class Runs(results.Results):
 
     def label(self, arm: str) -> str:
         if arm.startswith("languages"):
-            count, width = arm.removeprefix("languages").split("_")
-            return f"{count} languages, {width}"
+            count, width, *few = arm.removeprefix("languages").split("_")
+            return f"{count} languages, {width}" + (", a quarter of the text" if few else "")
         return _LABELS[arm]
 
 
-LANGUAGES = (
-    "ar",
-    "cs",
-    "de",
-    "el",
-    "en",
-    "es",
-    "fa",
-    "he",
-    "hi",
-    "id",
-    "ja",
-    "ko",
-    "ru",
-    "tr",
-    "vi",
-    "uk",
-)
-SHARES = {"raw": 1.5, "balanced": 0.0}  # exponent of a language's rank, by which its bytes fall
-SIZE = 4096  # pieces
-TOTAL = 160_000  # bytes of all languages
-SENTENCES = 300
-FERTILITY = {
-    "languages": LANGUAGES,
-    "shares": SHARES,
-    "size": SIZE,
-    "total": TOTAL,
-    "sentences": SENTENCES,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranked:
-    """The corpus of installed packages, of which the language of rank r has a share proportional to r ** -exponent."""
-
-    corpus: Any
-    order: tuple[str, ...]  # tasks, the one with most text first
-    exponent: float
-
-    @property
-    def digest(self) -> str:
-        return f"{self.corpus.digest} {TOTAL} {self.exponent} {' '.join(self.order)}"
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.order
-
-    def size(self, source: str) -> int:
-        weights = {name: rank**-self.exponent for rank, name in enumerate(self.order, start=1)}
-        return round(TOTAL * weights[source] / sum(weights.values()))
-
-    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        return self.corpus.sample(source, num_bytes)
-
-
-def measure_fertility(seeds: Sequence[int]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns {seed: {'raw' or 'balanced': {language: parity, 'spread': ...}}}; a seed decides which language has most text.
-
-    A language's parity is its tokens over those of the same messages in English; 'spread' is the highest parity over the
-    lowest. Both vocabularies of a seed read as many bytes.
-    """
-    import numpy as np
-
-    from espalier.data.languages import parallel, table, tokenizer_report
-    from espalier.data.text import corpus as corpus_lib
-    from espalier.data.tokenizers import vocabularies
-
-    sources = [table.LANGUAGES[code].sources[0] for code in LANGUAGES]
-    corpus = corpus_lib.assemble(sources=sources, bytes_per_source=TOTAL)
-    pairs = parallel.read(parallel.PACKAGES, LANGUAGES, limit=SENTENCES)
-    out: dict[str, dict[str, dict[str, float]]] = {}
-    for seed in seeds:
-        order = tuple(np.random.default_rng(seed).permutation(sources).tolist())
-        out[str(seed)] = {}
-        for name, exponent in SHARES.items():
-            vocabulary = vocabularies.sentencepiece(
-                corpus=Ranked(corpus, order, exponent), size=SIZE, balance=1.0, sample_bytes=TOTAL
-            )
-            report = tokenizer_report.measure(vocabulary, pairs)
-            parity = {code: one["parity"] for code, one in report["languages"].items()}
-            out[str(seed)][name] = {**parity, "spread": report["parity_spread"]}
-    return out
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Returns the mean; None without values, or where one is missing."""
+    listed = list(values)
+    some = [value for value in listed if value is not None]
+    return sum(some) / len(some) if some and len(some) == len(listed) else None
 
 
 # The runs of full size.
@@ -237,7 +202,7 @@ ROWS = (
         bindings=tokens(256, 2048),
         note="Every chip receives all weights three times: its links are busy longer than its matrix units.",
         hbm_gb=6.23,
-        bounds_from="5.929 GB in docs/precompile.md, and 5 %",
+        bounds_from="5.929 GB in docs/scale/precompile_report.md, and 5 %",
     ),
     Row(
         name="aya23_35b_tensor4",
@@ -247,7 +212,7 @@ ROWS = (
         bindings=(*tokens(256, 2048), *mesh("fsdp_tp_sp", fsdp=64, tensor=4)),
         note="Weights, vocabulary and the residual stream's length are split over `tensor`.",
         sent_gb=200,
-        bounds_from="two thirds of what is sent without a tensor axis, 303 GB in docs/precompile.md",
+        bounds_from="two thirds of what is sent without a tensor axis, 303 GB in docs/scale/precompile_report.md",
     ),
     Row(
         name="aya23_35b_tensor4_v5p",
@@ -279,20 +244,20 @@ ROWS = (
 # What is measured of the runs.
 
 TITLE = "Aya 23, 2405.15032"
-SEEDS = 5
-PARTS = {
-    "toy": "made languages",
-    "fertility": "vocabularies of real languages",
-    "caches": "the bytes of caches",
-}
-HEADS, CACHED_KV = 4, (4, 2, 1)
+SEEDS = (5, 8, 12)
+EARLIER = (
+    "seeds 10 to 14, 70 runs: right answers judged what a base is worth, two bounds judged heads of keys and values, and "
+    "bytes of caches and answers without turns were claims",
+)
+PARTS = {"toy": "made languages", "fertility": "vocabularies of real languages"}
+SWEEPS = {"toy": "aya23/experiment:{seeds}"}
 _KEYS = ("run", "arm", "seed", "parents", "step", "tokens", "seconds", "evaluations", "digest")
 
 
 def run(
     *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """Returns the rows of the sweep, the parities of vocabularies by seed and the bytes of caches, by part.
+    """Returns the rows of the sweep and the parities of vocabularies by seed, by part.
 
     Args:
       model_dir: parent of the sweep's folder and of other measurements.
@@ -305,14 +270,16 @@ def run(
         measured |= sweeps.parts(
             model_dir, {"toy": ("aya23/experiment", seeds)}, with_losses, **options
         )
-    stages = sweeps.Stages(pathlib.Path(model_dir, "measured"))
     if "fertility" in parts:
-        chosen = sweeps.seeds(seeds)
-        settings = {**FERTILITY, "seeds": chosen}
-        trained = stages.get("fertility", settings, lambda: measure_fertility(chosen))
-        measured["fertility"] = trained["result"]
-    if "caches" in parts:
-        measured["caches"] = cache_bytes()
+        stages = sweeps.Stages(pathlib.Path(model_dir, "measured"))
+        measured["fertility"] = {}
+        for seed in sweeps.seeds(seeds):
+            stage = stages.get(
+                f"fertility_{seed}",
+                {**fertility.SETTINGS, "seed": seed},
+                functools.partial(fertility.measure, seed),
+            )
+            measured["fertility"][str(seed)] = {**stage["result"], "seconds": stage["seconds"]}
     return measured
 
 
@@ -328,33 +295,3 @@ def with_losses(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
         "held_out": domains.held_out({**row, "evaluations": {}}),
         "curve": [(step, sum(some) / len(some)) for step, some in sorted(curve.items())],
     }
-
-
-def cache_bytes() -> dict[str, int]:
-    """Returns the bytes of keys and values of 64 tokens by the number of their heads, as decoding allocates them."""
-    import jax
-
-    from espalier.model.attention import Attention
-    from espalier.model.config import TransformerConfig
-    from espalier.model.kv_cache.full import FullCache
-    from espalier.model.transformer import Block, Transformer
-    from espalier.trainers.decoding import prefill
-
-    out = {}
-    for count in CACHED_KV:
-        config = TransformerConfig(
-            vocab_size=48,
-            num_layers=2,
-            embed_dim=64,
-            num_heads=HEADS,
-            num_kv_heads=count,
-            mlp_dim=128,
-            scan_layers=False,
-        )
-        model = Transformer(config=config, block=functools.partial(Block, attention=Attention))
-        caches = jax.eval_shape(
-            lambda model=model: prefill.empty_caches(model, FullCache(), batch=1, length=64)
-        )
-        arrays = [array for cache in caches for array in (cache.slots.k_BKSH, cache.slots.v_BKSH)]
-        out[str(count)] = sum(array.size * array.dtype.itemsize for array in arrays)
-    return out

@@ -15,6 +15,8 @@ The mixture `toy_instructions` has them in equal shares by kind:
   toy_copy_L          says a sentence of language L again
   toy_translate_L_M   says a sentence of language L in M
 
+The same requests without the signs of turns, to evaluate on, are `toy_plain_copy_L` and `toy_plain_translate_L_M`.
+
 Every word is one symbol, so that the vocabulary is fixed. Shapes: N documents, S sentences, T symbols.
 """
 
@@ -193,21 +195,24 @@ class Instruction(GeneratedSource):
     Attributes:
       kind: copy or translate.
       languages: of the sentence and of its answer.
+      turns: whether `examples` have the signs of turns.
     """
 
     kind: str
     languages: tuple[int, int]
+    turns: bool = True
 
     validation_documents = 64
 
     @property
     def digest(self) -> str:
-        return f"Instruction 1: {self}, {self.validation_documents}"
+        return f"Instruction 2: {self}, {self.validation_documents}"
 
-    def requests(self, split: str, *, turns: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Returns prompts and answers as symbols [N, T]; without the signs of turns if `turns` is False."""
+    def requests(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns prompts and answers as symbols [N, T]; they have the same meanings with the signs of turns and without."""
+        name = _task(self.kind, self.languages)
         rng = np.random.default_rng(
-            [self.seed, self.splits.index(split), zlib.crc32(self.name.encode())]
+            [self.seed, self.splits.index(split), zlib.crc32(name.encode())]
         )
         count = self.num_input_examples(split)
         meaning = meanings((count,), rng)
@@ -216,9 +221,9 @@ class Instruction(GeneratedSource):
         tags = [symbol("language", number) for number in self.languages]
         sign = functools.partial(symbol, "sign")
         before = [sign(self.kind), *tags]
-        if turns:
+        if self.turns:
             before = [sign("turn"), sign("user"), *before]
-        after = [sign("end"), sign("turn"), sign("chatbot")] if turns else []
+        after = [sign("end"), sign("turn"), sign("chatbot")] if self.turns else []
         prompt = np.concatenate([_rows(before, count), asked, _rows(after, count)], axis=1)
         return prompt, np.concatenate([answer, _rows([sign("end")], count)], axis=1)
 
@@ -237,16 +242,24 @@ def _rows(symbols: Sequence[int], count: int) -> np.ndarray:
     return np.tile(np.array(symbols, np.int64), (count, 1))
 
 
-def instructions(documents: int, seed: int) -> list[Instruction]:
+def _task(kind: str, languages: tuple[int, int], *, turns: bool = True) -> str:
+    numbers = languages[:1] if kind == "copy" else languages
+    return "_".join(["toy", *([] if turns else ["plain"]), kind, *map(str, numbers)])
+
+
+def instructions(documents: int, seed: int, *, turns: bool = True) -> list[Instruction]:
     """Returns the sources of instructions in the COMMON languages; `documents` of each to train on."""
-    pairs = itertools.permutations(range(COMMON), 2)
+    copies = [("copy", (i, i)) for i in range(COMMON)]
+    pairs = [("translate", pair) for pair in itertools.permutations(range(COMMON), 2)]
     return [
-        *(Instruction(f"toy_copy_{i}", documents, seed, "copy", (i, i)) for i in range(COMMON)),
-        *(
-            Instruction(f"toy_translate_{i}_{j}", documents, seed, "translate", (i, j))
-            for i, j in pairs
-        ),
+        Instruction(_task(kind, spoken, turns=turns), documents, seed, kind, spoken, turns)
+        for kind, spoken in copies + pairs
     ]
+
+
+def instruction_tasks() -> list[str]:
+    """Returns the tasks of instructions, with the signs of turns and without them."""
+    return [one.name for turns in (True, False) for one in instructions(1, 0, turns=turns)]
 
 
 def register(
@@ -287,12 +300,14 @@ def register(
         tasks.register_mixture(f"toy_mix_{count}", {f"toy_{i}": 1.0 for i in range(count)})
     rates = {}
     sources = instructions(requests, seed)
-    for source in sources:
+    plain = instructions(requests, seed, turns=False)
+    for source in [*sources, *plain]:
         tasks.register_rows(
             source,
             origin="toy_languages.register",
             features={"targets": vocabulary, "loss_weights": None},
             facts={"vocabulary": str(vocabulary)},
         )
+    for source in sources:
         rates[source.name] = 1 / sum(one.kind == source.kind for one in sources)
     tasks.register_mixture("toy_instructions", rates)

@@ -1,11 +1,10 @@
 """Real words of seven languages, requests that small models can learn to answer in them, and an exact score of answers.
 
-Days, months, numbers and names of languages are messages of Django with their translations, in three families of two
+Days, months and names of languages are messages of Django with their translations, in three families of two
 languages, and in English, which all clusters of the recipe share (arXiv 2412.04261). A request is made of words of its
 language, and its answer is a list of words:
 
   translate   two words of another language, said in this one
-  add         two days or months, each some days or months later
   sort        three names of languages, in the order of letters
 
 Words are in lower case. Requests with the same concepts are in the same split in every language.
@@ -34,7 +33,6 @@ MONTHS = (
     *("January", "February", "March", "April", "May", "June", "July"),
     *("August", "September", "October", "November", "December"),
 )
-NUMBERS = ("one", "two", "three", "four", "five", "six")
 NAMES = (
     *("Arabic", "Bulgarian", "Catalan", "Croatian", "Czech", "Danish", "Dutch", "English"),
     *("Estonian", "Finnish", "French", "German", "Greek", "Hebrew", "Hungarian", "Icelandic"),
@@ -43,16 +41,15 @@ NAMES = (
     *("Turkish", "Ukrainian", "Vietnamese"),
 )
 CONCEPTS = (*DAYS, *MONTHS, *NAMES)  # what answers are made of
-_CYCLES = (DAYS, MONTHS)
-KINDS = ("translate", "add", "sort")
+KINDS = ("translate", "sort")
 _VERBS = {
-    "en": ("translate", "add", "sort"),
-    "es": ("traduce", "suma", "ordena"),
-    "it": ("traduci", "somma", "ordina"),
-    "de": ("übersetze", "addiere", "sortiere"),
-    "nl": ("vertaal", "tel", "sorteer"),
-    "cs": ("přelož", "sečti", "seřaď"),
-    "pl": ("przetłumacz", "dodaj", "posortuj"),
+    "en": ("translate", "sort"),
+    "es": ("traduce", "ordena"),
+    "it": ("traduci", "ordina"),
+    "de": ("übersetze", "sortiere"),
+    "nl": ("vertaal", "sorteer"),
+    "cs": ("přelož", "seřaď"),
+    "pl": ("przetłumacz", "posortuj"),
 }
 # Split -> its parts of ten by the hash of a request's concepts.
 SPLITS = {"tuning": range(4), "pool": range(4, 7), "dev": range(7, 8), "held_out": range(8, 10)}
@@ -74,7 +71,7 @@ def sibling(language: str) -> str:
 
 @functools.cache
 def words(language: str) -> Mapping[str, str]:
-    """Returns the word of each concept and number in a language.
+    """Returns the word of each concept in a language.
 
     Raises:
       ValueError: Django is not installed.
@@ -86,13 +83,13 @@ def words(language: str) -> Mapping[str, str]:
     # A message that is the same in both languages is in no catalogue.
     return {
         english: cleaning.normalise(translations.get(english, english)).strip().lower()
-        for english in (*CONCEPTS, *NUMBERS)
+        for english in CONCEPTS
     }
 
 
 @functools.cache
 def concepts(language: str) -> Mapping[str, str]:
-    """Returns the concept of each word in a language, without numbers."""
+    """Returns the concept of each word in a language."""
     return {words(language)[concept]: concept for concept in CONCEPTS}
 
 
@@ -108,11 +105,11 @@ class Content:
 
     Attributes:
       kind: of KINDS.
-      parts: concepts; of `add` pairs of a concept and a number.
+      parts: concepts.
     """
 
     kind: str
-    parts: tuple[Any, ...]
+    parts: tuple[str, ...]
 
     @property
     def digest(self) -> int:
@@ -126,18 +123,10 @@ class Content:
         if self.kind == "translate":
             asked = [words(source)[concept] for concept in self.parts]
             answer = [word[concept] for concept in self.parts]
-        elif self.kind == "add":
-            asked = [f"{word[concept]} + {word[number]}" for concept, number in self.parts]
-            answer = [word[_later(concept, number)] for concept, number in self.parts]
         else:
             asked = [word[concept] for concept in self.parts]
             answer = sorted(asked)
         return f"{verb}: {', '.join(asked)} =", ", ".join(answer)
-
-
-def _later(concept: str, number: str) -> str:
-    cycle = next(one for one in _CYCLES if concept in one)
-    return cycle[(cycle.index(concept) + NUMBERS.index(number) + 1) % len(cycle)]
 
 
 def contents(split: str, seed: int) -> Iterator[Content]:
@@ -157,14 +146,7 @@ def contents(split: str, seed: int) -> Iterator[Content]:
 def _drawn(kind: str, rng: np.random.Generator) -> Content:
     if kind == "translate":
         return Content(kind, tuple(CONCEPTS[i] for i in rng.permutation(len(CONCEPTS))[:2]))
-    if kind == "sort":
-        return Content(kind, tuple(NAMES[i] for i in rng.permutation(len(NAMES))[:3]))
-    pairs = []
-    for _ in range(2):
-        cycle = _CYCLES[rng.integers(len(_CYCLES))]
-        number = NUMBERS[rng.integers(len(NUMBERS))]
-        pairs.append((cycle[rng.integers(len(cycle))], number))
-    return Content(kind, tuple(pairs))
+    return Content(kind, tuple(NAMES[i] for i in rng.permutation(len(NAMES))[:3]))
 
 
 def requests(split: str, count: int, seed: int) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 A document is in one language, whose code it begins with:
 
   entry      a concept in some of the languages, as in a dictionary
-  calendar   days, months or numbers in their order
+  calendar   days or months in their order
   index      names of languages in the order of letters
   message    a message of Django or Sphinx
 
@@ -31,7 +31,7 @@ CACHED_AS = "data.aya_expanse.lexicon_text"  # the name by which caches of its d
 MIXTURE = "words"
 _MAX_LETTERS = 80  # of a message
 _SHARES = {"entry": 0.45, "calendar": 0.2, "index": 0.2, "message": 0.15}
-_CYCLES = (lexicon.DAYS, lexicon.MONTHS, lexicon.NUMBERS)
+_CYCLES = (lexicon.DAYS, lexicon.MONTHS)
 
 
 @functools.cache
@@ -74,8 +74,6 @@ class Words(GeneratedSource):
         start = int(rng.integers(len(cycle)))
         count = min(len(cycle), 7)
         ordered = (*cycle, *cycle)[start : start + count]
-        if cycle is lexicon.NUMBERS:  # which have no cycle
-            ordered = cycle[start:]
         return f"{self.language}: {' '.join(lexicon.words(self.language)[one] for one in ordered)}"
 
     def _index(self, rng: np.random.Generator) -> str:

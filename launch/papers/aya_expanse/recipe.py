@@ -49,6 +49,10 @@ class Recipe:
       samples: of each prompt in an online round.
       pair_gap: pairs of an online round whose rewards differ by no more are not trained on.
       steps: updates of the stages sft, arbitrage, preference and online.
+      dev: folder with texts of each language, LANGUAGE.jsonl, on whose loss the weights of every merge are searched; None for
+        equal weights.
+      measure, scores: instead of `dev`, a command and the numbers that it writes, see espalier merge search.
+      trials: of each search.
       polish: updates after the first merge, on the data of all clusters at a tenth of the rate; 0 for none.
       form, keep_cut: see launch.prepare arbitrage.
       max_prompt_length, max_new_tokens: tokens of prompts, and of completions.
@@ -74,6 +78,10 @@ class Recipe:
     steps: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"sft": 500, "arbitrage": 500, "preference": 200, "online": 100}
     )
+    dev: str | None = None
+    measure: str | None = None
+    scores: list[str] = dataclasses.field(default_factory=list)
+    trials: int = 60
     polish: int = 0
     form: Literal["messages", "prompt"] = "messages"
     keep_cut: bool = False
@@ -91,9 +99,12 @@ class Recipe:
 _CHOICES = {"origin": ("native", "translated", "both"), "form": ("messages", "prompt")}
 _TEXTS = (
     *("base", "chats", "prompts", "held_out", "teachers", "reward", "judge"),
-    "language_of",
+    *("language_of", "dev", "measure"),
 )
-_NUMBERS = ("rounds", "polish", "samples", "max_prompt_length", "max_new_tokens", "batch_size")
+_NUMBERS = (
+    *("rounds", "polish", "samples", "max_prompt_length", "max_new_tokens", "batch_size"),
+    "trials",
+)
 _STAGES = ("sft", "arbitrage", "preference", "online")
 
 
@@ -133,6 +144,10 @@ def read(path: str) -> Recipe:
                 f"{path}: {name!r} is {reprlib.repr(value)}, which it cannot be; see launch/papers/aya_expanse/recipe.py."
             )
     recipe = Recipe(**row)
+    if (recipe.dev and recipe.measure) or bool(recipe.measure) != bool(recipe.scores):
+        raise RecipeError(
+            f"{path}: give either 'dev', or 'measure' with 'scores', or none of them."
+        )
     if recipe.teachers is not None:
         names = pool.read(recipe.teachers).teachers
         if taken := [arm for arm in map(sft_arm, recipe.clusters) if arm in names]:

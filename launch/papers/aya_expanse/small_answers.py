@@ -1,4 +1,4 @@
-"""Answers of a model of the small experiment to held-out requests, by language, and its divergence from another model."""
+"""Answers of a model of the small experiment to held-out requests, by language."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +9,9 @@ from espalier.launch.load import load_run
 from espalier.launch.papers.aya_expanse import lexicon
 from espalier.launch.papers.aya_expanse.small_pool import DEVIATION, NEW_TOKENS
 
-HELD_OUT = 48  # requests in each language, the same for all seeds
-SAMPLED = 12  # requests in each language of which answers are drawn, for a divergence
+HELD_OUT = 480  # requests in each language, the same for all seeds
 JUDGED_DIGITS = 3
-_BATCH = 128
+_BATCH = 512
 
 
 def score(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
@@ -23,13 +22,15 @@ def score(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
       params: see launch/load/load_run.py.
 
     Returns:
-      {'score', 'artefacts', 'words': {language: mean}, 'kinds': {kind: mean score}, 'judge': {language: [a judge's score of
-      each answer]}}: exact scores, the share of words of the other language of the family, the number of words, and
-      exact scores with the noise of a judge that no model is trained on.
+      {'score', 'loss', 'artefacts', 'words': {language: mean}, 'kinds': {kind: mean score}, 'judge': {language: [a judge's
+      score of each answer]}}: exact scores, the negative log-probability of the reference, the share of words of the other
+      language of the family, the number of words, and exact scores with the noise of a judge that no model is trained on.
     """
     rows = lexicon.requests("held_out", HELD_OUT, 0)
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:
-        texts = [one["text"] for one in _answered(run, rows, temperature=0.0)]
+        texts = [one["text"] for one in _answered(run, rows)]
+        references = [{"text": row["prompt"], "targets": row["answer"]} for row in rows]
+        losses = [-value for value in _log_probs(run, references)]
     exact = [
         lexicon.score(text, row["answer"], row["language"])
         for text, row in zip(texts, rows, strict=True)
@@ -42,6 +43,7 @@ def score(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
         judge[row["language"]].append(round(judged, JUDGED_DIGITS))
     return {
         "score": _means(rows, exact, "language"),
+        "loss": _means(rows, losses, "language"),
         "artefacts": _means(rows, artefacts, "language"),
         "words": _means(rows, words, "language"),
         "kinds": _means(rows, exact, "kind"),
@@ -49,46 +51,23 @@ def score(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
     }
 
 
-def divergence(checkpoint: str, *, params: str = "auto") -> float:
-    """Returns the mean over requests of KL(model || the model that it started from), in nats, estimated by drawn answers."""
+def _log_probs(run: Any, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Returns the log-probability of the targets of each row after its text."""
     from espalier.launch.inference.score import scored_row
     from espalier.trainers.scoring.scoring import Scorer
 
-    rows = lexicon.requests("held_out", SAMPLED, 0)
-    with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:
-        answers = _answered(run, rows, temperature=1.0)
-        own = [float(sum(one["logprobs"])) for one in answers]
-    before = parent(checkpoint)
-    asked = [
-        {"text": row["prompt"], "targets": one["tokens"]}
-        for row, one in zip(rows, answers, strict=True)
-    ]
-    with load_run.config_of(before).load(before, params=params) as run:
-        scored = [scored_row(run, row, "an answer") for row in asked]
-        size = run.batch_size(_BATCH, len(scored))
-        scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
-        other = [float(logp_T.sum()) for logp_T in scorer(scored)]
-    return float(np.mean(np.array(own) - np.array(other)))
+    scored = [scored_row(run, row, "an answer") for row in rows]
+    size = run.batch_size(_BATCH, len(scored))
+    scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+    return [float(logp_T.sum()) for logp_T in scorer(scored)]
 
 
-def parent(checkpoint: str) -> str:
-    """Returns the step that a run started from; raises ValueError for one that started from new parameters."""
-    from espalier.trainers.checkpoints import step_dir
-
-    start = step_dir.read_record(step_dir.resolve(checkpoint))["meta"].get("initial", {})
-    if "path" not in start:
-        raise ValueError(
-            f"{checkpoint} started from new parameters: give a run that continues another."
-        )
-    return str(start["path"])
-
-
-def _answered(run: Any, rows: Sequence[Mapping[str, str]], *, temperature: float) -> list[Any]:
-    """Returns what launch.generate would write for the requests."""
+def _answered(run: Any, rows: Sequence[Mapping[str, str]]) -> list[Any]:
+    """Returns what launch.generate would write for the requests, greedily."""
     from espalier.launch.inference import generate
     from espalier.trainers.decoding.settings import Sampling, Settings
 
-    settings = Settings(max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=temperature))
+    settings = Settings(max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=0.0))
     decoding = generate.Decoding(settings=settings, batch_size=_BATCH)
     decoder, texts = generate.decoder_and_texts(run, decoding, rows=len(rows))
     asked = [(row["id"], {"text": row["prompt"]}) for row in rows]

@@ -17,7 +17,7 @@ TRANSLATION_LOSS = 0.15  # share of words that the translator takes from the oth
 NEW_TOKENS = 24
 ROUTINGS = ("reward", "learned", "fixed", "random")  # the first asks all teachers
 # Number of languages in pairs -> the languages.
-PAIR_LANGUAGES = {1: ("en",), 3: ("en", "es", "de"), 7: lexicon.LANGUAGES}
+PAIR_LANGUAGES = {1: (lexicon.SHARED,), 7: lexicon.LANGUAGES}
 QUALITIES = "qualities.json"
 _BATCH = 128
 
@@ -64,7 +64,7 @@ def answer(path: pathlib.Path, runs: Mapping[str, str], to: pathlib.Path, *, see
     Args:
       path: the requests.
       runs: teacher -> its run, by the family that it was tuned on.
-      to: gets sft_ROUTING.jsonl, sft_reward_FAMILY.jsonl, pairs*.jsonl and QUALITIES.
+      to: gets sft_ROUTING.jsonl, sft_reward_FAMILY.jsonl, sft_tenth_FAMILY.jsonl, pairs*.jsonl and QUALITIES.
       seed: of sampling, of the reward's noise and of draws.
     """
     from espalier.data.aya_expanse import prompts as prompt_rows
@@ -188,11 +188,13 @@ def _write_clusters(
     to: pathlib.Path,
     seed: int,
 ) -> None:
-    """Writes the data of the clusters' experts, and of one whose answers are those of other requests."""
+    """Writes the data of the clusters' experts and of a polish, and of an expert whose answers are those of other requests."""
     rows = _sft(requests, texts["reward"])
     for name, codes in lexicon.FAMILIES.items():
         own = lexicon.of_languages(rows, (*codes, lexicon.SHARED))
         write(to / f"sft_reward_{name}.jsonl", own)
+        tenth = [row for code in codes for row in lexicon.of_languages(rows, [code])[::10]]
+        write(to / f"sft_tenth_{name}.jsonl", tenth)
     order = np.random.default_rng(seed).permutation(len(rows))
     shuffled = [answered(row, rows[i]["completion"]) for row, i in zip(rows, order, strict=True)]
     write(to / "sft_harmful.jsonl", shuffled)
@@ -204,7 +206,7 @@ def _write_pairs(
     native: Sequence[str | None],
     to: pathlib.Path,
 ) -> None:
-    """Writes best against worst answers: all, by cluster, and as many in 1, 3 and 7 languages; native against translated ones."""
+    """Writes best against worst answers: all, and as many in English and in all languages; native against translated ones."""
     from espalier.data.aya_expanse import routing
 
     pairs: Rows = []
@@ -213,8 +215,6 @@ def _write_pairs(
         if (names := routing.pair(rewards, texts)) is not None:
             pairs.append(_pair(row, texts[names[0]], texts[names[1]]))
     write(to / "pairs.jsonl", pairs)
-    for name, codes in lexicon.FAMILIES.items():
-        write(to / f"pairs_{name}.jsonl", lexicon.of_languages(pairs, (*codes, lexicon.SHARED)))
     of_languages = {n: lexicon.of_languages(pairs, codes) for n, codes in PAIR_LANGUAGES.items()}
     count = min(map(len, of_languages.values()))
     for number, some in of_languages.items():

@@ -1,19 +1,20 @@
-"""The stages of the small experiment that train nothing: requests, the pool's answers by routing, and the search of weights.
+"""The stages of the small experiment that train nothing: requests, the pool's answers by routing, merges, and their searches.
 
 launch/papers/aya_expanse/experiment.py calls it:
 
   python -m espalier.launch.papers.aya_expanse.small_stage requests --seed=90 --to=DIR
   python -m espalier.launch.papers.aya_expanse.small_stage pool --requests=DIR --runs A B C --seed=90 --to=DIR
   python -m espalier.launch.papers.aya_expanse.small_stage search --requests=DIR --runs A B C --seed=90 --to=DIR
-  python -m espalier.launch.papers.aya_expanse.small_stage merge --method=ties --base=DIR --runs A B C --to=RUN
-  python -m espalier.launch.papers.aya_expanse.small_stage searched --search=DIR --to=RUN
+  python -m espalier.launch.papers.aya_expanse.small_stage merge --runs A B C --to=RUN
+  python -m espalier.launch.papers.aya_expanse.small_stage strength --requests=DIR --base=DIR --method=ties --runs A B C --to=RUN
 """
 
 import argparse
 import collections
 import json
 import pathlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,14 @@ from espalier.launch import cli
 from espalier.launch.papers.aya_expanse import lexicon, small_pool
 from espalier.launch.papers.aya_expanse.small_pool import write
 
-# Requests of each split in every language.
-TUNING, POOL, DEV = 2000, 800, 24
+# Requests of each split in every language; those of online rounds are of the pool's split, and not of the pool.
+TUNING, POOL, ONLINE, DEV = 2000, 600, 400, 48
 OUTSIDE = 0.1  # share of the requests in other languages that a cluster's teacher sees
-ONLINE = 30  # requests of each language in online rounds
 BUDGET = 60  # trials of the search
+# How far a merge goes from the experts' shared start: shares of the sum of their updates. One over their number is the mean.
+STRENGTHS = (0.2, 1 / 3, 0.6, 1.0)
+STRENGTH = "strength.json"
+_BATCH = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,13 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", choices=tuple(_STAGES))
-    parser.add_argument("--requests", metavar="DIR", help="what `requests` wrote")
-    parser.add_argument("--search", metavar="DIR", help="what `search` wrote")
-    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="runs of the models")
-    parser.add_argument("--base", metavar="DIR", help="base of methods that need one")
-    parser.add_argument("--method", default="linear", help="merge_method of launch.merge")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of requests and draws")
+    parser.add_argument("--requests", metavar="DIR", help="folder that the stage `requests` wrote")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="DIR", help="run directories of the models"
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="run that the models of `strength` started from"
+    )
+    parser.add_argument(
+        "--method", default="linear", help="merge method of espalier merge (default linear)"
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="write the results to this folder"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of requests and draws (default 0)"
+    )
 
 
 def _run(flags: argparse.Namespace) -> None:
@@ -58,9 +71,10 @@ def _requests(flags: argparse.Namespace, to: pathlib.Path) -> None:
         own = (*codes, lexicon.SHARED)
         seen = [row for row in tuning if row["language"] in own or rng.random() < OUTSIDE]
         write(to / f"teacher_{name}.jsonl", map(small_pool.answered, seen))
-    prompts = lexicon.requests("pool", POOL, flags.seed)
-    write(to / "pool.jsonl", prompts)
-    online = prompts[: ONLINE * len(lexicon.LANGUAGES)]
+    prompts = lexicon.requests("pool", POOL + ONLINE, flags.seed)
+    asked = POOL * len(lexicon.LANGUAGES)
+    write(to / "pool.jsonl", prompts[:asked])
+    online = prompts[asked:]
     write(to / "online.jsonl", online)
     for name, codes in lexicon.FAMILIES.items():
         cluster = lexicon.of_languages(online, (*codes, lexicon.SHARED))
@@ -82,10 +96,10 @@ def _search(flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Searches the weights of a merge, whose trials, weights and table stay in the folder."""
     from espalier.launch.merge import search
 
-    dev = [f"{c}={pathlib.Path(flags.requests) / f'dev_{c}.jsonl'}" for c in lexicon.LANGUAGES]
+    dev = [f"{code}={_dev(flags.requests, code)}" for code in lexicon.LANGUAGES]
     models = [f"{number}_{_arm(run)}={run}" for number, run in enumerate(flags.runs)]
     settings = search.SearchFlags(
-        models=models, held_out=dev, out=str(to), budget=BUDGET, batch_size=64, seed=flags.seed
+        models=models, held_out=dev, out=str(to), budget=BUDGET, batch_size=_BATCH, seed=flags.seed
     )
     print("\n".join(search.run(settings)))
 
@@ -95,30 +109,79 @@ def _arm(run: str) -> str:
     return pathlib.Path(run).parent.name
 
 
+def _dev(requests: str, code: str) -> pathlib.Path:
+    return pathlib.Path(requests) / f"dev_{code}.jsonl"
+
+
 def _merge(flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Merges runs with equal weights; a run that is given twice has twice the weight."""
+    counts = collections.Counter(flags.runs)
+    _merged(to, flags.method, dict(counts), flags.base if flags.method in _OF_UPDATES else None)
+
+
+def _strength(flags: argparse.Namespace, to: pathlib.Path) -> None:
+    """Merges runs, and goes as far from their shared start in the direction of the merge as the development set says."""
+    direction = to.with_name(f"{to.name}.direction")
+    shutil.rmtree(direction, ignore_errors=True)  # of a command that was stopped
+    _merge(flags, direction)
+    lengths = {share: share * len(set(flags.runs)) for share in STRENGTHS}
+    losses = dict(zip(lengths, _losses(flags, direction, list(lengths.values())), strict=True))
+    best = min(losses, key=lambda share: losses[share])
+    _merged(to, "task_arithmetic", {str(direction): lengths[best]}, flags.base)
+    found = {"losses": [[share, loss] for share, loss in losses.items()], "best": best}
+    (to / STRENGTH).write_text(json.dumps(found) + "\n", "utf-8")
+
+
+def _losses(flags: argparse.Namespace, direction: pathlib.Path, lengths: Sequence[float]) -> Any:
+    """Yields the mean loss over languages, in nats per token of development answers, so far from the start to a run and beyond."""
+    import jax
+
+    from espalier.launch.inference import row_files
+    from espalier.launch.inference.score import scored_row
+    from espalier.launch.load import load_run
+    from espalier.trainers.scoring.scoring import Scorer
+
+    with load_run.config_of(str(direction)).load(str(direction)) as run:
+        end = jax.device_get(run.params)
+    with load_run.config_of(flags.base).load(flags.base) as run:
+        rows = {
+            code: [
+                scored_row(run, row, where)
+                for where, row in row_files.read(
+                    str(_dev(flags.requests, code)), example="{}", flag="requests"
+                )
+            ]
+            for code in lexicon.LANGUAGES
+        }
+        start = jax.device_get(run.params)
+        scorer = Scorer(run.model, run.params, batch_size=_BATCH, sharding=run.row_sharding)
+        for length in lengths:
+            moved = jax.tree.map(lambda a, b, w=length: a + w * (b - a), start, end)
+            scorer.use(
+                jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), moved, run.params)
+            )
+            yield float(np.mean([-np.concatenate(scorer(some)).mean() for some in rows.values()]))
+
+
+_OF_UPDATES = ("ties", "task_arithmetic")  # methods that merge what runs have changed of a base
+
+
+def _merged(to: pathlib.Path, method: str, weights: Mapping[str, float], base: str | None) -> None:
+    """Merges runs with these weights by launch.merge."""
     import yaml
 
-    counts = collections.Counter(flags.runs)
-    models = [{"model": run, "parameters": {"weight": float(n)}} for run, n in counts.items()]
-    config: dict[str, Any] = {"merge_method": flags.method, "models": models}
-    if flags.base is not None:
-        config |= {"base_model": flags.base, "parameters": {"density": 0.5}}
+    from espalier.launch.merge import __main__ as merge
+
+    models = [{"model": run, "parameters": {"weight": float(w)}} for run, w in weights.items()]
+    config: dict[str, Any] = {"merge_method": method, "models": models}
+    if base is not None:
+        config |= {"base_model": base}
+    if method == "ties":
+        config |= {"parameters": {"density": 0.5}}
     to.parent.mkdir(parents=True, exist_ok=True)
     path = to.with_name(f"{to.name}.merge.yml")
     path.write_text(yaml.safe_dump(config), "utf-8")
-    _merged(path, to)
-
-
-def _searched(flags: argparse.Namespace, to: pathlib.Path) -> None:
-    """Merges with the weights that were found."""
-    _merged(pathlib.Path(flags.search) / "merge.yml", to)
-
-
-def _merged(config: pathlib.Path, to: pathlib.Path) -> None:
-    from espalier.launch.merge import __main__ as merge
-
-    if status := merge.main([f"--config={config}", f"--out={to}"]):
+    if status := merge.main([f"--config={path}", f"--out={to}"]):
         raise SystemExit(status)
 
 
@@ -133,7 +196,7 @@ _STAGES = {
     "pool": _pool,
     "search": _search,
     "merge": _merge,
-    "searched": _searched,
+    "strength": _strength,
 }
 
 if __name__ == "__main__":

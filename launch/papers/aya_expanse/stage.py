@@ -37,11 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", choices=tuple(_STAGES))
-    parser.add_argument("--recipe", required=True, metavar="FILE", help="recipe.yaml")
-    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="runs of the models")
-    parser.add_argument("--prompts", metavar="DIR", help="what `prompts` wrote")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--recipe", required=True, metavar="FILE", help="the recipe, a YAML file")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="DIR", help="run directories of the models"
+    )
+    parser.add_argument("--prompts", metavar="DIR", help="folder that the stage `prompts` wrote")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="write the results to this folder"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
 
 
 def _run(flags: argparse.Namespace) -> None:
@@ -81,7 +85,7 @@ def _arbitrage(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> N
 
 
 def _merge(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
-    """Averages the runs with equal weights, by launch.merge."""
+    """Averages the runs, by launch.merge: with equal weights, or with those of a search."""
     import yaml
 
     from espalier.launch.merge import __main__ as merge
@@ -90,8 +94,33 @@ def _merge(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     config = to.with_name(f"{to.name}.merge.yml")
     config.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}), "utf-8")
+    if recipe.dev or recipe.measure:
+        config = _searched(recipe, flags.runs, to.with_name(f"{to.name}.search"), flags.seed)
     if status := merge.main([f"--config={config}", f"--out={to}"]):
         raise SystemExit(status)
+
+
+def _searched(recipe: Recipe, runs: Sequence[str], to: pathlib.Path, seed: int) -> pathlib.Path:
+    """Returns the configuration with the weights of a search, whose trials and leave-one-out table stay in a folder."""
+    from espalier.launch.merge import search
+
+    languages = dict.fromkeys(code for x in recipe.clusters for code in recipe.languages(x))
+    dev = [
+        f"{code}={pathlib.Path(recipe.dev, f'{code}.jsonl')}" for code in languages if recipe.dev
+    ]
+    settings = search.SearchFlags(
+        models=[f"{number}_{_name(run)}={run}" for number, run in enumerate(runs)],
+        held_out=dev,
+        measure=recipe.measure,
+        scores=recipe.scores,
+        out=str(to),
+        budget=recipe.trials,
+        seed=seed,
+    )
+    table = search.run(settings)
+    (to / "table.txt").write_text("\n".join([*table, ""]), "utf-8")
+    print("\n".join(table))
+    return to / "merge.yml"
 
 
 def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:

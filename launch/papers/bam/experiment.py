@@ -1,9 +1,9 @@
 """Branch, train, mix (arXiv 2408.08274): runs with small models and at full size, and what is measured of them.
 
 Phases are runs: what they start from is trained once, mixtures are made by `launch.upcycle` in between, and the
-same command goes on wherever it was stopped. After a colon are the domains and the number of seeds:
+same command goes on wherever it was stopped. After a colon are the part (synthetic, text, sizes or balance) and the number of seeds:
 
-  espalier sweep --sweep launch/papers/bam/experiment.py:synthetic,5 --out runs/bam/synthetic --workers 2
+  espalier sweep --sweep launch/papers/bam/experiment.py:synthetic,3 --out runs/bam/synthetic --workers 2
 
 or `full` and DATA_ROOT, a folder of data with the tokenizer in its `tokenizer`: the 590M seed, its specialists, and the
 mixtures of the paper's tables. To see these runs and their commands, which a cluster runs in the order of what they start from:
@@ -12,6 +12,11 @@ mixtures of the paper's tables. To see these runs and their commands, which a cl
 """
 
 import functools
+import json
+import pathlib
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,10 +41,18 @@ CHOSEN = {  # always with shared keys and values, and at equal compute
     "moa_top1": "top-1 attention, shared KV",
 }
 CONTROLS = {"bam_averaged": "BAM, averaged attentions"}
-DENSE_LONG = "dense_long"
-CACHES = {"shared_kv": "shared keys and values", "expert_kv": "own keys and values"}
+DENSE_LONG, DENSE = "dense_long", "dense"
 SEED = "seed"
-_SUFFIXES = {"_cm": "equal compute", "_long": "long"}
+WIDTH, WIDTHS = (
+    64,
+    (32, 128),
+)  # of the models of the parts synthetic and text, and of the part sizes
+_SUFFIXES = {
+    "_cm": "equal compute",
+    "_long": "long",
+    "_bias": "biases",
+    **{f"_w{width}": f"width {width}" for width in WIDTHS},
+}
 
 
 def matched(arm: str) -> str:
@@ -52,15 +65,24 @@ def long(arm: str) -> str:
     return f"{arm}_long"
 
 
+def biased(arm: str) -> str:
+    """Returns the twin of an arm whose FFN experts are balanced by biases, without a balance loss."""
+    return f"{arm}_bias"
+
+
+def wide(arm: str, width: int) -> str:
+    """Returns the twin of an arm in a model of another width."""
+    return f"{arm}_w{width}"
+
+
 class Runs(DomainRuns):
     """Runs of a part with the arms' names and their routers."""
 
     def label(self, arm: str) -> str:
-        if arm.startswith("spec_"):
-            return arm.replace("spec_", "specialist ", 1)
-        if arm == DENSE_LONG:
+        if arm in (DENSE, DENSE_LONG):
             return "dense, all tokens"
         base, suffix = _split(arm)
+        base = base.replace("spec_", "specialist ", 1)
         label = {**BTX, **BAM, **CHOSEN, **CONTROLS}.get(base) or base.replace("_", " ")
         return f"{label} ({_SUFFIXES[suffix]})" if suffix else label
 
@@ -84,11 +106,16 @@ def specialist(domain: str) -> str:
 CPU = "t5x_configs/experiments/bam/cpu/"
 METHODS = "t5x_configs/methods/bam/"
 # The general domain, on which the seed is trained, and the domains of the specialists.
+_LAGS = ("lag_general", "lag_4", "lag_7", "lag_11")
 DOMAINS = {
-    "synthetic": ("lag_general", "lag_4", "lag_7", "lag_11"),
-    "real": ("english", "python", "markup", "lang_es"),
+    domains.SYNTHETIC: _LAGS,
+    domains.TEXT: ("english", "python", "markup", "lang_es"),
+    domains.SIZES: _LAGS,
+    domains.BALANCE: _LAGS,
 }
-SEED_STEPS, SPECIALIST_STEPS, MIXTURE_STEPS, LONG_STEPS = 800, 600, 600, 1600
+SEED_STEPS, SPECIALIST_STEPS, MIXTURE_STEPS, LONG_STEPS = 800, 600, 600, 1500
+TEXT_SPECIALIST_STEPS = 400
+AT_THE_END = "EVAL_PERIOD=100000"  # for arms whose losses on the way nothing reads
 # With a weight of 0.01 a top-1 router sends nearly all tokens of a layer to one expert, and a z-loss adds to that.
 BALANCE_LOSS = 0.05
 # Arm -> (flags of launch.upcycle, method file, bindings of training that match the flags). Chosen attentions share keys and
@@ -111,44 +138,87 @@ MIXTURES = {
 }
 DATA_MATCHED = ("btx", "btx6", "btx6_top3", "bam", "bam_shared_kv", "bam_averaged")
 COMPUTE_MATCHED = ("bam", "bam_shared_kv", "moa_top2", "moa_top1")  # named `<arm>_cm`
-LONG = ("btx", "bam")  # also trained for LONG_STEPS updates, named `<arm>_long`, in LONG_SEEDS
-LONG_SEEDS = 3
+LONG = ("btx", "bam")  # also trained for LONG_STEPS updates, named `<arm>_long`
+PAIR = ("btx", "bam")  # the mixtures of the parts sizes, text and balance
 CONTEXT = 1024  # tokens; the paper does not publish it
 
 
-def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
+def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
     if data := sweeps.after("full", text):
         return _full_sweep(data)
     kind, _, seeds = text.partition(",")
-    seeds = sweeps.seeds(seeds or 5)
-    general, *domains = DOMAINS[kind]
-    even = {domain: 0.25 for domain in DOMAINS[kind]}
-    arms = {"seed": on_shares({general: 0.85, **{x: 0.05 for x in domains}}, SEED_STEPS)}
-    for domain in domains:
-        shares = {domain: 0.9, general: 0.1}
-        arms[f"spec_{domain}"] = on_shares(
-            shares, SPECIALIST_STEPS, "LEARNING_RATE=1.5e-3", parent="seed"
-        )
-    specialists = [f"{domain}={{spec_{domain}}}" for domain in domains]
-    seed = f"{general}={{seed}}"
-    for arm, (flags, _, _) in MIXTURES.items():
-        copies = [f"{general}{i}={{seed}}" for i in (2, 3)] if arm.startswith("btx6") else []
-        arms[f"{arm}_start"] = _made(flags, (seed, *copies, *specialists))
-    for arm in DATA_MATCHED:
-        arms[arm] = _mixture(even, MIXTURE_STEPS, arm)
-    for arm in COMPUTE_MATCHED:
-        arms[f"{arm}_cm"] = _mixture(even, equal_compute(arm), arm)
-    few = {"seeds": seeds[:LONG_SEEDS]}
-    for arm in LONG:
-        arms[f"{arm}_long"] = {**_mixture(even, LONG_STEPS, arm), **few}
-    total = len(domains) * SPECIALIST_STEPS + LONG_STEPS
-    arms["dense_long"] = {**on_shares(even, total, parent="seed"), **few}
+    names = DOMAINS[kind]
+    even = {domain: 0.25 for domain in names}
+    if kind == domains.SIZES:
+        arms = {}
+        for width in WIDTHS:
+            for arm, settings in _small(names, even, PAIR, SPECIALIST_STEPS).items():
+                arms[wide(arm, width)] = _at_width(settings, width)
+    elif kind == domains.TEXT:
+        arms = _small(names, even, PAIR, TEXT_SPECIALIST_STEPS)
+        arms[DENSE] = _dense(even, TEXT_SPECIALIST_STEPS, MIXTURE_STEPS)
+    elif kind == domains.BALANCE:
+        arms = _small(names, even, PAIR, SPECIALIST_STEPS)
+        for arm in PAIR:
+            arms[biased(arm)] = _biased(even, arm)
+    else:
+        arms = _small(names, even, DATA_MATCHED, SPECIALIST_STEPS)
+        for arm in COMPUTE_MATCHED:
+            if f"{arm}_start" not in arms:
+                arms[f"{arm}_start"] = _start(names, arm)
+            arms[matched(arm)] = _mixture(even, equal_compute(arm), arm, AT_THE_END)
+        for arm in LONG:
+            arms[long(arm)] = _mixture(even, LONG_STEPS, arm, AT_THE_END)
+        arms[DENSE_LONG] = _dense(even, SPECIALIST_STEPS, LONG_STEPS)
+    file = domains.TEXT if kind == domains.TEXT else domains.SYNTHETIC
     return sweeps.config(
         arms,
-        seeds=seeds,
-        gin_files=(f"{CPU}{kind}.gin",),
-        evaluations={"routing": sweeps.domain_evaluations(DOMAINS[kind])["routing"]},
+        seeds=seeds or SEEDS[0],
+        gin_files=(f"{CPU}{file}.gin",),
+        evaluations={"routing": sweeps.domain_evaluations(names)["routing"]},
     )
+
+
+def _small(names: Sequence[str], even: dict, mixtures: Sequence[str], steps: int) -> dict:
+    """Returns the seed, specialists of so many updates, and mixtures of MIXTURE_STEPS with what they start from."""
+    general, *special = names
+    shares = {general: 0.85, **{x: 0.05 for x in special}}
+    arms = {SEED: on_shares(shares, SEED_STEPS, AT_THE_END)}
+    for domain in special:
+        shares = {domain: 0.9, general: 0.1}
+        settings = ("LEARNING_RATE=1.5e-3", AT_THE_END)
+        arms[specialist(domain)] = on_shares(shares, steps, *settings, parent=SEED)
+    for arm in mixtures:
+        arms[f"{arm}_start"] = _start(names, arm)
+        arms[arm] = _mixture(even, MIXTURE_STEPS, arm)
+    return arms
+
+
+def _start(names: Sequence[str], arm: str) -> dict:
+    general, *special = names
+    flags, _, _ = MIXTURES[arm]
+    copies = [f"{general}{i}={{seed}}" for i in (2, 3)] if arm.startswith("btx6") else []
+    specialists = [f"{domain}={{{specialist(domain)}}}" for domain in special]
+    return _made(flags, (f"{general}={{seed}}", *copies, *specialists))
+
+
+def _dense(even: dict, specialist_steps: int, mixture_steps: int) -> dict:
+    """Returns the seed trained on as many tokens as all specialists and a mixture together."""
+    total = (len(even) - 1) * specialist_steps + mixture_steps
+    return on_shares(even, total, AT_THE_END, parent=SEED)
+
+
+def _at_width(arm: dict, width: int) -> dict:
+    """Returns an arm in a model of another width; heads are as wide as at WIDTH, and rates and updates the same."""
+    if arm.get("made"):
+        made = rf"{{\1_w{width}}}"
+        words = [re.sub(rf"{{({SEED}|spec_\w+)}}", made, word) for word in arm["made"]]
+        return {**arm, "made": tuple(words)}
+    heads = 4 * width // WIDTH
+    sizes = {"embed_dim": width, "num_heads": heads, "num_kv_heads": heads, "mlp_dim": 2 * width}
+    bindings = [f"config.TransformerConfig.{name}={size}" for name, size in sizes.items()]
+    parent = {"parent": wide(arm["parent"], width)} if arm.get("parent") else {}
+    return {**arm, "bindings": (*arm["bindings"], *bindings), **parent}
 
 
 def equal_compute(arm: str) -> int:
@@ -163,19 +233,24 @@ def equal_compute(arm: str) -> int:
 @functools.cache
 def paper_flops(arm: str, context: int) -> float:
     """Returns the model FLOPs of one row of `context` tokens through an arm made of the paper's 590M models."""
+    recipe = paper_recipe(arm, context)
+    return recipe.model.forward_flops(recipe.inputs_spec.arrays(1))
+
+
+def paper_recipe(arm: str, context: int, *more: str) -> Any:
+    """Returns the recipe of an arm made of the paper's 590M models, with further bindings; of the seed for `dense`."""
     from espalier.launch.config import gin_config
 
-    _, method, bindings = MIXTURES[arm]
-    files = ("models/bam_590m", "runs/pretrain", f"methods/bam/{method}")
+    _, method, bindings = ((), None, ()) if arm == DENSE else MIXTURES[arm]
+    files = ["models/bam_590m", "runs/pretrain", *([f"methods/bam/{method}"] if method else [])]
     row = f"TASK_FEATURE_LENGTHS={{'targets': {context}}}"
     unused = ("MODEL_DIR=''", "MIXTURE_OR_TASK_NAME=''", "TASKS=()", "BATCH_SIZE=1")
     config = gin_config.load(
         [f"t5x_configs/{file}.gin" for file in files],
-        [row, *unused, *bindings],
+        [row, *unused, *bindings, *more],
         entry="espalier.launch.train:train",
     )
-    recipe = config.arguments()["recipe"]
-    return recipe.model.forward_flops(recipe.inputs_spec.arrays(1))
+    return config.arguments()["recipe"]
 
 
 def balance(arm: str, weight: float) -> tuple[str, ...]:
@@ -184,14 +259,27 @@ def balance(arm: str, weight: float) -> tuple[str, ...]:
     return (f"BALANCE_LOSS={weight}", *attention)
 
 
-def _mixture(shares: dict, steps: int, arm: str) -> dict:
+def _mixture(shares: dict, steps: int, arm: str, *settings: str) -> dict:
     _, method, bindings = MIXTURES[arm]
     return on_shares(
         shares,
         steps,
-        *(*balance(arm, BALANCE_LOSS), "ROUTER_Z_LOSS=0.0", *bindings),
+        *(*balance(arm, BALANCE_LOSS), "ROUTER_Z_LOSS=0.0", *bindings, *settings),
         parent=f"{arm}_start",
         gin_files=(f"{METHODS}{method}.gin",),
+        evaluations=("routing",),
+    )
+
+
+def _biased(shares: dict, arm: str) -> dict:
+    _, method, bindings = MIXTURES[arm]
+    rate = f"BIAS_RATE={domains.BIAS_RATE}"
+    return on_shares(
+        shares,
+        MIXTURE_STEPS,
+        *(rate, "ROUTER_Z_LOSS=0.0", *bindings, AT_THE_END),
+        parent=f"{arm}_start",
+        gin_files=(f"{METHODS}{method}.gin", domains.BALANCED_BY),
         evaluations=("routing",),
     )
 
@@ -291,59 +379,43 @@ ROWS = (
 )
 
 
-# What is measured of the runs.
+# What is measured.
 
 TITLE = "BAM, 2408.08274"
-SEEDS = 5
-PARTS = {**domains.PARTS, "caches": "the bytes of caches"}
-EXPERTS = (2, 3, 4, 6, 8)
-CACHE_LENGTH = 256  # tokens of one row
+SEEDS = (3, 5)  # effects of the first rounds were ten times their deviation and more
+EARLIER = (
+    "seeds 0 to 2, with a balance loss of 0.01 and a z-loss, under which a router of BTX collapsed in two of them",
+    "seeds 10 to 14, with several effects for each claim; they planned the numbers of seeds",
+)
+LATENCY = "latency"
+PARTS = {**domains.PARTS, LATENCY: "seconds of the paper's 590M models"}
+SWEEPS = {part: f"bam/experiment:{part},{{seeds}}" for part in domains.PARTS}
 
 
-def run(*, parts: Sequence[str] = tuple(PARTS), **settings: Any) -> dict[str, Any]:
-    """Returns the parts of `domains.run`, and 'caches', the result of `cache_bytes`.
+def run(
+    *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
+) -> dict[str, Any]:
+    """Returns the parts of `domains.run`, and 'latency', {session: result of `latency.session`} of so many processes.
 
     Further arguments and errors are those of `domains.run`.
     """
-    measured = domains.run("bam", parts=[p for p in parts if p in domains.PARTS], **settings)
-    return measured | ({"caches": cache_bytes()} if "caches" in parts else {})
-
-
-def cache_bytes() -> dict[str, list[int]]:
-    """Returns {"experts", "dense", "shared_kv", "expert_kv"}, in the order of EXPERTS.
-
-    The latter three are bytes of keys and values of all layers, as decoding allocates them; nothing is run.
-    """
-    from espalier.model.attention import Attention
-    from espalier.model.bam.moa import MixtureOfAttention
-
-    out: dict[str, list[int]] = {"experts": [], "dense": [], "shared_kv": [], "expert_kv": []}
-    for count in EXPERTS:
-        kinds: dict[str, Any] = {
-            "dense": Attention,
-            "shared_kv": functools.partial(MixtureOfAttention, num_experts=count, shared_kv=True),
-            "expert_kv": functools.partial(MixtureOfAttention, num_experts=count),
+    swept = [part for part in parts if part != LATENCY]
+    measured = domains.run("bam", parts=swept, model_dir=model_dir, seeds=seeds, **options)
+    if LATENCY in parts:
+        stages = sweeps.Stages(pathlib.Path(model_dir, LATENCY))
+        measured[LATENCY] = {
+            str(seed): stages.get(
+                f"session{seed}", {"seed": seed}, functools.partial(_session, stages.folder, seed)
+            )
+            for seed in sweeps.seeds(seeds)
         }
-        out["experts"].append(count)
-        for kind, attention in kinds.items():
-            out[kind].append(_bytes(attention))
-    return out
+    return measured
 
 
-def _bytes(attention: Any) -> int:
-    import jax
-
-    from espalier.model.config import TransformerConfig
-    from espalier.model.kv_cache.full import FullCache
-    from espalier.model.transformer import Block, Transformer
-    from espalier.trainers.decoding import prefill
-
-    config = TransformerConfig(
-        vocab_size=48, num_layers=3, embed_dim=64, num_heads=4, mlp_dim=128, scan_layers=False
-    )
-    model = Transformer(config=config, block=functools.partial(Block, attention=attention))
-    caches = jax.eval_shape(
-        lambda: prefill.empty_caches(model, FullCache(), batch=1, length=CACHE_LENGTH)
-    )
-    arrays = [array for cache in caches for array in (cache.slots.k_BKSH, cache.slots.v_BKSH)]
-    return sum(array.size * array.dtype.itemsize for array in arrays)
+def _session(folder: pathlib.Path, seed: int) -> dict[str, Any]:
+    """Returns what a process of its own measures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"measured{seed}.json"
+    command = [sys.executable, "-m", "espalier.launch.papers.bam.latency", str(path), str(seed)]
+    subprocess.run(command, check=True)
+    return json.loads(path.read_bytes())

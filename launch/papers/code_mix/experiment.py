@@ -1,9 +1,10 @@
 """What code in pre-training does for text (arXiv 2408.10914): the runs, on generated text and at full size, and what is measured.
 
-Recipes, proportions, kinds of code and cooldowns share the runs they start from. 18 runs for each seed, of a minute
-on a core or less for each 2.4 million tokens; the number of seeds after a colon:
+Recipes, proportions and cooldowns share the runs they start from. 21 runs for each seed, of about a minute on a core for each
+2.4 million tokens; the number of seeds after a colon, and after `narrow,` that of the recipes at a quarter of the parameters:
 
   espalier sweep --sweep launch/papers/code_mix/experiment.py:5 --out runs/code_mix/skills --workers 2
+  espalier sweep --sweep launch/papers/code_mix/experiment.py:narrow,5 --out runs/code_mix/narrow --workers 2
 
 At full size every arm of the paper at 470M, the recipes at 2.8B too. After `full,` comes DATA_ROOT, a folder of data with the tokenizer
 in its `tokenizer` and the evaluation sets in its `eval`, and after a comma the judge of win rates, as of launch.evaluate win_rate;
@@ -15,7 +16,6 @@ runs and their commands, which a cluster runs in the order of their parents:
 """
 
 import collections
-import functools
 import itertools
 import json
 import pathlib
@@ -23,17 +23,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
-import pandas as pd
 
-from espalier.data.code_mix.skills import RARE
-from espalier.launch.evaluate.suites import scores as suite_scores
-from espalier.launch.papers.code_mix.suite import SUITE
-from espalier.launch.papers.shared import results, sweeps
+from espalier.launch.papers.shared import sweeps
 from espalier.launch.precompile.table_rows import Row
 
 ARMS = "t5x_configs/experiments/code_mix/cpu/"
 SHARES = (0, 25, 50, 75, 100)
-KINDS = ("code_markup", "code_adjacent", "code_synth", "synth", "balanced_synth")
 # Recipe -> what it starts from.
 RECIPES = {
     "text_only": None,
@@ -41,14 +36,22 @@ RECIPES = {
     "balanced_to_text": "share_50",
     "code_to_text": "code_markup",
 }
+STARTS = ("code_markup", "balanced_synth")  # with those of SHARES, whose runs they are
+# Kinds of code, compared by runs of a quarter of a phase: after a whole one, four fifths of the code teach what all of it does.
+KINDS = ("few_code", "few_markup", "few_adjacent", "few_synth")
 # Arm -> the recipe before it. The last steps: the rate falls linearly from the last rate of the recipe.
 COOLDOWNS = {
     "text_only_cooldown": "text_only",
     "balanced_to_text_cooldown": "balanced_to_text",
     "balanced_to_text_cooldown_without_code": "balanced_to_text",
+    # Half of the code is verified, a format that one of the two recipes has read.
+    "balanced_to_text_cooldown_synth": "balanced_to_text",
+    "balanced_synth_to_text_cooldown_synth": "balanced_synth_to_text",
 }
 _TEXT_WITH_CODE = {"skill_text": 0.9, "skill_web_code": 0.1}
-_COOLDOWN_WITH_CODE = {"skill_text": 0.8, "skill_web_code": 0.1, "skill_synth": 0.1}
+_COOLDOWN_WITH_CODE = {"skill_text": 0.8, "skill_web_code": 0.2}
+_COOLDOWN_WITH_SYNTH = {"skill_text": 0.8, "skill_web_code": 0.1, "skill_synth": 0.1}
+_CODE_WITH_MARKUP = {"skill_web_code": 0.8, "skill_markup": 0.2}
 # Arm -> shares of the sources.
 READ = {
     "share_0": {"skill_text": 1.0},
@@ -56,12 +59,13 @@ READ = {
     "share_50": {"skill_text": 0.5, "skill_web_code": 0.5},
     "share_75": {"skill_text": 0.25, "skill_web_code": 0.75},
     "share_100": {"skill_web_code": 1.0},
-    # Kinds of code beside or in place of web code: markup, questions with code, and verified traces.
-    "code_markup": {"skill_web_code": 0.8, "skill_markup": 0.2},
-    "code_adjacent": {"skill_web_code": 0.85, "skill_adjacent": 0.15},
-    "code_synth": {"skill_web_code": 0.9, "skill_synth": 0.1},
-    "synth": {"skill_synth": 1.0},
+    "code_markup": _CODE_WITH_MARKUP,
     "balanced_synth": {"skill_text": 0.5, "skill_web_code": 0.45, "skill_synth": 0.05},
+    # Web code alone; markup, questions with code, or verified traces in place of some of it.
+    "few_code": {"skill_web_code": 1.0},
+    "few_markup": _CODE_WITH_MARKUP,
+    "few_adjacent": {"skill_web_code": 0.85, "skill_adjacent": 0.15},
+    "few_synth": {"skill_web_code": 0.9, "skill_synth": 0.1},
     "text_only": {"skill_text": 1.0},
     "balanced_only": {"skill_text": 0.5, "skill_web_code": 0.5},
     "balanced_to_text": _TEXT_WITH_CODE,
@@ -70,137 +74,47 @@ READ = {
     "text_only_cooldown": _COOLDOWN_WITH_CODE,
     "balanced_to_text_cooldown": _COOLDOWN_WITH_CODE,
     "balanced_to_text_cooldown_without_code": {"skill_text": 1.0},
+    "balanced_to_text_cooldown_synth": _COOLDOWN_WITH_SYNTH,
+    "balanced_synth_to_text_cooldown_synth": _COOLDOWN_WITH_SYNTH,
 }
 # Arms that read as many tokens, earlier phases included, and are compared.
 PHASES = (
-    (*(f"share_{share}" for share in SHARES), *KINDS),
+    (*(f"share_{share}" for share in SHARES), *STARTS),
     (*RECIPES, "balanced_synth_to_text"),
     tuple(COOLDOWNS),
+    KINDS,
 )
 ANSWERS = "answers"  # the evaluation with the answers that are judged
 JUDGED = (*PHASES[1], *PHASES[2])
+# The second size: a quarter of the parameters, and the arms with which the paper compares its sizes.
+NARROW = ("text_only", "balanced_only", "share_50", "balanced_to_text")
+SIZES = {"w32": {"bindings": ("WIDTH=32", "MLP_WIDTH=96")}}
 
 
 def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     if data := sweeps.after("full", seeds):
         return _full_sweep(data)
-    parents = {**dict.fromkeys(PHASES[0]), **RECIPES, "balanced_synth_to_text": "balanced_synth"}
-    arms = {arm: _arm(arm, parent) for arm, parent in sorted((parents | COOLDOWNS).items())}
-    evaluations = {
-        "skills": {"call": "espalier.launch.code_mix.skills:evaluate"},
-        ANSWERS: {"call": "espalier.launch.code_mix.skills:answers"},
+    skills = {"skills": {"call": "espalier.launch.code_mix.skills:evaluate"}}
+    if number := sweeps.after("narrow", seeds):
+        arms = {arm: _arm(arm, RECIPES.get(arm), ("skills",)) for arm in NARROW}
+        return sweeps.config(arms, seeds=number, sizes=SIZES, evaluations=skills)
+    parents = {**RECIPES, "balanced_synth_to_text": "balanced_synth", **COOLDOWNS}
+    arms = {
+        arm: _arm(arm, parents.get(arm), ("skills", *([ANSWERS] if arm in JUDGED else [])))
+        for arm in sorted(READ)
     }
+    evaluations = {**skills, ANSWERS: {"call": "espalier.launch.code_mix.skills:answers"}}
     return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 
 
-def _arm(name: str, parent: str | None) -> dict:
+def _arm(name: str, parent: str | None, evaluations: tuple[str, ...]) -> dict:
     file = "cooldown" if name in COOLDOWNS else "continued" if parent else "base"
-    both_phases = ("TRAIN_TOKENS=4.8e6",) if name in RECIPES and not parent else ()
-    bindings = (*both_phases, f"stream.make_stream.phases=((0, {READ[name]!r}),)")
-    evaluations = ("skills", ANSWERS) if name in JUDGED else ("skills",)
+    tokens = "4.8e6" if name in RECIPES and not parent else "0.6e6" if name in KINDS else None
+    budget = (f"TRAIN_TOKENS={tokens}",) if tokens else ()
+    bindings = (*budget, f"stream.make_stream.phases=((0, {READ[name]!r}),)")
     return sweeps.arm(
         f"{ARMS}{file}.gin", bindings=bindings, parent=parent, evaluations=evaluations
     )
-
-
-GROUPS = ("reasoning", "knowledge", "code")
-PLAIN = "code without rare cases"
-PLACES = {"skills": "generated text"}
-_LEARNED = 0.02  # of exact match: a model without any skill above it has learned nothing
-
-
-class Results(results.Results):
-    """Runs of a part, as `experiment.run` returns them.
-
-    A score is exact match of a group, bits per byte of a task, or the wins over another arm in judged answers.
-    """
-
-    @property
-    def main(self) -> str | None:
-        """The size at which arms are compared: the first."""
-        return next(iter(self.sizes), None)
-
-    def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
-        bits = {task: values.get("bits_per_byte") for task, values in row["held_out"].items()}
-        judged = row.get("judged", {})
-        won = {wins(arm): one["win"] - one["loss"] for arm, one in judged.items()}
-        itself = {wins(row["arm"]): 0.0} if judged else {}
-        return {**bits, **won, **itself, **_by_group(row["evaluations"])}
-
-    def lower_is_better(self, score: str) -> bool:
-        return score in self.domains
-
-    def limits(self, score: str) -> tuple[float, float] | None:
-        return (0.0, 1.0) if score in GROUPS else None
-
-    def degenerate(self, row: Mapping[str, Any]) -> str:
-        scores = [value for value in _by_group(row["evaluations"]).values() if value is not None]
-        return "it has learned no skill" if scores and max(scores) <= _LEARNED else ""
-
-    def digits(self, score: str) -> int:
-        return 3
-
-    def label(self, arm: str) -> str:
-        return arm_name(arm)
-
-    def scores(self, arm: str, score: str, size: str | None = None) -> pd.Series:
-        """Returns a score by seed.
-
-        Raises:
-          ValueError: a run lacks a benchmark of the group.
-        """
-        scores = super().scores(arm, score, size)
-        rows = self.find(arm, size) if score in GROUPS else {}
-        if lacking := set(rows) - set(scores.index):
-            run = rows[min(lacking)]["run"]
-            raise ValueError(f"run {run} has no score of {score}: some benchmark of it is missing.")
-        return scores
-
-    @functools.cached_property
-    def groups(self) -> tuple[str, ...]:
-        """The groups of benchmarks that every run has a score of."""
-        return tuple(group for group in GROUPS if self.rows and self.table[group].notna().all())
-
-    @functools.cached_property
-    def domains(self) -> tuple[str, ...]:
-        """The held-out tasks that every run has the bits per byte of."""
-        tasks = self.rows[0]["held_out"] if self.rows else ()
-        return tuple(task for task in tasks if self.table[task].notna().all())
-
-    @functools.cached_property
-    def sizes(self) -> tuple[str, ...]:
-        """In the order of the sweep."""
-        return tuple(dict.fromkeys(row["size"] for row in self.rows if row["size"] is not None))
-
-
-def _by_group(evaluations: Mapping[str, Any]) -> Mapping[str, float | None]:
-    """Returns exact match of skills, or means of the groups' benchmarks; None where some are missing."""
-    if "skills" in evaluations:
-        scored = evaluations["skills"]
-        plain = [exact for kind, exact in scored["code"]["by_kind"].items() if RARE not in kind]
-        exact = {group: float(scored[group]["exact"]) for group in GROUPS}
-        return {**exact, PLAIN: sum(plain) / len(plain)}
-    scores: dict[str, float] = {}
-    for values in (one for one in evaluations.values() if isinstance(one, Mapping)):
-        scores |= {name: one["score"] for name, one in values.get("benchmarks", {}).items()}
-        if "pass_at_k" in values:
-            scores[values["problems"]] = values["pass_at_k"]["1"]
-    return dict(suite_scores.means(SUITE, scores)[0])
-
-
-def wins(arm: str) -> str:
-    """Returns the score that is the share of judged prompts won against an arm, less the share lost."""
-    return f"wins over {arm_name(arm)}"
-
-
-def arm_name(name: str) -> str:
-    """Returns the name of an arm in the report."""
-    return name.replace("_to_", " → ").replace("_", " ")
-
-
-def source_name(task: str) -> str:
-    """Returns the name of a source in the report."""
-    return task.removeprefix("skill_").replace("_", " ")
 
 
 # The runs of full size.
@@ -311,7 +225,7 @@ ROWS = (
         topology="v5e:16x16",
         bindings=_DATA,
         hbm_gb=2.90,
-        bounds_from="2.760 GB in docs/precompile.md, and 5 %",
+        bounds_from="2.760 GB in docs/scale/precompile_report.md, and 5 %",
     ),
     Row(
         name="code_mix_2p8b",
@@ -320,7 +234,7 @@ ROWS = (
         topology="v5e:16x16",
         bindings=_DATA,
         hbm_gb=5.36,
-        bounds_from="5.098 GB in docs/precompile.md, and 5 %",
+        bounds_from="5.098 GB in docs/scale/precompile_report.md, and 5 %",
     ),
 )
 
@@ -328,9 +242,17 @@ ROWS = (
 # What is measured of the runs.
 
 TITLE = "To Code, or Not To Code?, 2408.10914"
-SEEDS = 5
-WIN_RATES = "win_rates"  # the full-size sweep's arm with win rates
-PARTS = {"skills": "generated text and code"}
+SEEDS = (5, 8, 12)
+EARLIER = (
+    "seeds 10 to 14: code was judged by exact match, which was at its ceiling in all arms with code, kinds of code by whole phases, "
+    "answers by the words of their steps, and half of the code of a cooldown was in a format that its recipe had not read",
+)
+WIN_RATES, PROMPTS = (
+    "win_rates",
+    "prompts",
+)  # the full-size sweep's arm with win rates, and what it is asked
+PARTS = {"skills": "generated text and code", "narrow": "the same at a quarter of the parameters"}
+SWEEPS = {"skills": "code_mix/experiment:{seeds}", "narrow": "code_mix/experiment:narrow,{seeds}"}
 _KEYS = (
     *("run", "arm", "size", "seed", "parents", "step", "tokens", "loss_tokens", "seconds"),
     *("epochs_total", "held_out", "evaluations", "digest"),
@@ -340,18 +262,19 @@ _KEYS = (
 def run(
     *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """Returns the rows of the sweep, by part.
+    """Returns the rows of the sweeps, by part.
 
     Args:
-      model_dir: parent of the sweep's folder.
-      seeds: of the sweep.
+      model_dir: parent of the sweeps' folders.
+      seeds: of the sweeps.
       parts: of PARTS.
       **options: as of `sweeps.rows`.
     """
-    files = {part: ("code_mix/experiment", seeds) for part in parts}
+    named = {part: SWEEPS[part].format(seeds=seeds).partition(":") for part in parts}
+    files = {part: (name, argument) for part, (name, _, argument) in named.items()}
     measured = sweeps.parts(model_dir, files, with_data, **options)
     folder = pathlib.Path(model_dir, "judged")
-    return {part: with_judgements(rows, folder) for part, rows in measured.items()}
+    return {part: with_judgements(rows, folder / part) for part, rows in measured.items()}
 
 
 def read(sweep: str, judged: pathlib.Path) -> list[dict[str, Any]]:
@@ -373,18 +296,20 @@ def read(sweep: str, judged: pathlib.Path) -> list[dict[str, Any]]:
             shares = by_arm(json.loads((place / "summary.json").read_bytes()))
             for row in rows:
                 if (row["seed"], row["size"]) == (made["seed"], made["size"]):
-                    row["judged"] = shares.get(row["arm"], {})
+                    others = shares.get(row["arm"], {}).items()
+                    row["judged"] = {other: {PROMPTS: one} for other, one in others}
     return rows
 
 
 def with_data(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     """Returns what reports need of a row of results, with the data and the schedule of its run.
 
-    Adds 'asked' and 'read', the shares of its tokens by source as configured and as read, and
+    Adds 'parameters', their number, 'asked' and 'read', the shares of its tokens by source as configured and as read, and
     'learning_rates', [(step, rate)].
     """
     row = {key: row.get(key) for key in _KEYS} | {"epochs": row["epochs"]}
-    data = json.loads((directory / "run.json").read_text())["data"]
+    said = json.loads((directory / "run.json").read_text())
+    data = said["data"]
     starts = [phase["first_step"] for phase in data["phases"]] + [row["step"]]
     asked: dict[str, float] = collections.Counter()
     for phase, (first, last) in zip(data["phases"], itertools.pairwise(starts), strict=True):
@@ -395,6 +320,7 @@ def with_data(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]
     lines = (line for line in sweeps.metrics(directory) if "learning_rate" in line)
     return {
         **row,
+        "parameters": said["parameters"],
         "asked": _shares(asked),
         "read": _shares(read),
         "learning_rates": [(line["step"], line["learning_rate"]) for line in lines],
@@ -409,9 +335,10 @@ def _shares(tokens: Mapping[str, float]) -> dict[str, float]:
 def with_judgements(
     rows: Sequence[Mapping[str, Any]], folder: pathlib.Path
 ) -> list[dict[str, Any]]:
-    """Returns the rows with the number of their answers, and 'judged': other arm -> shares of won, tied and lost ones.
+    """Returns the rows with the number of their answers.
 
-    Adds 'loss_tokens_total', which includes those of all `parents`.
+    Adds 'right': what is asked for -> the share of right answers, and 'judged': other arm -> what is asked for -> the
+    shares won, tied and lost.
     """
     from espalier.launch.papers.code_mix import judged
 
@@ -424,19 +351,12 @@ def with_judgements(
         for seed, by_arm in answers.items()
         if len(by_arm) > 1
     }
-    tokens = {row["run"]: row["loss_tokens"] or 0 for row in rows}
     out = []
     for row in rows:
-        evaluations = dict(row["evaluations"])
+        evaluations, right = dict(row["evaluations"]), {}
         if ANSWERS in evaluations:
+            right = judged.right(evaluations[ANSWERS])
             evaluations[ANSWERS] = len(evaluations[ANSWERS])
-        line = (row["run"], *row["parents"])
-        out.append(
-            {
-                **row,
-                "evaluations": evaluations,
-                "judged": shares.get(row["seed"], {}).get(row["arm"], {}),
-                "loss_tokens_total": sum(tokens[name] for name in line if name in tokens),
-            }
-        )
+        wins = shares.get(row["seed"], {}).get(row["arm"], {})
+        out.append({**row, "evaluations": evaluations, "right": right, "judged": wins})
     return out

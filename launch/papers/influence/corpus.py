@@ -26,7 +26,7 @@ from espalier.launch.inference import row_files
 from espalier.launch.papers.influence import small_corpus
 from espalier.launch.papers.influence.small_corpus import Document
 
-HALVES = 32
+HALVES = 12
 DOCUMENTS, HELD_OUT, QUERIES, SUBSETS = (
     *("documents.jsonl", "held_out.jsonl"),
     *("queries.jsonl", "halves.npz"),
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="write the results to this folder"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the corpus")
 
 

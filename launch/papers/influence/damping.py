@@ -64,9 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of corpus, model, labels and halves")
-    parser.add_argument("--out", metavar="FILE", help="JSON file to write")
-    parser.add_argument("--table", nargs="+", metavar="FILE", help="prints the mean over results")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of corpus, model, labels and halves (default 0)",
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the results to this JSON file")
+    parser.add_argument(
+        "--table", nargs="+", metavar="FILE", help="print the mean over these files of results"
+    )
 
 
 def _run(flags: argparse.Namespace) -> None:
@@ -95,11 +102,20 @@ def lines(rng: np.random.Generator) -> tuple[list[str], list[tuple[str, str]], n
     asked = [(f"the mayor of {names[i]} is", f" {names[FACTS + i]}.") for i in range(ASKED)]
     for procedure in small_corpus.PROCEDURES:
         numbers = [f"{n:03d}" for n in rng.permutation(1000)[: EXAMPLES + ASKED_EXAMPLES]]
-        worked = [small_corpus.worked(procedure, number) for number in numbers]
-        documents += ["".join(one) for one in worked[:EXAMPLES]]
-        asked += worked[EXAMPLES:]
+        examples = [worked(procedure, number) for number in numbers]
+        documents += ["".join(one) for one in examples[:EXAMPLES]]
+        asked += examples[EXAMPLES:]
     order = rng.permutation(len(documents))
     return [documents[i] for i in order], asked, np.argsort(order)[:ASKED]
+
+
+def worked(procedure: str, number: str) -> tuple[str, str]:
+    """Returns the beginning and the rest of a worked example."""
+    result = small_corpus.solve(procedure, number)
+    pairs = zip(number, result, strict=True)
+    add_one = procedure == small_corpus.ADD_ONE
+    steps = [f"{old} to {new}" if add_one else f"take {new}" for old, new in pairs]
+    return f"{procedure.replace('_', ' ')} {number}:", f" {', '.join(steps)}. {result}"
 
 
 def measure(seed: int) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Measures the queries' losses of models that were trained on parts of a corpus, and what scores predict of them.
 
-  python -m espalier.launch.papers.influence.losses --to=DIR --corpus=CORPUS --scores=SCORES --model=MODEL half_00=RUN ...
+  python -m espalier.launch.papers.influence.losses halves --to=DIR --corpus=CORPUS --scores=SCORES half_00=RUN ...
+  python -m espalier.launch.papers.influence.losses removals --to=DIR --corpus=CORPUS without_fact_ekfac=RUN ...
 
-The runs are of all halves of the corpus and of the corpora without the top documents of a method, by the names of their
-files. In DIR is losses.json: linear datamodeling scores by method, how much higher the losses of the queries of a
-group are without the top documents of each method than without random ones, and the losses themselves.
+The runs have the names of their files: all halves of the corpus, or all corpora without the top documents of a method. In DIR is
+losses.json: for halves, the linear datamodeling scores by method; for removals, how much higher the logarithm of the loss of
+the queries is without the top documents of each method than without random ones; and the losses themselves.
 """
 
 if __name__ == "__main__":
@@ -16,7 +17,6 @@ import argparse
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ from espalier.launch.papers.influence import completions, corpus, scoring, stati
 from espalier.launch.papers.influence.small_corpus import Query
 
 RECORD = "losses.json"
+KINDS = HALVES, REMOVALS = ("halves", "removals")
 DRAWS = 50  # of random scores: one draw's agreement with the losses is chance
 
 
@@ -35,27 +36,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    for name, what in (
-        ("to", "folder to write"),
-        ("corpus", "folder of the corpus"),
-        ("scores", "folder of the scores"),
-        ("model", "run of the model that was scored"),
-    ):
-        parser.add_argument(f"--{name}", required=True, metavar="DIR", help=what)
+    parser.add_argument("kind", choices=KINDS, help="what the models were trained on")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="write the results to this folder"
+    )
+    parser.add_argument(
+        "--corpus", required=True, metavar="DIR", help="read the corpus from this folder"
+    )
+    parser.add_argument("--scores", metavar="DIR", help="folder of the scores, for halves")
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="retrained models")
 
 
 def _run(flags: argparse.Namespace) -> None:
-    runs = dict(word.split("=", 1) for word in flags.runs)
-    asked = corpus.read_queries(pathlib.Path(flags.corpus))
-    losses = of_runs({"model": flags.model, **runs}, asked)
-    halves_SN = corpus.read_halves(pathlib.Path(flags.corpus))
-    with np.load(pathlib.Path(flags.scores) / scoring.SCORES) as arrays:
-        scores = {method: arrays[method] for method in scoring.METHODS}
-    target = pathlib.Path(flags.to)
+    source, target = pathlib.Path(flags.corpus), pathlib.Path(flags.to)
+    if (flags.kind == HALVES) != (flags.scores is not None):
+        raise ValueError(f"--scores is for {HALVES}, which need it, and for nothing else.")
+    asked = corpus.read_queries(source)
+    losses = of_runs(dict(word.split("=", 1) for word in flags.runs), asked)
+    if flags.kind == HALVES:
+        with np.load(pathlib.Path(flags.scores) / scoring.SCORES) as arrays:
+            scores = {method: arrays[method] for method in scoring.METHODS}
+        found = {"lds": of_halves(losses, scores, corpus.read_halves(source), asked)}
+    else:
+        found = {"removal": of_removals(losses, asked)}
+    by_source = {name: scoring.by_source(values_Q, asked) for name, values_Q in losses.items()}
     target.mkdir(parents=True, exist_ok=True)
-    result = of_losses(losses, scores, halves_SN, asked)
-    (target / RECORD).write_text(json.dumps(result) + "\n")
+    (target / RECORD).write_text(json.dumps({**found, "losses": by_source}) + "\n")
 
 
 def of_runs(runs: Mapping[str, str], asked: Sequence[Query]) -> dict[str, np.ndarray]:
@@ -71,39 +77,51 @@ def of_runs(runs: Mapping[str, str], asked: Sequence[Query]) -> dict[str, np.nda
     return out
 
 
-def of_losses(
+def of_halves(
     losses: Mapping[str, np.ndarray],
     scores: Mapping[str, np.ndarray],
     halves_SN: np.ndarray,
     asked: Sequence[Query],
-) -> dict[str, Any]:
-    """Returns {"lds", "removal", "losses"}, as JSON.
+) -> dict[str, dict[str, float]]:
+    """Returns method -> linear datamodeling score of all queries and of each group.
 
     Args:
-      losses: run -> losses [Q], of the runs of `main`.
+      losses: name of a half -> losses [Q] of the model that was trained on it.
       scores: method -> scores [N, Q]; those of `scoring.RANDOM` are drawn DRAWS times.
       halves_SN: whether each half has each document.
       asked: the queries.
     """
-    groups = np.array([query.group for query in asked])
     halves_SQ = np.stack([losses[name] for name in corpus.half_names()])
-    removal: dict[str, dict[str, float]] = {}
-    for what, wanted in scoring.REMOVED_FOR.items():
-        mine_Q = np.isin(groups, wanted)
-        random_Q = losses[scoring.without(scoring.RANDOM, what)]
-        removal[what] = {
-            method: float((losses[scoring.without(method, what)] - random_Q)[mine_Q].mean())
-            for method in scoring.REMOVED_BY
-        }
     rng = np.random.default_rng(0)
     draws = {str(i): rng.permutation(scores[scoring.RANDOM]) for i in range(DRAWS)}
     lds = statistics.datamodelling({**scores, **draws}, halves_SN, halves_SQ, asked)
     by_draw = [lds.pop(name) for name in draws]
-    lds[scoring.RANDOM] = {
-        group: float(np.mean([one[group] for one in by_draw])) for group in by_draw[0]
-    }
-    return {
-        "lds": lds,
-        "removal": removal,
-        "losses": {name: scoring.by_group(values_Q, asked) for name, values_Q in losses.items()},
-    }
+    means = {group: float(np.mean([one[group] for one in by_draw])) for group in by_draw[0]}
+    return {**lds, scoring.RANDOM: means}
+
+
+def of_removals(
+    losses: Mapping[str, np.ndarray], asked: Sequence[Query]
+) -> dict[str, dict[str, float]]:
+    """Returns what was removed -> method -> log of the queries' mean loss over that without random documents.
+
+    The loss without random documents is the mean over the draws; each source of queries counts alike.
+
+    Args:
+      losses: name of a corpus -> losses [Q] of the model that was trained on it.
+      asked: the queries.
+    """
+    out: dict[str, dict[str, float]] = {}
+    for what, removal in scoring.REMOVED_FOR.items():
+
+        def by_source(method: str, what: str = what) -> dict[str, float]:
+            return scoring.by_source(losses[scoring.without(method, what)], asked)
+
+        draws = [by_source(name) for name in scoring.RANDOMS]
+        random = {source: np.mean([one[source] for one in draws]) for source in draws[0]}
+        out[what] = {}
+        for method in (*scoring.REMOVED_BY, *scoring.RANDOMS):
+            found = by_source(method)
+            ratios = [np.log(found[source] / random[source]) for source in removal.asked]
+            out[what][method] = float(np.mean(ratios))
+    return out

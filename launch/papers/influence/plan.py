@@ -2,8 +2,8 @@
 
   python -m espalier.launch.papers.influence.plan
 
-prints the table of docs/influence.md: factors from FITTED documents, and SCORED documents for QUERIES queries, of LENGTH tokens
-each. Nothing is compiled or measured: `launch.precompile tables` compiles programs of the same models.
+prints the tables of docs/use/influence_costs.md: factors from some documents, and scores of more documents for QUERIES queries. Nothing is
+compiled or measured: `launch.precompile tables` compiles programs of the same models.
 """
 
 if __name__ == "__main__":
@@ -19,11 +19,29 @@ from typing import Any
 
 from espalier.launch import cli
 
-FITTED, SCORED, LENGTH = 100_000, 5_000_000, 512
 QUERIES, RANK = 100, 64
 CHIP, CHIPS, MFU = "v5e", 256, 0.4
 HOSTS, HOST_FLOPS = 32, 50e9  # float64, for the decompositions
 _RUN = "t5x_configs/runs/pretrain.gin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much is read.
+
+    Attributes:
+      fitted, scored: documents of the factors, and scored ones.
+      length: tokens of each.
+      unit: what a document is.
+    """
+
+    fitted: int = 100_000
+    scored: int = 5_000_000
+    length: int = 512
+    unit: str = "documents"
+
+
+WORK = Work()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +61,14 @@ class Size:
     top_k: int = 1
 
 
+# Pythia's run has 143,000 steps of 1,024 sequences, and a checkpoint every 1,000: the sequences between two of them, and factors
+# from the first 25 steps of these.
+STEPS = Work(25 * 1024, 1000 * 1024, 2048, "sequences")
+PYTHIA = (
+    Size("Pythia 410M", "t5x_configs/models/pythia_410m.gin", 1),
+    Size("Pythia 1.4B", "t5x_configs/models/pythia_1p4b.gin", 1),
+    Size("Pythia 6.9B", "t5x_configs/models/pythia_6p9b.gin", 2),
+)
 SIZES = (
     Size("Command R 7B", "t5x_configs/models/command_r7b.gin", 2),
     Size("Command R 35B", "t5x_configs/models/command_r_35b.gin", 4),
@@ -109,7 +135,7 @@ def _chip_hours(flops: float) -> float:
     return flops / (MFU * KNOWN[CHIP].peak_flops) / 3600
 
 
-def plan(model: Model, *, blocks: int, top_k: int = 1) -> Plan:
+def plan(model: Model, *, blocks: int, top_k: int = 1, work: Work = WORK) -> Plan:
     """Returns the counts of a model; a matrix [X, Y] has covariances of n blocks of s = ceil(X / n), and of Y likewise."""
     from espalier.trainers.influence.kronecker import block_size, padded_width
 
@@ -138,7 +164,7 @@ def plan(model: Model, *, blocks: int, top_k: int = 1) -> Plan:
         return padded_width(site.inputs, blocks) * padded_width(site.outputs, blocks)
 
     weights = summed(lambda site: site.inputs * site.outputs)
-    fitted, scored = FITTED * LENGTH, SCORED * LENGTH
+    fitted, scored = work.fitted * work.length, work.scored * work.length
     products = 2.0 * summed(sides(2, blocks), read=True)
     return Plan(
         parameters=model.parameters,
@@ -148,7 +174,7 @@ def plan(model: Model, *, blocks: int, top_k: int = 1) -> Plan:
         eigenvalues=4 * summed(eigenvalues),
         query_whole=4 * weights,
         query=2 * summed(low_rank),
-        scores=4 * SCORED * QUERIES,
+        scores=4 * work.scored * QUERIES,
         decompositions=9.0 * summed(sides(3, blocks)),
         fit_passes=2 * model.train_flops * fitted,
         covariances=products * fitted,
@@ -158,8 +184,8 @@ def plan(model: Model, *, blocks: int, top_k: int = 1) -> Plan:
     )
 
 
-def read(size: Size) -> Model:
-    """Returns the shapes of a model; allocates nothing."""
+def read(size: Size, length: int) -> Model:
+    """Returns the shapes of a model, and its FLOPs at a length; allocates nothing."""
     import jax
 
     from espalier.launch.config import gin_config
@@ -169,7 +195,7 @@ def read(size: Size) -> Model:
 
     config = gin_config.load(
         (size.file, _RUN),
-        tokens(1, LENGTH),
+        tokens(1, length),
         entry="espalier.launch.train:train",
         unused={"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"},
     )
@@ -184,7 +210,7 @@ def read(size: Size) -> Model:
     )
 
 
-def table(plans: Mapping[str, Plan], blocks: Mapping[str, int]) -> list[str]:
+def table(plans: Mapping[str, Plan], blocks: Mapping[str, int], work: Work) -> list[str]:
     """Returns the lines of the table, by model."""
     every = plans.values()
 
@@ -196,27 +222,39 @@ def table(plans: Mapping[str, Plan], blocks: Mapping[str, int]) -> list[str]:
         f"| | {' | '.join(plans)} |",
         "|---" * (len(plans) + 1) + "|",
         row(
-            "weights with factors", lambda p: f"{p.weights / 1e9:.3g}B of {p.parameters / 1e9:.3g}B"
+            "weights that have factors, of all",
+            lambda p: f"{p.weights / 1e9:.3g}B of {p.parameters / 1e9:.3g}B",
         ),
         row("eigenvectors in float32, `--blocks=1`", lambda p: _size(p.eigenvectors_whole)),
-        row(f"in blocks ({named})", lambda p: _size(p.eigenvectors)),
+        row(f"eigenvectors in blocks ({named})", lambda p: _size(p.eigenvectors)),
         row("eigenvalues in float32", lambda p: _size(p.eigenvalues)),
         row(
-            f"these two, in blocks, on each of {CHIPS} chips",
+            f"eigenvalues and eigenvectors in blocks, on each of {CHIPS} chips",
             lambda p: _size((p.eigenvectors + p.eigenvalues) / CHIPS),
         ),
         row("factors on disk, with the covariances", lambda p: _size(p.factors)),
-        row("gradient of one query, whole in float32", lambda p: _size(p.query_whole)),
-        row(f"of rank {RANK} in bfloat16", lambda p: _size(p.query)),
-        row(f"{QUERIES} queries of rank {RANK}", lambda p: _size(QUERIES * p.query)),
-        row(f"on each of {CHIPS} chips", lambda p: _size(QUERIES * p.query / CHIPS)),
-        row(f"scores of {SCORED:,} documents in float32", lambda p: _size(p.scores)),
-        row("decompositions, about 9 s³ operations each", lambda p: f"{p.decompositions:.2g}"),
-        row(f"two passes over {FITTED:,} documents", lambda p: f"{p.fit_passes:.2g}"),
-        row("products of the covariances", lambda p: f"{p.covariances:.2g}"),
-        row("rotations and squares of the second pass", lambda p: f"{p.squares:.2g}"),
-        row(f"a pass over {SCORED:,} documents", lambda p: f"{p.score_pass:.2g}"),
-        row(f"products with {QUERIES} queries", lambda p: f"{p.score_products:.2g}"),
+        row("one query's gradient, whole in float32", lambda p: _size(p.query_whole)),
+        row(f"one query's gradient, rank {RANK} in bfloat16", lambda p: _size(p.query)),
+        row(f"gradients of {QUERIES} queries, rank {RANK}", lambda p: _size(QUERIES * p.query)),
+        row(
+            f"gradients of {QUERIES} queries, on each of {CHIPS} chips",
+            lambda p: _size(QUERIES * p.query / CHIPS),
+        ),
+        row(f"scores of {work.scored:,} {work.unit} in float32", lambda p: _size(p.scores)),
+        row(
+            "operations of the decompositions, about 9 s³ each", lambda p: f"{p.decompositions:.2g}"
+        ),
+        row(
+            f"operations of two passes over {work.fitted:,} {work.unit}",
+            lambda p: f"{p.fit_passes:.2g}",
+        ),
+        row("operations of the covariances", lambda p: f"{p.covariances:.2g}"),
+        row("operations of rotations and squares in the second pass", lambda p: f"{p.squares:.2g}"),
+        row(
+            f"operations of a pass over {work.scored:,} {work.unit}",
+            lambda p: f"{p.score_pass:.2g}",
+        ),
+        row(f"operations of products with {QUERIES} queries", lambda p: f"{p.score_products:.2g}"),
         row(f"`fit`, {CHIP} chip hours at {MFU:.0%} of the peak", lambda p: _hours(p.fit_hours)),
         row(f"`score`, {CHIP} chip hours", lambda p: _hours(p.score_hours)),
         row(f"`score`, hours on {CHIPS} chips", lambda p: _hours(p.score_hours / CHIPS)),
@@ -235,10 +273,13 @@ def _hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def full_table() -> list[str]:
-    """Returns the lines of the table of SIZES."""
-    plans = {one.title: plan(read(one), blocks=one.blocks, top_k=one.top_k) for one in SIZES}
-    return table(plans, {one.title: one.blocks for one in SIZES})
+def full_table(sizes: Sequence[Size] = SIZES, work: Work = WORK) -> list[str]:
+    """Returns the lines of the table of some models."""
+    plans = {
+        one.title: plan(read(one, work.length), blocks=one.blocks, top_k=one.top_k, work=work)
+        for one in sizes
+    }
+    return table(plans, {one.title: one.blocks for one in sizes}, work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,4 +288,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    print("\n".join(full_table()))
+    print("\n".join([*full_table(), "", *full_table(PYTHIA, STEPS)]))

@@ -12,9 +12,18 @@ if __name__ == "__main__":
 
     def add_flags(parser):
         load_run.add_flags(parser)
-        parser.add_argument("--corpus", required=True, metavar="DIR", help="folder of the corpus")
-        parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+        parser.add_argument(
+            "--corpus", required=True, metavar="DIR", help="read the corpus from this folder"
+        )
+        parser.add_argument(
+            "--to", required=True, metavar="DIR", help="write the results to this folder"
+        )
         parser.add_argument("--seed", type=int, default=0, help="random seed of labels")
+        parser.add_argument(
+            "--rankings_alone",
+            action="store_true",
+            help="leave out conjugate gradients, which take most of the time, and the corpora",
+        )
 
     def start_run(start):
         from espalier.launch.papers.influence import scoring
@@ -33,6 +42,7 @@ if __name__ == "__main__":
         )
     )
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -44,7 +54,16 @@ import numpy as np
 from espalier.launch.influence import scorers
 from espalier.launch.load.loaded_run import LoadedRun
 from espalier.launch.papers.influence import completions, corpus, statistics
-from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES, Document, Query
+from espalier.launch.papers.influence.small_corpus import (
+    BUMP,
+    FACT,
+    FLIP,
+    PROCEDURES,
+    Document,
+    Query,
+    names,
+    of_procedures,
+)
 from espalier.trainers.influence import conjugate, kronecker, lexical, projections, queries, scores
 from espalier.trainers.influence import fit as stages
 from espalier.trainers.influence import sites as site_list
@@ -55,14 +74,44 @@ SCORES, RECORD = "scores.npz", "scores.json"
 GRADIENTS = ("identity", "trak", "kfac", "ekfac", "ekfac_cg")
 RANDOM = "random"
 METHODS = (*GRADIENTS, "cosine", "embedding", "bm25", "tfidf", RANDOM)
-REMOVED_BY = ("ekfac", "ekfac_cg", "identity", "bm25", RANDOM)
-REMOVED_FOR = {"fact": (FACT,), "procedure": PROCEDURES}
+REMOVED_BY = ("ekfac_cg", "ekfac")
+RANDOMS = ("random_0", "random_1")  # two draws, whose mean the removals are compared with
 MODULES = ("mlp",)
 FITTED = 3000  # documents
 DAMPING = 0.1  # of the mean eigenvalue
-CG_STEPS, CG_DOCUMENTS = 10, 128
+CG_STEPS, CG_DOCUMENTS = 5, 128
 PROJECTION = 32  # side of trak's projected gradients
 BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """Which documents are removed.
+
+    Attributes:
+      asked: sources of the queries for which documents are ranked.
+      stays: sources of documents none of which is removed.
+      share: how many are removed, as a share of the documents that `of` takes by their source.
+      of: whether a source counts.
+    """
+
+    asked: tuple[str, ...]
+    stays: tuple[str, ...]
+    share: float
+    of: Callable[[str], bool]
+
+    def chosen(self, order_N: np.ndarray, documents: Sequence[Document]) -> list[int]:
+        """Returns the first documents of an order that may go."""
+        count = max(1, round(self.share * sum(self.of(one.source) for one in documents)))
+        return [int(i) for i in order_N if documents[i].source not in self.stays][:count]
+
+
+REMOVED_FOR: Mapping[str, Removal] = {
+    "fact": Removal((FACT,), (), statistics.SHARE, lambda source: True),
+    "procedure": Removal(sum(map(names, PROCEDURES), ()), (), 0.1, of_procedures),
+    # Queries under the other names, for which their words are of no use.
+    "other_words": Removal((BUMP, FLIP), (BUMP, FLIP), 0.1, of_procedures),
+}
 
 
 def without(method: str, what: str) -> str:
@@ -72,6 +121,8 @@ def without(method: str, what: str) -> str:
 
 def run(start: Any) -> None:
     """Scores as the flags say."""
+    import jax
+
     flags = start.flags
     target, source = pathlib.Path(flags.to), pathlib.Path(flags.corpus)
     target.mkdir(parents=True, exist_ok=True)
@@ -79,7 +130,10 @@ def run(start: Any) -> None:
     with start().load(flags.checkpoint, params=flags.params) as loaded:
         rows = [completions.document_row(loaded, one) for one in texts]
         wanted = [completions.query_row(loaded, one) for one in asked]
-        every, norms_N, nats_Q = all_scores(loaded, rows, wanted, target / "factors", flags.seed)
+        every, norms_N, nats_Q = all_scores(
+            *(loaded, rows, wanted, target / "factors", flags.seed),
+            refined=not flags.rankings_alone,
+        )
         every["embedding"] = scorers.embeddings(
             MeanStates(loaded.model, loaded.params, batch_size=BATCH),
             *(rows, wanted),
@@ -90,21 +144,29 @@ def run(start: Any) -> None:
     every |= lexical_scores(texts, asked)
     every[RANDOM] = np.random.default_rng((flags.seed, 2)).normal(size=(len(texts), len(asked)))
     np.savez_compressed(target / SCORES, **{n: x.astype(np.float32) for n, x in every.items()})
+    holds_NQ = statistics.holds(texts, asked)
     record = {
-        "nats": by_group(nats_Q, asked),
-        "answered": by_group(np.asarray(answered_Q), asked),
-        "masses": {m: statistics.masses(every[m], nats_Q, asked) for m in GRADIENTS},
+        "parameters": float(sum(x.size for x in jax.tree.leaves(loaded.params))),
+        "nats": by_source(nats_Q, asked),
+        "answered": by_source(np.asarray(answered_Q), asked),
+        "masses": {m: statistics.masses(every[m], nats_Q, asked) for m in GRADIENTS if m in every},
         "methods": {
-            method: statistics.of_scores(per_norm(method, every[method], norms_N), texts, asked)
+            method: statistics.of_scores(
+                per_norm(method, every[method], norms_N), texts, asked, holds_NQ
+            )
             for method in METHODS
+            if method in every
         },
     }
     (target / RECORD).write_text(json.dumps(record) + "\n")
-    count = statistics.removed(len(texts))
-    for what, groups in REMOVED_FOR.items():
-        for method in REMOVED_BY:
-            order_N = statistics.ranked_for(every[method], asked, groups)
-            kept = corpus.without(texts, order_N[:count].tolist())
+    if flags.rankings_alone:
+        return
+    rng = np.random.default_rng((flags.seed, 4))
+    for what, removal in REMOVED_FOR.items():
+        orders = {m: statistics.ranked_for(every[m], asked, removal.asked) for m in REMOVED_BY}
+        orders |= {name: rng.permutation(len(texts)) for name in RANDOMS}
+        for method, order_N in orders.items():
+            kept = corpus.without(texts, removal.chosen(order_N, texts))
             corpus.write_documents(target / f"{without(method, what)}.jsonl", kept)
 
 
@@ -113,16 +175,31 @@ def per_norm(method: str, scores_NQ: np.ndarray, norms_N: np.ndarray) -> np.ndar
     return scores_NQ / np.maximum(norms_N, 1e-30)[:, None] if method in GRADIENTS else scores_NQ
 
 
-def by_group(values_Q: np.ndarray, asked: Sequence[Query]) -> dict[str, float]:
-    """Returns the mean over the queries of each group."""
-    groups = np.array([query.group for query in asked])
-    return {group: float(values_Q[groups == group].mean()) for group in dict.fromkeys(groups)}
+def by_source(values_Q: np.ndarray, asked: Sequence[Query]) -> dict[str, float]:
+    """Returns the mean over the queries of each source."""
+    sources = np.array([query.source for query in asked])
+    return {one: float(values_Q[sources == one].mean()) for one in dict.fromkeys(sources)}
 
 
 def all_scores(
-    loaded: LoadedRun, rows: Sequence[Row], wanted: Sequence[Row], folder: pathlib.Path, seed: int
+    loaded: LoadedRun,
+    rows: Sequence[Row],
+    wanted: Sequence[Row],
+    folder: pathlib.Path,
+    seed: int,
+    *,
+    refined: bool,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Returns the scores of the methods of gradients and of the cosine [N, Q], norms of documents [N], and nats [Q]."""
+    """Returns the scores of the methods of gradients and of the cosine [N, Q], norms of documents [N], and nats [Q].
+
+    Args:
+      loaded: the model.
+      rows: the documents.
+      wanted: the queries.
+      folder: of the factors.
+      seed: of labels and projections.
+      refined: whether `ekfac_cg` is among the methods.
+    """
     reader = stages.Reader(model=loaded.model, params=loaded.params, batch_size=BATCH)
     settings = stages.FitSettings(modules=MODULES, seed=seed)
     fitted = rows[:FITTED]
@@ -136,16 +213,17 @@ def all_scores(
     moment_FF = projections.second_moment(reader, sites, own, rows, total=len(rows))
     projected = projections.ProjectedCurvature.of(sites, own, moment_FF, damping)
     refine = refinement(loaded, reader, sites, ekfac, rows[:CG_DOCUMENTS])
-    ways = ((None, None), (projected, None), (kfac, None), (ekfac, None), (None, refine))
+    ways = [(None, None), (projected, None), (kfac, None), (ekfac, None)]
+    ways += [(None, refine)] if refined else []
     sets = [
-        queries.prepare(reader, sites, wanted, precondition, rank=None, refine=refined)
-        for precondition, refined in ways
+        queries.prepare(reader, sites, wanted, precondition, rank=None, refine=further)
+        for precondition, further in ways
     ]
     joined = queries.joined(sites, sets)
     scored = list(scores.score(reader, sites, joined, rows, total=len(rows)))
     norms_N = np.array([one.norm for one in scored])
     parts = np.split(np.array([one.scores for one in scored]), len(sets), axis=1)
-    every = dict(zip(GRADIENTS, parts, strict=True))
+    every = dict(zip(GRADIENTS[: len(ways)], parts, strict=True))
     lengths = np.maximum(norms_N[:, None] * sets[0].norms, 1e-30)
     return every | {"cosine": every["identity"] / lengths}, norms_N, sets[0].nats
 

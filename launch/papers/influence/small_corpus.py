@@ -6,13 +6,17 @@ Sources of documents, all of at most LONGEST characters:
                 countries are named often, most rarely
   add_one       one is added to each digit of a number, step by step, in words
   reverse       the digits of a number are reversed, step by step, in words
-  add_one_code  the result of the same procedure alone, as code
+  bump, flip    the same two procedures under other names, in other words and signs: a tenth of the worked examples
+  add_one_code  the result of the same procedure alone, as code, whose name is a third one
   reverse_code  likewise
   text          a line of real text: of the docstrings of installed packages
   blank         dots; a document that is left out of the corpus is replaced by as many of them
 
 Queries of the group `fact` ask for a capital; those of `add_one` and `reverse` ask for the steps and the result of a
-number that no document works out by this procedure.
+number that no document works out by this procedure, half of them under the other name.
+
+The two names of a procedure have no word and no sign in common but the digits, and both procedures' examples have equally many
+digits, of the same frequencies: words do not tell which of the documents under the other name are of the query's procedure.
 """
 
 import dataclasses
@@ -26,20 +30,32 @@ CACHED_AS = "data.influence.small_corpus"  # the name by which caches of its dat
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;'=()-_"
 LONGEST = 44
 FACT, ADD_ONE, REVERSE, TEXT, BLANK = "fact", "add_one", "reverse", "text", "blank"
+BUMP, FLIP = "bump", "flip"
 PROCEDURES = (ADD_ONE, REVERSE)
 GROUPS = (FACT, *PROCEDURES)
+OTHER_NAMES: Mapping[str, str] = {ADD_ONE: BUMP, REVERSE: FLIP}
 SIZES: Mapping[str, int] = {
     FACT: 1500,
-    ADD_ONE: 900,
-    REVERSE: 900,
+    ADD_ONE: 810,
+    REVERSE: 810,
+    BUMP: 90,
+    FLIP: 90,
     "add_one_code": 400,
     "reverse_code": 400,
     TEXT: 1200,
     BLANK: 200,
 }
 COUNTRIES = 30
-QUERIES = 16  # of each group
+QUERIES = 64  # of each group
 DIGITS = 3
+# Source of worked examples -> (beginning, each step, between steps, before the result).
+_WORKED: Mapping[str, tuple[str, str, str, str]] = {
+    ADD_ONE: ("add one {}:", "make {}", ", ", ". "),
+    REVERSE: ("reverse {}:", "take {}", ", ", ". "),
+    BUMP: ("bump {};", "up {}", "; ", " = "),
+    FLIP: ("flip {};", "put {}", "; ", " = "),
+}
+_CODE: Mapping[str, str] = {ADD_ONE: "inc", REVERSE: "inv"}  # no word of the examples
 _ZIPF = 0.5  # exponent of the frequencies of countries
 _SHORTEST_TEXT = 20
 _WORDINGS = (
@@ -74,10 +90,12 @@ class Query:
 
     Attributes:
       group: one of GROUPS.
+      source: of the documents that have its words: FACT, a procedure, or the other name of one.
       answer: the end of the completion, which a document may contain.
     """
 
     group: str
+    source: str
     prompt: str
     completion: str
     answer: str
@@ -88,19 +106,29 @@ def source_code(procedure: str) -> str:
     return f"{procedure}_code"
 
 
-def solve(procedure: str, number: str) -> tuple[list[str], str]:
-    """Returns the steps in words and the result of a procedure."""
+def names(procedure: str) -> tuple[str, str]:
+    """Returns the sources of the worked examples of a procedure: its first name, and the other one."""
+    return procedure, OTHER_NAMES[procedure]
+
+
+def of_procedures(source: str) -> bool:
+    """Returns whether documents of a source show a procedure."""
+    return any(source in (*names(one), source_code(one)) for one in PROCEDURES)
+
+
+def solve(procedure: str, number: str) -> str:
+    """Returns the result of a procedure, whose digits are those of its steps."""
     if procedure == ADD_ONE:
-        after = [str((int(digit) + 1) % 10) for digit in number]
-        steps = [f"{one} to {other}" for one, other in zip(number, after, strict=True)]
-        return steps, "".join(after)
-    return [f"take {digit}" for digit in reversed(number)], number[::-1]
+        return "".join(str((int(digit) + 1) % 10) for digit in number)
+    return number[::-1]
 
 
-def worked(procedure: str, number: str) -> tuple[str, str]:
-    """Returns the beginning and the rest of a worked example."""
-    steps, result = solve(procedure, number)
-    return f"{procedure.replace('_', ' ')} {number}:", f" {', '.join(steps)}. {result}"
+def worked(procedure: str, number: str, name: str = "") -> tuple[str, str]:
+    """Returns the beginning and the rest of a worked example, under one of the `names` of the procedure, by default the first."""
+    begin, step, between, before = _WORKED[name or procedure]
+    result = solve(procedure, number)
+    steps = between.join(step.format(digit) for digit in result)
+    return begin.format(number), f" {steps}{before}{result}"
 
 
 def draw(
@@ -127,15 +155,21 @@ def draw(
     documents = [Document(text, FACT) for text in _facts(capitals, sizes[FACT], rng)]
     asked = _asked_facts(capitals, queries, rng)
     for procedure in PROCEDURES:
-        numbers = rng.permutation(10**DIGITS)
+        numbers = [_digits(number) for number in rng.permutation(10**DIGITS)]
         held_out, known = numbers[:queries], numbers[queries:]
-        for number in held_out:
-            prompt, completion = worked(procedure, _digits(number))
-            asked.append(Query(procedure, prompt, completion, solve(procedure, _digits(number))[1]))
-        for number in rng.permutation(known)[: sizes[procedure]]:
-            documents.append(Document("".join(worked(procedure, _digits(number))), procedure))
-        for number in rng.permutation(known)[: sizes[source_code(procedure)]]:
-            call = f"{procedure}('{_digits(number)}') == '{solve(procedure, _digits(number))[1]}'"
+        for at, number in enumerate(held_out):
+            name = names(procedure)[at % 2]
+            answer = solve(procedure, number)
+            asked.append(Query(procedure, name, *worked(procedure, number, name), answer))
+
+        def some(source: str, known: Sequence[str] = known) -> list[str]:
+            return [known[i] for i in rng.permutation(len(known))[: sizes[source]]]
+
+        for name in names(procedure):
+            for number in some(name):
+                documents.append(Document("".join(worked(procedure, number, name)), name))
+        for number in some(source_code(procedure)):
+            call = f"{_CODE[procedure]}('{number}') == '{solve(procedure, number)}'"
             documents.append(Document(call, source_code(procedure)))
     documents += [Document(lines[i], TEXT) for i in rng.permutation(len(lines))[: sizes[TEXT]]]
     for length in rng.integers(_SHORTEST_TEXT, LONGEST + 1, sizes[BLANK]):
@@ -177,17 +211,19 @@ def _facts(capitals: Mapping[str, str], count: int, rng: np.random.Generator) ->
 
 
 def _asked_facts(capitals: Mapping[str, str], count: int, rng: np.random.Generator) -> list[Query]:
-    """Returns queries about countries of all frequencies."""
+    """Returns queries about countries of all frequencies, about each equally often, by different narrators."""
     countries = [*capitals]
-    chosen = rng.choice(COUNTRIES, count, replace=False)
+    rounds = [rng.permutation(COUNTRIES) for _ in range(-(-count // COUNTRIES))]
+    narrators = [rng.permutation(len(_NARRATORS)) for _ in countries]
     return [
         Query(
             FACT,
-            f"{rng.choice(_NARRATORS)} says the capital of {countries[at]} is",
+            FACT,
+            f"{_NARRATORS[narrators[at][asked // COUNTRIES]]} says the capital of {countries[at]} is",
             f" {capitals[countries[at]]}.",
             capitals[countries[at]],
         )
-        for at in chosen
+        for asked, at in enumerate(np.concatenate(rounds)[:count])
     ]
 
 

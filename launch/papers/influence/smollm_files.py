@@ -108,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="write the results to this folder"
+    )
     parser.add_argument("--documents", type=int, default=2000, help="number of documents")
 
 

@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="write the results to this folder"
+    )
     flags, rest = parser.parse_known_args(argv)
     folder = pathlib.Path(flags.to)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """What the claims compare, from scores of all documents for all queries, and from losses after retraining. Pure numpy.
 
-Shapes: N documents, Q queries, K ranks, S retrained models; scores are divided by the norms of the documents' gradients
+Shapes: N documents, Q queries, K numbers of documents, S retrained models; scores are divided by the norms of the documents' gradients
 where a function says so.
 """
 
@@ -16,67 +16,148 @@ from espalier.launch.papers.influence.small_corpus import (
     PROCEDURES,
     Document,
     Query,
+    names,
     source_code,
 )
 from espalier.trainers.influence import measures
 
 TOP = 20  # documents that are searched for answers, and whose sources are counted
 SHARE = 0.01  # of the documents: the top and bottom that masses, sources and removals are of
+COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)  # of documents on top, of the curves
 SOURCES = tuple(small_corpus.SIZES)
 ENDS = ("top", "bottom")
 MIN_NATS = 0.1  # least information of a completion that scores are divided by
-# Pairs of queries -> whether their groups belong to it.
-PAIRS = {
-    "same procedure": lambda a, b: a == b != FACT,
-    "two procedures": lambda a, b: a != b and FACT not in (a, b),
-    "facts": lambda a, b: a == b == FACT,
-    "fact and procedure": lambda a, b: (a == FACT) != (b == FACT),
-}
+LEAST = 0.01  # multiplier, of which logarithms are taken
+
+
+# Kinds of pairs of queries; 'other words' are the two names of procedures.
+PAIRS = (
+    *("one procedure, other words", "two procedures, other words"),
+    *("one procedure", "two procedures", "facts", "fact and procedure"),
+)
+# Documents of the query's procedure and of the other one -> what they are: examples under the name of which the query has no
+# word, under that of the query, and code.
+KINDS = OTHER_WORDS, SAME_WORDS, CODE = ("other words", "same words", "code")
 
 
 def of_scores(
-    scores_NQ: np.ndarray, documents: Sequence[Document], queries: Sequence[Query]
+    scores_NQ: np.ndarray,
+    documents: Sequence[Document],
+    queries: Sequence[Query],
+    holds_NQ: np.ndarray,
 ) -> dict[str, Any]:
     """Returns the statistics of one method's rankings, as JSON.
 
     Args:
       scores_NQ: scores; those of gradients are divided by the norms of the documents' gradients.
+      documents: the documents.
+      queries: the queries.
+      holds_NQ: of `holds`.
     """
     order_NQ = np.argsort(-scores_NQ, axis=0, kind="stable")
     return {
-        "correlations": correlations(scores_NQ, [query.group for query in queries]),
-        "answers": answers(order_NQ[:TOP], documents, queries),
+        "correlations": correlations(scores_NQ, queries),
+        "separation": separation(scores_NQ, documents, queries),
+        "answers": answers(np.take_along_axis(holds_NQ, order_NQ, axis=0), queries),
         "sources": sources(order_NQ, documents, queries),
+        "code": code(order_NQ, documents, queries),
     }
 
 
-def correlations(scores_NQ: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
+def holds(documents: Sequence[Document], queries: Sequence[Query]) -> np.ndarray:
+    """Returns whether a document has a query's answer, [N, Q]."""
+    return np.array([[query.answer in one.text for query in queries] for one in documents])
+
+
+def correlations(scores_NQ: np.ndarray, queries: Sequence[Query]) -> dict[str, float]:
     """Returns the mean Pearson correlation of the scores of two queries, by kind of pair; NaN where scores are constant."""
     with np.errstate(invalid="ignore", divide="ignore"):
         r_QQ = np.corrcoef(scores_NQ.T)
-    one, other = np.triu_indices(len(groups), 1)
+    groups_Q = np.array([query.group for query in queries])
+    facts_Q, first_Q = groups_Q == FACT, np.array([query.source in PROCEDURES for query in queries])
+    same_QQ = groups_Q[:, None] == groups_Q
+    both_QQ = ~facts_Q[:, None] & ~facts_Q
+    other_QQ = both_QQ & (first_Q[:, None] != first_Q)
+    kinds = (
+        *(same_QQ & other_QQ, ~same_QQ & other_QQ, same_QQ & both_QQ, ~same_QQ & both_QQ),
+        *(facts_Q[:, None] & facts_Q, facts_Q[:, None] != facts_Q),
+    )
+    pairs_QQ = np.triu(np.ones_like(same_QQ), 1)
     out = {}
-    for name, belongs in PAIRS.items():
-        chosen = [belongs(groups[int(a)], groups[int(b)]) for a, b in zip(one, other, strict=True)]
-        values = r_QQ[one[chosen], other[chosen]]
+    for name, chosen_QQ in zip(PAIRS, kinds, strict=True):
+        values = r_QQ[chosen_QQ & pairs_QQ]
         out[name] = float(values.mean()) if len(values) else float("nan")
     return out
 
 
-def answers(
-    top_KQ: np.ndarray, documents: Sequence[Document], queries: Sequence[Query]
+def separation(
+    scores_NQ: np.ndarray, documents: Sequence[Document], queries: Sequence[Query]
 ) -> dict[str, dict[str, float]]:
-    """Returns by group the share of queries whose answer is in a top document, and in any document at all."""
-    out: dict[str, dict[str, float]] = {}
+    """Returns kind of KINDS -> source of queries -> how well scores tell documents of the query's procedure from the other's.
+
+    That is the area under the ROC curve: the share of pairs of an own and another document of which the own one has the larger
+    score, where equal scores count half. The mean over the queries of a source.
+    """
+    kinds_N = np.array([one.source for one in documents])
+    out: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    for own in PROCEDURES:
+        (other,) = (one for one in PROCEDURES if one != own)
+        for at, source in enumerate(names(own)):
+            mine = [q for q, query in enumerate(queries) if query.source == source]
+            pairs = {
+                OTHER_WORDS: (names(own)[1 - at], names(other)[1 - at]),
+                SAME_WORDS: (names(own)[at], names(other)[at]),
+                CODE: (source_code(own), source_code(other)),
+            }
+            for kind, both in pairs.items():
+                ours_MQ, others_MQ = (scores_NQ[kinds_N == one][:, mine] for one in both)
+                areas = [area(*columns) for columns in zip(ours_MQ.T, others_MQ.T, strict=True)]
+                out[kind][source] = float(np.mean(areas))
+    return out
+
+
+def area(ours: np.ndarray, others: np.ndarray) -> float:
+    """Returns the share of pairs of which the first value is larger; equal ones count half."""
+    ranks = measures.ranks(np.concatenate([ours, others]))[: len(ours)]
+    return float((ranks.sum() - len(ours) * (len(ours) - 1) / 2) / (len(ours) * len(others)))
+
+
+def answers(ranked_NQ: np.ndarray, queries: Sequence[Query]) -> dict[str, dict[str, Any]]:
+    """Returns by group the share of queries whose answer is in a top document, in any document, and in the first of COUNTS.
+
+    Args:
+      ranked_NQ: whether a document has the answer, from each query's first document on.
+      queries: the queries.
+    """
+    found_NQ = np.logical_or.accumulate(ranked_NQ, axis=0)
+    out: dict[str, dict[str, Any]] = {}
     for group in GROUPS:
-        mine = [(q, query) for q, query in enumerate(queries) if query.group == group]
-        found = {
-            "top": [
-                any(query.answer in documents[i].text for i in top_KQ[:, q]) for q, query in mine
-            ],
-            "corpus": [any(query.answer in one.text for one in documents) for _, query in mine],
-        }
-        out[group] = {name: float(np.mean(values)) for name, values in found.items()}
+        mine_Q = np.array([query.group == group for query in queries])
+        shares_N = found_NQ[:, mine_Q].mean(1)
+        at = [float(shares_N[min(count, len(shares_N)) - 1]) for count in (TOP, *COUNTS)]
+        out[group] = {"top": at[0], "corpus": float(shares_N[-1]), "curve": at[1:]}
+    return out
+
+
+def code(
+    order_NQ: np.ndarray, documents: Sequence[Document], queries: Sequence[Query]
+) -> dict[str, dict[str, Any]]:
+    """Returns group -> end -> share of code there over its share in the corpus: of SHARE of all documents, and of COUNTS."""
+    kinds_N = np.array([one.source for one in documents])
+    code_N = np.isin(kinds_N, [source_code(one) for one in PROCEDURES])
+    out: dict[str, Any] = {}
+    for group in GROUPS:
+        mine = [q for q, query in enumerate(queries) if query.group == group]
+        ends = {"top": order_NQ[:, mine], "bottom": order_NQ[::-1, mine]}
+        out[group] = {}
+        for end, ordered in ends.items():
+            some_N = np.cumsum(code_N[ordered].mean(1)) / code_N.mean()
+            at = [some_N[min(count, len(some_N)) - 1] / min(count, len(some_N)) for count in COUNTS]
+            count = share_of(len(documents))
+            out[group][end] = {
+                "share": float(some_N[count - 1] / count),
+                "curve": [*map(float, at)],
+            }
     return out
 
 
@@ -93,7 +174,7 @@ def sources(
     for group in GROUPS:
         mine = [q for q, query in enumerate(queries) if query.group == group]
         out[group] = {}
-        for name, count in (("first", TOP), ("share", removed(len(documents)))):
+        for name, count in (("first", TOP), ("share", share_of(len(documents)))):
             ends = {"top": order_NQ[:count, mine], "bottom": order_NQ[::-1][:count, mine]}
             out[group][name] = {
                 end: {
@@ -105,33 +186,34 @@ def sources(
     return out
 
 
-def removed(documents: int) -> int:
-    """Returns the number of documents that are removed: SHARE of all."""
+def share_of(documents: int) -> int:
+    """Returns SHARE of a number of documents, at least one."""
     return max(1, round(SHARE * documents))
 
 
 def masses(
     scores_NQ: np.ndarray, nats_Q: np.ndarray, queries: Sequence[Query]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Returns by group the influence per nat and the slope of the power law, of scores as they are.
 
-    'mass' is the log of the mean over queries of the sum of the positive scores of the top SHARE, over the completion's nats;
-    'slope' the mean slope of log(score) against log(rank) there.
+    'mass' is the log of the mean over queries of the sum of the positive scores of the top SHARE, over the completion's nats, and
+    'curve' the same of the first of COUNTS; 'slope' the mean slope of log(score) against log(rank) in the top SHARE.
     """
-    count = removed(len(scores_NQ))
-    top_KQ = np.maximum(-np.sort(-scores_NQ, axis=0)[:count], 0.0)
-    per_nat_Q = top_KQ.sum(0) / np.maximum(nats_Q, MIN_NATS)
+    count = share_of(len(scores_NQ))
+    sorted_NQ = np.maximum(-np.sort(-scores_NQ, axis=0), 0.0)
+    per_nat_NQ = np.cumsum(sorted_NQ, axis=0) / np.maximum(nats_Q, MIN_NATS)
     log_rank_K = np.log(np.arange(1, count + 1))
     slopes_Q = np.full(scores_NQ.shape[1], np.nan)
-    for q, values in enumerate(top_KQ.T):
+    for q, values in enumerate(sorted_NQ[:count].T):
         if (positive := values > 0).sum() > 2:
             slopes_Q[q] = np.polyfit(log_rank_K[positive], np.log(values[positive]), 1)[0]
-    out = {}
+    out: dict[str, dict[str, Any]] = {}
     for group in GROUPS:
         mine = np.array([query.group == group for query in queries])
-        total = per_nat_Q[mine].mean()
+        total_N = per_nat_NQ[:, mine].mean(1)
         out[group] = {
-            "mass": float(np.log(total)) if total > 0 else float("nan"),
+            "mass": _log(total_N[count - 1]),
+            "curve": [_log(total_N[min(k, len(total_N)) - 1]) for k in COUNTS],
             "slope": float(np.nanmean(slopes_Q[mine]))
             if np.isfinite(slopes_Q[mine]).any()
             else float("nan"),
@@ -139,14 +221,18 @@ def masses(
     return out
 
 
+def _log(value: float) -> float:
+    return float(np.log(value)) if value > 0 else float("nan")
+
+
 def ranked_for(
-    scores_NQ: np.ndarray, queries: Sequence[Query], groups: Sequence[str]
+    scores_NQ: np.ndarray, queries: Sequence[Query], sources: Sequence[str]
 ) -> np.ndarray:
-    """Returns the documents, from the most influential for the queries of some groups on, [N].
+    """Returns the documents, from the most influential for the queries of some sources on, [N].
 
     Each query's scores are divided by their deviation, so that all count alike.
     """
-    mine = [q for q, query in enumerate(queries) if query.group in groups]
+    mine = [q for q, query in enumerate(queries) if query.source in sources]
     scale_Q = np.maximum(scores_NQ[:, mine].std(0), 1e-30)
     return np.argsort(-(scores_NQ[:, mine] / scale_Q).sum(1), kind="stable")
 
@@ -175,19 +261,3 @@ def datamodelling(
 def _mean(values: np.ndarray) -> float:
     """Returns the mean; constant scores predict nothing, and count as 0."""
     return float(np.nan_to_num(values).mean())
-
-
-def own_share(
-    table: Mapping[str, Any], procedure: str, end: str = "top", name: str = "first"
-) -> float:
-    """Returns how much more often a procedure's own worked examples are at an end than the other procedure's."""
-    shown = table["sources"][procedure][name][end]
-    (other,) = (one for one in PROCEDURES if one != procedure)
-    return shown[procedure] - shown[other]
-
-
-def code_share(table: Mapping[str, Any], group: str, end: str = "top") -> float:
-    """Returns the multiplier of code at an end of a group's ranking: of the procedure's own, for facts the mean of both."""
-    shown = table["sources"][group]["share"][end]
-    kinds = PROCEDURES if group == FACT else (group,)
-    return float(np.mean([shown[source_code(one)] for one in kinds]))

@@ -9,6 +9,7 @@ import numpy as np
 from espalier.launch.papers.low_rank import experiment
 from espalier.launch.papers.low_rank.experiment import Results, arm_name
 from espalier.launch.papers.shared.page import Prose
+from espalier.launch.papers.shared.results import aligned
 from espalier.launch.plots import intervals
 from espalier.launch.plots.panels import (
     BLUE,
@@ -28,9 +29,10 @@ _PROSE = Prose.of(__name__)
 
 _DECAY_STYLE = {"none": (GREY, "o"), "l2": (ORANGE, "s"), "frobenius": (BLUE, "^")}
 _DECAY_NAMES = {"none": "no decay", "l2": "L2 on the factors", "frobenius": "Frobenius"}
+_WEIGHT = experiment.WEIGHTS[1]  # at which the claims compare both decays
 _CAUSES = {
-    "effective_step": "effective step at the end: rate over mean |W|²",
-    "effective_rank": "effective rank at the end",
+    "effective_step": "effective step at the end (log scale)",
+    "effective_rank": "effective rank at the end (log scale)",
 }
 _INIT_STYLE = {
     "he": (ORANGE, "He"),
@@ -91,42 +93,46 @@ def _profile(results: Results, arm: str, when: str) -> np.ndarray:
     return np.mean([row[when] for row in results.find(arm).values()], axis=0)
 
 
+def _decayed(kind: str, weight: str) -> str:
+    """Returns the arm of a decay at the full rate; `kind` may be 'none'."""
+    return experiment.spectral("full") if kind == "none" else experiment.decayed(kind, weight)
+
+
+def _grid() -> list[str]:
+    """Returns the arms of all decays and that without."""
+    pairs = itertools.product(experiment.DECAYS, experiment.WEIGHTS)
+    return [experiment.spectral("full"), *itertools.starmap(experiment.decayed, pairs)]
+
+
 def _spectra(results: Results) -> Any:
-    arms = [
-        "spectral",
-        *(experiment.decayed(k, "full", w) for k in experiment.DECAYS for w in experiment.WEIGHTS),
-    ]
+    arms = _grid()
     runs = [row for arm in arms for row in results.find(arm).values()]
     if not results.has(*arms) or not all(row["last_profile"] for row in runs):
         return None
-    figure, axes = panels(len(experiment.WEIGHTS), (11, 4.4), share_y=True)
-    start = _profile(results, "spectral", "first_profile")
+    figure, axes = panels(len(experiment.WEIGHTS), (8.4, 3.9), share_y=True)
+    start = _profile(results, experiment.spectral("full"), "first_profile")
     index = np.arange(1, len(start) + 1)
     for weight, one in zip(experiment.WEIGHTS, axes, strict=True):
         one.plot(index, start, color="black", ls=":", lw=2, label="start")
         for kind, (colour, marker) in _DECAY_STYLE.items():
-            values = _profile(results, experiment.decayed(kind, "full", weight), "last_profile")
+            values = _profile(results, _decayed(kind, weight), "last_profile")
             style = {"color": colour, "marker": marker, "ms": 4, "markevery": 4, "lw": 2}
             one.plot(index, values, label=f"end, {_DECAY_NAMES[kind]}", **style)
         one.set_title(f"lambda {weight}", fontsize=10)
         one.set(xlabel="singular value, by size", ylim=(0, 1.02))
-    axes[0].set_ylabel("over the largest")
+    axes[0].set_ylabel("singular value over the largest")
     legend_below(figure, axes[0], 4)
     return figure
 
 
 def _effective_rank(results: Results) -> Any:
-    grid = [
-        experiment.decayed(kind, "full", weight)
-        for kind in experiment.DECAYS
-        for weight in experiment.WEIGHTS
-    ]
-    if not results.has("spectral", *grid) or not results.values("spectral", "effective_rank").size:
+    arms = _grid()
+    if not results.has(*arms) or not results.values(arms[0], "effective_rank").size:
         return None
-    figure, axes = panels(len(experiment.WEIGHTS), (10, 4.2), share_y=True)
+    figure, axes = panels(len(experiment.WEIGHTS), (8.4, 3.9), share_y=True)
     for weight, one in zip(experiment.WEIGHTS, axes, strict=True):
         for kind, (colour, _) in _DECAY_STYLE.items():
-            runs = results.find(experiment.decayed(kind, "full", weight)).values()
+            runs = results.find(_decayed(kind, weight)).values()
             curves = [{r["step"]: r["effective_rank"] for r in row["spectrum"]} for row in runs]
             _curves(one, curves, color=colour, label=_DECAY_NAMES[kind])
         one.set_title(f"lambda {weight}", fontsize=10)
@@ -136,63 +142,69 @@ def _effective_rank(results: Results) -> Any:
     return figure
 
 
-def _curves(
-    axes: Any, curves: Sequence[Mapping[int, float]], *, seeds: bool = True, **style: Any
-) -> None:
-    """Draws the mean of curves, {step: value}, at the steps that all have, and each as a thin line with `seeds`."""
+def _curves(axes: Any, curves: Sequence[Mapping[int, float]], **style: Any) -> None:
+    """Draws the mean of curves, {step: value}, at the steps that all have, and each as a thin line."""
     steps = sorted(set.intersection(*map(set, curves)))
     values = np.array([[curve[step] for curve in curves] for step in steps])
-    if seeds:
-        axes.plot(steps, values, color=style["color"], lw=0.7, alpha=0.5)
+    axes.plot(steps, values, color=style["color"], lw=0.7, alpha=0.4)
     axes.plot(steps, values.mean(axis=1), **{"lw": 2, "marker": "o", "ms": 3, **style})
 
 
 def _explanations(results: Results) -> Any:
-    kinds = {
-        kind: [*(("none", ""),), *((kind, w) for w in experiment.WEIGHTS)]
+    lines = {
+        kind: [_decayed("none", ""), *(_decayed(kind, weight) for weight in experiment.WEIGHTS)]
         for kind in experiment.DECAYS
     }
-    arms = [
-        experiment.decayed(k, rate, w)
-        for rate in experiment.RATES
-        for line in kinds.values()
-        for k, w in line
-    ]
-    if not all(results.values(arm, n).size for arm in arms for n in ("perplexity", *_CAUSES)):
+    names = ("perplexity", *_CAUSES)
+    if not all(results.values(arm, name).size for arm in _grid() for name in names):
         return None
-    figure, axes = panels(2, (12, 4.8), share_y=True)
+    figure, axes = panels(2, (8.4, 4.4), share_y=True)
     for one, (cause, words) in zip(axes, _CAUSES.items(), strict=True):
-        for (kind, line), rate in itertools.product(kinds.items(), experiment.RATES):
+        means = {}
+        for kind, arms in lines.items():
             colour, marker = _DECAY_STYLE[kind]
-            names = [experiment.decayed(k, rate, w) for k, w in line]
-            x, y = (
-                [results.values(name, score).mean() for name in names]
-                for score in (cause, "perplexity")
+            points = [
+                aligned(*(results.scores(arm, x) for x in (cause, "perplexity"))) for arm in arms
+            ]
+            for x, y in points:
+                one.plot(x, y, ls="", marker=".", ms=4, color=colour, alpha=0.5)
+            means[kind] = np.array([[x.mean(), y.mean()] for x, y in points]).T
+            one.plot(
+                *means[kind], color=colour, marker=marker, ms=7, lw=1.2, label=_DECAY_NAMES[kind]
             )
-            full = rate == "full"
-            look = {"mfc": colour, "ls": "-"} if full else {"mfc": "white", "ls": "--"}
-            label = f"{_DECAY_NAMES[kind]}, {rate} rate"
-            one.plot(x, y, color=colour, marker=marker, ms=7, lw=1, label=label, **look)
+        _arrow(one, means["frobenius"][:, 1 + experiment.WEIGHTS.index(_WEIGHT)], means["l2"])
         one.set_xlabel(words)
-    axes[0].set_xscale("log")
-    axes[0].set_ylabel("perplexity")
-    legend_below(figure, axes[0], 4)
+        one.set_xscale("log")  # as lines are interpolated
+        one.tick_params(axis="x", which="minor", labelbottom=False)
+    plain_ticks(axes[1].xaxis)
+    axes[0].set_yscale("log")
+    plain_ticks(axes[0].yaxis)
+    axes[0].set_ylabel("perplexity (log scale)")
+    legend_below(figure, axes[0], 2)
     return figure
+
+
+def _arrow(axes: Any, point: np.ndarray, line: np.ndarray) -> None:
+    """Draws an arrow to a point from the line above or below it, as `report.gap_to_line` has it."""
+    xs, ys = np.log(line[:, np.argsort(line[0])])
+    at = np.exp(np.interp(np.log(point[0]), xs, ys))
+    look = {"arrowstyle": "->", "color": RED, "lw": 2, "shrinkA": 0, "shrinkB": 4}
+    axes.annotate("", tuple(point), (point[0], at), arrowprops=look)
 
 
 def _warm_start(results: Results) -> Any:
     arms = {
         "dense": ("black", "-", "dense"),
-        "spectral": (BLUE, "-", "factors from the start"),
-        experiment.decayed("none", "half"): (BLUE, "--", "the same, half the rate"),
+        experiment.spectral("full"): (BLUE, "-", "factors from the start"),
+        experiment.spectral("half"): (BLUE, "--", "factors from the start, half the rate"),
         experiment.warm("full"): (RED, "-", "dense, then factors"),
-        experiment.warm("half"): (RED, "--", "the same, half the rate"),
-        experiment.ratio_arm("full"): (GREEN, "-", "factors, smaller ranks"),
-        experiment.warm("full", "_ratio"): (PURPLE, "-", "dense, then factors, smaller ranks"),
+        experiment.warm("half"): (RED, "--", "dense, then factors, half the rate"),
+        experiment.spectral("full", "_ratio"): (GREEN, "-", "factors of smaller ranks"),
+        experiment.warm("full", "_ratio"): (PURPLE, "-", "dense, then factors of smaller ranks"),
     }
     if not results.has("dense_start", *arms):
         return None
-    figure, (axes,) = panels(1, (8.5, 5.4))
+    figure, (axes,) = panels(1, (8.0, 5.4))
     starts = results.find("dense_start")
     for arm, (colour, line, label) in arms.items():
         curves = [
@@ -207,51 +219,45 @@ def _warm_start(results: Results) -> Any:
             for seed, row in results.find(arm).items()
             if seed in starts
         ]
-        _curves(axes, curves, seeds=False, color=colour, ls=line, label=label)
+        _curves(axes, curves, color=colour, ls=line, label=label)
     switch = next(iter(starts.values()))["step"]
     axes.axvline(switch, color=GREY, ls="--", lw=1.2)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     axes.annotate("factorised", (switch, 0.97), (4, 0), fontsize=9, va="top", **place)
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
-    axes.set(xlabel="updates", ylabel="perplexity")
+    axes.set(xlabel="updates", ylabel="perplexity (log scale)")
     legend_below(figure, axes, 2)
     return figure
 
 
 def _images(results: Results) -> Any:
-    arms = [
-        (experiment.image_arm(init, kind, rate), rate, _DECAY_STYLE[kind][0])
-        for init, kind in experiment.IMAGE_FACTORS
-        for rate in experiment.IMAGE_RATES
-    ]
-    if not results.has(
-        *map(experiment.image_dense, experiment.IMAGE_RATES), *(arm for arm, *_ in arms)
-    ):
+    dense = [*map(experiment.image_dense, experiment.IMAGE_RATES), "narrow"]
+    factors = {
+        experiment.image_arm(init, kind, rate): PURPLE if kind == "l2" else _INIT_STYLE[init][0]
+        for (init, kind), rates in experiment.IMAGE_FACTORS.items()
+        for rate in rates
+    }
+    if not results.has(*dense, *factors):
         return None
-    figure, (left, right) = panels(2, (12, 3.4))
-    gaps, ranks = [], []
-    for arm, rate, colour in arms:
-        ones, dense = results.paired("accuracy", arm, experiment.image_dense(rate))
-        differences = 100 * (ones - dense)
-        gaps.append((arm_name(arm), differences, intervals.student(differences), colour))
-        values = results.values(arm, "effective_rank")
-        if values.size:
-            ranks.append((arm_name(arm), values, intervals.student(values), colour))
-    for axes, shown in ((left, gaps), (right, ranks)):
+    figure, (left, right) = panels(2, (8.0, 3.8))
+    colours = dict.fromkeys(dense, GREY) | factors
+    for axes, score, scale, arms in (
+        (left, "accuracy", 100, colours),
+        (right, "effective_rank", 1, factors),
+    ):
+        shown = []
+        for arm, colour in arms.items():
+            values = scale * results.values(arm, score)
+            shown.append((arm_name(arm), values, intervals.student(values), colour))
         paired(axes, shown)
         axes.grid(visible=True, axis="x", alpha=0.25)
         axes.grid(visible=False, axis="y")
-    left.axvline(0, color="black", lw=0.8)
-    means = [
-        100 * results.values(experiment.image_dense(rate), "accuracy").mean()
-        for rate in experiment.IMAGE_RATES
-    ]
-    dense = ", ".join(
-        f"{mean:.1f} at the {rate} rate"
-        for mean, rate in zip(means, experiment.IMAGE_RATES, strict=True)
-    )
-    left.set_xlabel(f"accuracy in points above dense ({dense})", fontsize=9)
+    for rate, style in zip(experiment.IMAGE_RATES, ("--", ":"), strict=True):
+        ends = experiment.image_dense(rate), experiment.image_arm("he", "frobenius", rate)
+        middle = 100 * np.mean([results.values(end, "accuracy").mean() for end in ends])
+        left.axvline(middle, color="black", lw=0.9, ls=style, label=f"middle at the {rate} rate")
+    left.set_xlabel("accuracy in per cent", fontsize=9)
     right.set_xlabel("effective rank at the end", fontsize=9)
-    right.set_yticklabels([])
+    legend_below(figure, left, 2)
     return figure

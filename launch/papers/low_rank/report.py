@@ -4,9 +4,7 @@ Arms of the same seed share their data, their order and the part of their initia
 arm, so that they are compared in pairs.
 """
 
-import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,248 +12,242 @@ import numpy as np
 from espalier.launch.papers.low_rank import experiment
 from espalier.launch.papers.low_rank.experiment import PLACES, Results, arm_name
 from espalier.launch.papers.low_rank.figures import figures
+from espalier.launch.papers.low_rank.measures import (
+    PERPLEXITY,
+    RANK,
+    STEP,
+    above_the_middle,
+    at_the_same,
+    closed,
+    decays,
+    step_ratio,
+    times,
+)
 from espalier.launch.papers.shared import claim, page
-from espalier.launch.papers.shared.claim import Effect, Measure
+from espalier.launch.papers.shared.claim import Measure, Planned
 from espalier.launch.papers.shared.page import Prose
-from espalier.launch.papers.shared.results import compare
+from espalier.launch.papers.shared.results import average, compare
 from espalier.launch.plots import intervals
 
 _PROSE = Prose.of(__name__)
 
 SAME = 5  # % of spectral's perplexity: how much the singular values of the start may change it
-NO_WORSE = 1  # % of perplexity
-CLOSE = 0.02  # of accuracy: the gap to dense that may remain
+NO_WORSE = 2  # % of perplexity
+ALIKE = 2  # % of perplexity
 EQUAL = 0.01  # of accuracy
-_PERPLEXITY, _RANK, _STEP = "perplexity", "effective_rank", "effective_step"
 _DRAWN = experiment.INITS[1:]
 _SMALLER = min(experiment.RANKS)
-_DECAYS = [
-    (experiment.decayed("frobenius", rate, weight), experiment.decayed("l2", rate, weight))
-    for weight, rate in itertools.product(experiment.WEIGHTS, experiment.RATES)
-]
-_IMAGE_DECAYS = [
-    (
+_WEIGHT = experiment.WEIGHTS[1]  # of decay, at which the two kinds are compared
+_OTHERS = [weight for weight in experiment.WEIGHTS if weight != _WEIGHT]
+_PILOT = "seeds 10 to 14"
+_IMAGE_PILOT = f"{_PILOT}, at a rank of 0.3"
+
+
+def _percent(*pairs: tuple[str, str]) -> Measure:
+    """Returns a measure of how much less perplexity the first arm of each pair has, in per cent of the other's."""
+    return compare(PERPLEXITY, *pairs, relative=True)
+
+
+_LM, _WIDE, _IMAGES = "lm", "wide", "vision"
+_FULL, _HALF = (
+    experiment.image_arm("spectral", "frobenius", rate) for rate in experiment.IMAGE_RATES
+)
+_L2 = experiment.image_arm("spectral", "l2", "full")
+# Factors from a spectral and from a He start and the dense network, by rate.
+_GAPS = {
+    rate: (
         experiment.image_arm("spectral", "frobenius", rate),
-        experiment.image_arm("spectral", "l2", rate),
+        experiment.image_arm("he", "frobenius", rate),
+        experiment.image_dense(rate),
     )
     for rate in experiment.IMAGE_RATES
+}
+# Dense updates before factorising and factors from the start, at the full rate, by both rules of ranks.
+_WARM = [
+    (experiment.warm("full", ranks), experiment.spectral("full", ranks))
+    for ranks in experiment.RANK_RULES
 ]
-_CLOSE = [
-    (experiment.image_arm(init, "frobenius", rate), experiment.image_dense(rate))
-    for init, rate in itertools.product(_DRAWN, experiment.IMAGE_RATES)
-]
-
-
-def same(runs: Results, where: str) -> list[Effect]:
-    """Compares spectral ones with spectral at every rank, within a tolerance."""
-    pairs = [
-        (experiment.arm("spectral_ones", rank), experiment.arm("spectral", rank))
-        for rank in experiment.RANKS
-    ]
-    bounds = {"above": -SAME, "below": SAME, "relative": True}
-    return compare(_PERPLEXITY, *pairs, **bounds)(runs, where)
-
-
-def order(cause: str, **bounds: float) -> Measure:
-    """Returns a measure of how a property of runs orders L2 and Frobenius decay of one lambda and rate.
-
-    It is Kendall's tau of the property with quality, over the pairs of a rate: 1 where more of it is always better, -1
-    where less is.
-    """
-
-    def measure(runs: Results, where: str) -> list[Effect]:
-        return [
-            effect
-            for rate in experiment.RATES
-            for effect in _order(runs, where, cause, rate, bounds)
-        ]
-
-    return measure
-
-
-def _order(
-    runs: Results, where: str, cause: str, rate: str, bounds: Mapping[str, float]
-) -> list[Effect]:
-    arms = [
-        experiment.decayed(kind, rate, weight)
-        for weight in experiment.WEIGHTS
-        for kind in experiment.DECAYS
-    ]
-    causes, scores = (runs.by_seed(name, *arms) for name in (cause, _PERPLEXITY))
-    seeds = sorted(set(causes) & set(scores))
-    if not seeds:
-        return []
-    size = len(experiment.DECAYS)
-    within = {
-        seed: float(
-            np.mean(
-                [
-                    _tau(causes[seed][at : at + size], scores[seed][at : at + size])
-                    for at in range(0, len(arms), size)
-                ]
-            )
-        )
-        for seed in seeds
-    }
-    pooled = np.mean([_tau(causes[seed], scores[seed]) for seed in seeds])
-    return [
-        Effect(
-            where=where,
-            what=f"Kendall's tau of {arm_name(cause)} and quality within a lambda, {rate} rate",
-            by_seed=within,
-            note=f"over all {len(arms)} decays {pooled:.2f}; {_across_rates(runs, cause)}",
-            digits=2,
-            **bounds,
-        )
-    ]
-
-
-def _tau(causes: Sequence[float], perplexities: Sequence[float]) -> float:
-    """Returns Kendall's tau of a cause and quality, which is less perplexity."""
-    pairs = itertools.combinations(zip(causes, perplexities, strict=True), 2)
-    return float(
-        np.mean([np.sign(one[0] - two[0]) * np.sign(two[1] - one[1]) for one, two in pairs])
-    )
-
-
-def _across_rates(runs: Results, cause: str) -> str:
-    """Returns how often the one of both rates with more of a cause is better, of one decay, as text."""
-    arms = [("none", ""), *itertools.product(experiment.DECAYS, experiment.WEIGHTS)]
-    won = []
-    for kind, weight in arms:
-        pair = [experiment.decayed(kind, rate, weight) for rate in experiment.RATES]
-        causes, scores = (runs.by_seed(name, *pair) for name in (cause, _PERPLEXITY))
-        won += [_tau(causes[seed], scores[seed]) > 0 for seed in set(causes) & set(scores)]
-    return f"of one decay's two rates, the one with more of it is better in {sum(won)} of {len(won)} pairs"
-
-
-def times(measured: Mapping[str, Any], where: str) -> list[Effect]:
-    """Compares the time of a step with the dense model's where all factors are smaller than their matrices."""
-    return [
-        Effect(
-            where=where,
-            what=f"time of a step over dense's, {arm_name(arm)}",
-            by_seed=dict(enumerate(map(float, experiment.time_ratios(measured, arm)))),
-            below=1.0,
-            note="by round, in turns",
-        )
-        for arm in experiment.SMALLER
-        if arm in measured["seconds"]
-    ]
-
-
-def halved(runs: Results, where: str) -> list[Effect]:
-    """Compares half the learning rate with the full one on images."""
-    out = []
-    for init, kind in experiment.IMAGE_FACTORS:
-        half, full = (experiment.image_arm(init, kind, rate) for rate in ("half", "full"))
-        effects = runs.gain(where, "accuracy", half, full, above=-EQUAL)
-        steps = runs.paired(_STEP, half, full)
-        if effects and len(steps[0]):
-            note = f"{effects[0].note}; its effective step is {np.mean(steps[0] / steps[1]):.2f} of the full rate's"
-            effects = [dataclasses.replace(effects[0], note=note)]
-        out += effects
-    return out
-
 
 CLAIMS = (
     _PROSE.claim(
         "L1",
-        {
-            "lm": [
-                compare(
-                    _PERPLEXITY, *(("dense", experiment.arm(init)) for init in experiment.INITS)
-                )
-            ]
-        },
+        _LM,
+        _percent(("dense", "spectral")),
+        above=0.0,
+        planned=Planned(sd=1.54, expected=2.9, source=_PILOT),
         required=True,
+        secondary={
+            _LM: [_percent(("dense", "spectral_ones"), ("dense", "he"))],
+            _WIDE: [_percent(("dense", "spectral"), ("dense", "he"))],
+        },
     ),
     _PROSE.claim(
         "L2",
-        {
-            "lm": [
-                compare(
-                    _PERPLEXITY, *((experiment.arm(init), experiment.arm("he")) for init in _DRAWN)
-                )
-            ]
-        },
+        _LM,
+        _percent(("spectral", "he")),
+        above=0.0,
+        planned=Planned(sd=1.35, expected=2.1, source=_PILOT),
         required=True,
+        secondary={
+            _LM: [
+                _percent(("spectral_ones", "he")),
+                *(closed(init, "he") for init in _DRAWN),
+            ],
+            _WIDE: [_percent(("spectral", "he")), closed("spectral", "he")],
+        },
     ),
-    _PROSE.claim("L3", {"lm": [same]}, required=True),
+    _PROSE.claim(
+        "L3",
+        _LM,
+        _percent(("spectral_ones", "spectral")),
+        above=-SAME,
+        below=SAME,
+        planned=Planned(sd=1.83, expected=-2.6, source=_PILOT),
+        required=True,
+        secondary={_LM: [_percent(tuple(experiment.arm(i, _SMALLER) for i in _DRAWN[::-1]))]},
+    ),
     _PROSE.claim(
         "L4",
-        {
-            "lm": [
-                compare(
-                    _PERPLEXITY,
+        _LM,
+        _percent((experiment.arm("spectral", _SMALLER), experiment.arm("he", _SMALLER))),
+        above=0.0,
+        planned=Planned(sd=2.0, expected=2.1, source=_PILOT),
+        secondary={
+            _LM: [
+                _percent(
+                    (experiment.arm("spectral_ones", _SMALLER), experiment.arm("he", _SMALLER)),
                     *(("dense", experiment.arm(init, _SMALLER)) for init in experiment.INITS),
-                    *(
-                        (experiment.arm(init, _SMALLER), experiment.arm("he", _SMALLER))
-                        for init in _DRAWN
-                    ),
                 )
             ]
         },
     ),
-    _PROSE.claim("L5", {"lm": [compare(_PERPLEXITY, *_DECAYS)]}, required=True),
-    _PROSE.claim("L6", {"lm": [compare(_RANK, *_DECAYS)]}, required=True),
-    _PROSE.claim("L7", {"lm": [order(_STEP, below=0.0)]}, required=True),
-    _PROSE.claim("L8", {"lm": [order(_RANK, above=0.0)]}),
     _PROSE.claim(
-        "L9",
-        {
-            "lm": [
-                compare(
-                    _PERPLEXITY,
-                    (experiment.long("half"), experiment.long("full")),
-                    above=-NO_WORSE,
-                    relative=True,
+        "L5",
+        _LM,
+        _percent(decays(_WEIGHT)),
+        above=0.0,
+        planned=Planned(sd=1.0, expected=4.0, source=_PILOT),
+        required=True,
+        secondary={
+            _LM: [
+                _percent(
+                    *map(decays, _OTHERS),
+                    *((arm, "spectral") for weight in experiment.WEIGHTS for arm in decays(weight)),
                 )
             ]
         },
+    ),
+    _PROSE.claim(
+        "L6",
+        _LM,
+        compare(RANK, decays(_WEIGHT)),
+        above=0.0,
+        planned=Planned(sd=0.16, expected=1.0, source=_PILOT),
+        required=True,
+        secondary={_LM: [compare(RANK, *map(decays, _OTHERS))]},
+    ),
+    _PROSE.claim(
+        "L7",
+        _LM,
+        at_the_same(STEP, _WEIGHT),
+        above=0.0,
+        planned=Planned(sd=0.8, expected=2.0, source=_PILOT),
+        required=True,
+        secondary={_LM: [at_the_same(STEP, *_OTHERS)]},
+    ),
+    _PROSE.claim(
+        "L8",
+        _LM,
+        at_the_same(RANK, _WEIGHT),
+        above=-ALIKE,
+        below=ALIKE,
+        planned=Planned(sd=0.8, expected=0.0, source=_PILOT),
+        secondary={_LM: [at_the_same(RANK, *_OTHERS)]},
+    ),
+    _PROSE.claim(
+        "L9",
+        _LM,
+        _percent((experiment.long("half"), experiment.long("full"))),
+        above=-NO_WORSE,
+        planned=Planned(sd=1.26, expected=0.0, source=_PILOT),
+        secondary={_LM: [_percent((experiment.spectral("half"), "spectral"))]},
     ),
     _PROSE.claim(
         "L10",
-        {
-            "lm": [
-                compare(
-                    _PERPLEXITY,
-                    *((experiment.warm(rate), "spectral") for rate in ("half", "full")),
-                    above=-NO_WORSE,
-                    relative=True,
+        _LM,
+        average(
+            "perplexity, gain of a dense start over factors from the start, mean of both rules of ranks",
+            *map(_percent, _WARM),
+        ),
+        above=0.0,
+        planned=Planned(sd=2.1, expected=2.5, source=_PILOT),
+        required=True,
+        secondary={
+            _LM: [
+                _percent(
+                    *_WARM,
+                    (experiment.warm("half"), experiment.spectral("half")),
+                    (experiment.warm("half"), "spectral"),
                 )
             ]
         },
-        required=True,
     ),
     _PROSE.claim(
-        "L11",
-        {
-            "lm": [
-                compare(
-                    _PERPLEXITY,
-                    *(
-                        pair
-                        for rate in ("full", "half")
-                        for pair in (
-                            (experiment.warm(rate), experiment.decayed("none", rate)),
-                            (experiment.warm(rate, "_ratio"), experiment.ratio_arm(rate)),
-                        )
-                    ),
-                )
+        "L12",
+        "timing",
+        times(experiment.SMALLER[0]),
+        below=1.0,
+        planned=Planned(sd=0.13, expected=0.8, source="5 rounds on a busy machine"),
+        looks=(experiment.ROUNDS,),
+        secondary={"timing": [times(experiment.SMALLER[1], "spectral")]},
+    ),
+    _PROSE.claim(
+        "V1",
+        _IMAGES,
+        average(
+            "accuracy, spectral minus the middle between He and dense, mean of both rates",
+            *(above_the_middle("accuracy", *arms) for arms in _GAPS.values()),
+        ),
+        above=0.0,
+        planned=Planned(sd=0.006, expected=0.008, source=_IMAGE_PILOT),
+        secondary={
+            _IMAGES: [
+                *(above_the_middle("accuracy", *arms) for arms in _GAPS.values()),
+                *(above_the_middle("loss", *arms) for arms in _GAPS.values()),
+                compare("accuracy", *((arm, dense) for arm, _, dense in _GAPS.values())),
+                above_the_middle("accuracy", _FULL, "narrow", "dense"),
             ]
         },
     ),
-    _PROSE.claim("L12", {"timing": [times]}),
-    _PROSE.claim("V1", {"vision": [compare("accuracy", *_CLOSE, above=-CLOSE)]}, required=True),
-    _PROSE.claim("V2", {"vision": [compare("accuracy", *_IMAGE_DECAYS, above=-EQUAL)]}),
-    _PROSE.claim("V3", {"vision": [compare(_RANK, *_IMAGE_DECAYS)]}),
-    _PROSE.claim("V4", {"vision": [halved]}),
+    _PROSE.claim(
+        "V2",
+        _IMAGES,
+        compare("accuracy", (_FULL, _L2)),
+        above=-EQUAL,
+        planned=Planned(sd=0.008, expected=0.0, source=_IMAGE_PILOT),
+        secondary={_IMAGES: [compare("loss", (_FULL, _L2))]},
+    ),
+    _PROSE.claim(
+        "V3",
+        _IMAGES,
+        compare(RANK, (_FULL, _L2)),
+        above=0.0,
+        planned=Planned(sd=0.2, expected=0.5, source=_IMAGE_PILOT),
+    ),
+    _PROSE.claim(
+        "V4",
+        _IMAGES,
+        compare("accuracy", (_HALF, _FULL)),
+        above=-EQUAL,
+        planned=Planned(sd=0.008, expected=0.0, source=_IMAGE_PILOT),
+        secondary={_IMAGES: [compare("loss", (_HALF, _FULL)), step_ratio(_HALF, _FULL)]},
+    ),
 )
 
 
 _COLUMNS = {
     "lm": ("parameters", "perplexity", "effective_rank", "effective_step"),
+    "wide": ("parameters", "perplexity", "effective_rank", "effective_step"),
     "vision": ("parameters", "accuracy", "effective_rank", "effective_step"),
 }
 _FORMATS = {"parameters": "{:,.0f}", "effective_step": "{:.2e}"}
@@ -264,17 +256,18 @@ _FORMATS = {"parameters": "{:,.0f}", "effective_step": "{:.2e}"}
 def _setup(parts: Mapping[str, Any]) -> list[str]:
     out = [
         _PROSE(part, place=PLACES[part], amount=parts[part].amount())
-        for part in ("lm", "vision")
+        for part in _COLUMNS
         if part in parts
     ]
     if times := parts.get("timing"):
         first = next(iter(times["seconds"].values()))
         out.append(_PROSE("steps", rounds=len(first)))
     out.append(_PROSE("terms"))
-    language = parts.get("lm")
-    missing = (
-        language.missing(list(experiment.get_config().arms), language.seeds) if language else []
-    )
+    missing = []
+    for part, before in (("lm", ""), ("wide", "wide,"), ("vision", "vision,")):
+        if runs := parts.get(part):
+            arms = list(experiment.get_config(f"{before}1").arms)
+            missing += runs.missing(arms, experiment.SEEDS[0])
     return [*out, *page.missing(missing, tuple(PLACES), parts)]
 
 
@@ -337,4 +330,14 @@ REPORT = page.Report(
     setup=_setup,
     tables=_tables,
     shuffle=_shuffle,
+    headline=page.Headline(
+        claim="L2",
+        what="perplexity that factors save by starting from the directions of a dense draw",
+        unit="%",
+        paper=2.1,
+        measure=_percent(("spectral", "he")),
+        part=_LM,
+        why=_PROSE("why"),
+        mind=_PROSE("mind"),
+    ),
 )

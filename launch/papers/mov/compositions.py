@@ -3,8 +3,8 @@
     RPdbba  ->  bcce      reverse, then the next letter of the alphabet
 
 An input is two letters that name operations, and four of twelve symbols; the target is the result. One of the operations moves symbols
-and the other replaces them, or one is `copy`: 48 pairs are the tasks, of which 12, six in both orders, are held out. To begin with, the eight
-operations are learnt alone, with `copy` as the second.
+and the other replaces them. Eight of each kind, in both orders, are 128 tasks, of which 32 are held out: each operation is in four of them, and both
+orders of a pair are. To begin with, the 16 operations are learnt alone, with `copy` as the second.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ from espalier.data.instructions.sources import Form
 CACHED_AS = "data.mov.compositions"  # the name by which caches of its data know it
 
 NUM_SYMBOLS, LENGTH = 12, 4
-NUM_HELD_OUT = 12  # compositions
 HELD_OUT_STRINGS = 10  # one string in ten is for validation, the same in all tasks
 
 Array = np.ndarray  # [..., LENGTH] numbers of symbols
@@ -34,13 +33,19 @@ MOVES: Mapping[str, tuple[str, Callable[[Array], Array]]] = {
     "O": ("rotate", lambda x: np.roll(x, -1, axis=-1)),
     "H": ("halves", lambda x: np.roll(x, LENGTH // 2, axis=-1)),
     "W": ("swap", lambda x: x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)),
+    "B": ("back", lambda x: np.roll(x, 1, axis=-1)),
+    "E": ("ends", lambda x: x[..., [3, 1, 2, 0]]),
+    "M": ("middle", lambda x: x[..., [0, 2, 1, 3]]),
+    "L": ("front", lambda x: x[..., [1, 0, 2, 3]]),
 }
-SHIFTS: Mapping[str, tuple[str, Callable[[Array], Array]]] = {
-    "P": ("shift1", lambda x: (x + 1) % NUM_SYMBOLS),
-    "Q": ("shift3", lambda x: (x + 3) % NUM_SYMBOLS),
-    "F": ("shift5", lambda x: (x + 5) % NUM_SYMBOLS),
-    "N": ("shift8", lambda x: (x + 8) % NUM_SYMBOLS),
-}
+
+
+def _shift(by: int) -> Callable[[Array], Array]:
+    return lambda x: (x + by) % NUM_SYMBOLS
+
+
+_BY = {"P": 1, "S": 2, "Q": 3, "U": 4, "F": 5, "V": 7, "N": 8, "I": 9}
+SHIFTS = {letter: (f"shift{by}", _shift(by)) for letter, by in _BY.items()}
 COPY = "C"
 OPERATIONS = {**MOVES, **SHIFTS, COPY: ("copy", lambda x: x)}
 SINGLE = tuple((letter, COPY) for letter in (*MOVES, *SHIFTS))  # learnt before the compositions
@@ -51,11 +56,11 @@ Pair = tuple[str, str]  # letters of the first and the second operation
 
 
 def split_pairs(seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Returns the compositions that are trained and held out; those held out are without `copy`, and in both orders."""
-    kinds = itertools.permutations((MOVES, SHIFTS, COPY), 2)
-    every = [pair for first, second in kinds for pair in itertools.product(first, second)]
-    together = [*itertools.product(MOVES, SHIFTS)]
-    chosen = random.Random(f"compositions {seed}").sample(together, NUM_HELD_OUT // 2)
+    """Returns the compositions that are trained and held out: of each move two shifts are, of each shift two moves, in both orders."""
+    rng = random.Random(f"compositions {seed}")
+    moves, shifts = (rng.sample([*each], len(each)) for each in (MOVES, SHIFTS))
+    chosen = {*zip(moves, shifts, strict=True), *zip(moves, shifts[1:] + shifts[:1], strict=True)}
+    every = [*itertools.product(MOVES, SHIFTS), *itertools.product(SHIFTS, MOVES)]
     held_out = [pair for pair in every if pair in chosen or pair[::-1] in chosen]
     return [pair for pair in every if pair not in held_out], held_out
 
@@ -83,7 +88,7 @@ class Composition(GeneratedSource):
 
     @property
     def digest(self) -> str:
-        return f"Composition 2: {self.name} {self.train_documents} {self.seed} {self.form} {self.vocabulary}"
+        return f"Composition 3: {self.name} {self.train_documents} {self.seed} {self.form} {self.vocabulary}"
 
     def strings(self, split: str) -> Array:
         """Returns the strings of a split, [examples, LENGTH]."""
@@ -128,10 +133,10 @@ def register(
     documents: Size = 2048,
     seed: Seed = 0,
 ) -> None:
-    """Registers a task for each composition, and mixtures with equal rates.
+    """Registers a task for each composition and each operation, and mixtures with equal rates.
 
-    The mixtures are `mov_pretrain` (eight operations, followed by copy), `mov_train` (36 compositions) and
-    `mov_held_out` (12 others).
+    The mixtures are `mov_pretrain` (16 operations, followed by copy), `mov_train` (96 compositions) and
+    `mov_held_out` (32 others).
 
     Args:
       vocabulary: has all of SYMBOLS.
@@ -144,7 +149,7 @@ def register(
     """
     tasks.check_symbols(vocabulary, SYMBOLS)
     train, held_out = split_pairs(seed)
-    for pair in (*train, *held_out):
+    for pair in (*SINGLE, *train, *held_out):
         source = Composition(task_name(pair), documents, seed, pair, vocabulary, form)
         decoder = form == "decoder"
         tasks.register_rows(

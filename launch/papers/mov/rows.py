@@ -12,8 +12,8 @@ requests right before it is tuned, as a pre-trained model does.
 
 A row has four answer choices: the result, and what other operations make of the same letters, first of all each operation alone. It
 writes sets of rows with their templates as `register_instructions` reads them: in the first words `operations/single`, of one operation and
-`copy`, and `operations/known`, of all compositions and of single operations in the other words; in these `operations/pairs`, and one set
-for each composition that is held out, which all seeds share.
+`copy`, and `operations/known`, of all compositions and of single operations in the other words; in these `operations/pairs`, of the compositions
+that are tuned.
 
   python -m espalier.launch.papers.mov.rows --to=DIR --seed=0
 """
@@ -39,7 +39,9 @@ from espalier.launch.papers.mov.compositions import LETTERS, OPERATIONS, Pair
 KNOWN_WORDS = {letter: name for letter, (name, _) in OPERATIONS.items()}
 NEW_WORDS = {
     **{"R": "mirror", "O": "turn", "H": "exchange", "W": "cross"},
-    **{"P": "next", "Q": "third", "F": "fifth", "N": "eighth", "C": "keep"},
+    **{"B": "retreat", "E": "border", "M": "inner", "L": "lead"},
+    **{"P": "next", "S": "second", "Q": "third", "U": "fourth"},
+    **{"F": "fifth", "V": "seventh", "N": "eighth", "I": "ninth", "C": "keep"},
 }
 # Name -> what is read. The last one has the operations in the other order.
 TEMPLATES = {
@@ -48,7 +50,7 @@ TEMPLATES = {
     "after": "{second} after {first} of {letters}",
 }
 CHOICES = 4
-TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 16000, 256, 40
+TRAIN_ROWS, VALIDATION_ROWS = 16000, 256
 NEW_WORDS_SHARE = 0.3  # single operations in their other words, for each known composition
 FOLDER = "operations"
 SINGLE, KNOWN, PAIRS = (f"{FOLDER}/{name}" for name in ("single", "known", "pairs"))
@@ -60,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="write the results to this folder"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the rows")
 
 
@@ -81,8 +85,6 @@ def write(folder: pathlib.Path, seed: int) -> None:
         known += draw(compositions.SINGLE, round(size * NEW_WORDS_SHARE), rng)
         _write(folder / KNOWN / f"{split}.jsonl", [known[i] for i in rng.permutation(len(known))])
         _write(folder / PAIRS / f"{split}.jsonl", draw(trained, size, rng))
-    for pair in held_out:
-        _write(folder / set_of(pair) / "validation.jsonl", draw([pair], HELD_OUT_ROWS, rng))
     file = folder / FOLDER / "templates.yaml"
     file.write_text(json.dumps({"templates": [*map(_template, TEMPLATES)]}, indent=1) + "\n")
 
@@ -111,18 +113,9 @@ def pieces() -> tuple[str, ...]:
     return (*KNOWN_WORDS.values(), *NEW_WORDS.values(), *letters)
 
 
-def held_out() -> dict[str, list[str]]:
-    """Returns evaluated task -> its sets, as HELD_OUT has them."""
-    return {name_of(pair): [set_of(pair)] for pair in compositions.split_pairs(0)[1]}
-
-
 def name_of(pair: Pair) -> str:
     """Returns the name of a composition, such as 'reverse_shift1'."""
     return compositions.task_name(pair).removeprefix("mov_")
-
-
-def set_of(pair: Pair) -> str:
-    return f"{FOLDER}/{name_of(pair)}"
 
 
 def draw(

@@ -1,11 +1,12 @@
 """Upcycling with a router that knows the experts' domains (arXiv 2408.15901), and one expert more: runs, small and full size.
 
-A seed, an expert of each of twelve domains in four families, and one of a domain between two of them for later;
-mixtures with the projection router on embeddings that are placed in several ways, with meaningless ones, and with a
-linear router; then some are extended by the new expert and trained, half on its domain. After a colon are the domains and the
-number of seeds:
+A seed, an expert of each of six domains in three families, and one of a domain of a fourth family for later; mixtures with
+the projection router on embeddings of the domains or on meaningless ones, and with a linear router; then some are extended
+by the new expert and trained, half on its domain. The part `text` is the same on text of installed packages, with fewer arms,
+and the part `balance` has biases that balance the experts instead of a loss.
+After a colon are the part and the number of seeds:
 
-  espalier sweep --sweep launch/papers/nexus/experiment.py:synthetic,5 --out runs/nexus/synthetic --workers 2
+  espalier sweep --sweep launch/papers/nexus/experiment.py:synthetic,3 --out runs/nexus/synthetic --workers 2
 
 The domains of a part are the general one, the domains of a mixture's experts in their order, and last the new one, for
 which an expert is added.
@@ -18,8 +19,8 @@ one that sentence-transformers has saved, FULL_DOMAIN_DIM its width. To see the 
   espalier sweep --sweep launch/papers/nexus/experiment.py:full,/data --out /runs/nexus --dry_run
 """
 
-import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -31,34 +32,39 @@ from espalier.launch.papers.shared.sweeps import on_shares
 from espalier.launch.precompile.table_rows import Row, tokens
 
 OLD, NEW = "old-domain loss", "new-domain loss"
-SEED, MERGED = "seed", "merged"
+SEED, DENSE = "seed", "dense"
 NEXUS, LINEAR, RANDOM = "nexus", "linear", "nexus_random"
-# Nexus by how its embeddings are placed; the first one is the paper's, and Nexus elsewhere on the page.
-PLACED = {
-    NEXUS: "Nexus",
-    "nexus_centred": "Nexus, centred",
-    "nexus_lengthened": "Nexus, centred and lengthened",
-}
-ROUTERS = {**PLACED, RANDOM: "Nexus, random vectors", LINEAR: "linear router"}
+ROUTERS = {NEXUS: "Nexus", RANDOM: "Nexus, random vectors", LINEAR: "linear router"}
 LOW = {"nexus_low": "Nexus, weak balance", "linear_low": "linear router, weak balance"}
 EXTENDED, RESET, APPENDED = "ext_nexus", "ext_linear_reset", "ext_linear_append"
 EXTENSIONS = {
     EXTENDED: "Nexus",
     RESET: "linear router, drawn anew",
     APPENDED: "linear router, row appended",
-    "ext_random": "Nexus, random vectors",
 }
 STARTED = {  # only started, not trained
-    "ext_centred": "Nexus, centred",
-    "ext_lengthened": "Nexus, centred and lengthened",
+    "ext_random": "Nexus, random vectors",
     "ext_levelled": "Nexus, levelled",
 }
-BUDGETS = (50, 100, 200, 400)  # updates of an extension
+BIASED = {"nexus_bias": "Nexus, biases", "linear_bias": "linear router, biases"}
+NEXUS_BIAS, LINEAR_BIAS = BIASED
+EXTENDED_BIAS, RESET_BIAS = "ext_nexus_bias", "ext_linear_reset_bias"
+BIASED_EXTENSIONS = {
+    EXTENDED_BIAS: "Nexus, biases",
+    RESET_BIAS: "linear router, biases, drawn anew",
+}
+KEPT = "nexus_kept"  # not extended, and trained on the data of the extension
+BUDGETS = (50, 100, 200)  # updates of an extension
 _LABELS = {
     **ROUTERS,
     **LOW,
-    **{arm: f"{label}, extended" for arm, label in {**EXTENSIONS, **STARTED}.items()},
-    MERGED: "experts merged",
+    **BIASED,
+    **{
+        arm: f"{label}, extended"
+        for arm, label in {**EXTENSIONS, **STARTED, **BIASED_EXTENSIONS}.items()
+    },
+    KEPT: "Nexus, not extended",
+    DENSE: "dense, all tokens",
 }
 
 
@@ -73,7 +79,8 @@ class Runs(DomainRuns):
         return label if base == arm else f"{label}, before training"
 
     def top_1(self, arm: str) -> Sequence[str]:
-        return ("mlp",) if arm in {**ROUTERS, **LOW, **EXTENSIONS} else ()
+        chosen = {**ROUTERS, **LOW, **EXTENSIONS, **BIASED, **BIASED_EXTENSIONS, KEPT: ""}
+        return ("mlp",) if arm in chosen else ()
 
     @classmethod
     def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
@@ -85,7 +92,7 @@ class Runs(DomainRuns):
         return self.domains[1:-1]
 
     def selectivity(self, arm: str) -> dict[int, np.ndarray]:
-        """Returns by seed the new expert's share of the new domain's tokens less its share of the old domains': [layer]."""
+        """Returns by seed the new expert's share of the new domain's tokens minus its share of the old domains': [layer]."""
         out = {}
         for seed, taken_LD in self.taken(arm).items():
             out[seed] = taken_LD[:, -1] - taken_LD[:, :-1].mean(-1)
@@ -94,6 +101,19 @@ class Runs(DomainRuns):
     def taken(self, arm: str) -> dict[int, np.ndarray]:
         """Returns by seed the new expert's share of each domain's tokens: [layer, domain]."""
         return {seed: chosen_LDE[..., -1] for seed, chosen_LDE in self.choices(arm).items()}
+
+    def gates(self, arm: str) -> dict[int, float]:
+        """Returns by seed the mean probability of the chosen expert over domains, in the last layer."""
+        found = {
+            seed: row["evaluations"][domain_runs.ROUTING].get("gates")
+            for seed, row in self.find(arm).items()
+            if row["evaluations"].get(domain_runs.ROUTING)
+        }
+        return {
+            seed: float(np.mean([by_router["mlp"][-1] for by_router in gates.values()]))
+            for seed, gates in found.items()
+            if gates
+        }
 
     def cosines(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Returns by seed the cosines of the domains' vectors [i, j] and of the experts' in each layer [layer, i, j]."""
@@ -120,52 +140,46 @@ def start(arm: str) -> str:
 CPU = "t5x_configs/experiments/nexus/cpu/"
 METHODS = "t5x_configs/methods/nexus/"
 # The domain of the seed, the domains of the experts, and the domain of the expert that is added.
+# A family has one lag, that of the new one lies between the others', and its table is its own: no mixture of old domains is
+# like it, and its embedding is outside of their hull.
+_KIN = ("kin_a", "kin_a70", "kin_c", "kin_c40", "kin_d", "kin_d70")
 DOMAINS = {
-    "synthetic": (
-        "lag_general",
-        tuple(f"kin_{family}{share}" for family in "abcd" for share in ("", "70", "40")),
-        "kin_ab",
-    ),
-    "real": (
-        "english",
-        ("docstrings", "python", "markup", "lang_es", "lang_nl", "lang_ja"),
-        "cpp",
-    ),
+    domain_runs.SYNTHETIC: ("lag_general", _KIN, "kin_b"),
+    domain_runs.BALANCE: ("lag_general", _KIN, "kin_b"),
+    domain_runs.TEXT: ("english", ("docstrings", "python", "markup", "lang_es"), "cpp"),
 }
-SEED_STEPS, EXPERT_STEPS, MIXTURE_STEPS, EXTENSION_STEPS = 800, 400, 500, 400
+SEED_STEPS, EXPERT_STEPS, MIXTURE_STEPS, EXTENSION_STEPS = 800, 400, 600, BUDGETS[-1]
 DOMAIN_DIM = 128  # below, the noise of a random projection hides which domains are related
-# Embeddings -> flags of launch.prepare embed_domains. The paper does not centre; 34 is 3 sqrt(DOMAIN_DIM).
+EMBEDDED = 4000  # first documents of a domain, which are enough for its pairs of characters
+# Embeddings -> flags of launch.prepare embed_domains. The paper does not centre.
 EMBEDDINGS = {
     "uncentred": ("--encoder=ngrams", "--mean=none"),
-    "centred": ("--encoder=ngrams", "--mean=domains"),
-    "lengthened": ("--encoder=ngrams", "--mean=domains", "--length=34"),
     "random": ("--encoder=random",),
 }
 LINEAR_ROUTER = "linear"
 # Arm -> its embeddings, or the linear router.
-MIXTURES = {
-    "nexus": "uncentred",
-    "nexus_centred": "centred",
-    "nexus_lengthened": "lengthened",
-    "nexus_random": "random",
-    "linear": LINEAR_ROUTER,
-}
+MIXTURES = {NEXUS: "uncentred", RANDOM: "random", LINEAR: LINEAR_ROUTER}
 EVALUATED = ("held_out", "routing")
-LOW_OF = ("nexus", "linear")  # also with a hundredth of the balance loss
+LOW_OF = (NEXUS, LINEAR)  # also with a hundredth of the balance loss
 # Arm -> (the mixture that is extended, flags).
 EXTENDED_BY = {
-    "ext_nexus": ("nexus", ()),
-    "ext_linear_reset": ("linear", ("--router=reset",)),
-    "ext_linear_append": ("linear", ("--router=append",)),
-    "ext_random": ("nexus_random", ()),
-    "ext_centred": ("nexus_centred", ()),
-    "ext_lengthened": ("nexus_lengthened", ()),
-    "ext_levelled": ("nexus", ("--level",)),
+    EXTENDED: (NEXUS, ()),
+    RESET: (LINEAR, ("--router=reset",)),
+    APPENDED: (LINEAR, ("--router=append",)),
+    "ext_random": (RANDOM, ()),
+    "ext_levelled": (NEXUS, ("--level",)),
 }
-TRAINED = ("ext_nexus", "ext_linear_reset", "ext_linear_append", "ext_random")
+# The same of the part balance, whose experts are balanced by biases.
+MIXTURES_BIASED = {NEXUS_BIAS: "uncentred", LINEAR_BIAS: LINEAR_ROUTER}
+EXTENDED_BY_BIASED = {
+    EXTENDED_BIAS: (NEXUS_BIAS, ()),
+    RESET_BIAS: (LINEAR_BIAS, ("--router=reset",)),
+}
+TEXT_ARMS = {NEXUS, LINEAR, DENSE, EXTENDED, RESET}  # of the part `text`, with what they start from
+AT_THE_END = "EVAL_PERIOD=100000"  # for arms whose losses on the way nothing reads
 
 
-def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
+def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
     if data := sweeps.after("full", text):
         return _full_sweep(data)
     kind, _, seeds = text.partition(",")
@@ -174,58 +188,75 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
     old = (general, *domains)
     extended = {new: 0.5, **{domain: 0.5 / len(old) for domain in old}}
     started = {general: 0.85, **{domain: 0.15 / len(domains) for domain in domains}}
-    arms = {"seed": on_shares(started, SEED_STEPS)}
+    mixtures, extensions = dict(MIXTURES), dict(EXTENDED_BY)
+    if kind == domain_runs.TEXT:
+        mixtures = {arm: router for arm, router in MIXTURES.items() if arm in TEXT_ARMS}
+        extensions = {arm: made for arm, made in EXTENDED_BY.items() if arm in TEXT_ARMS}
+    biases, forms = (), ()
+    if kind == domain_runs.BALANCE:
+        mixtures, extensions = dict(MIXTURES_BIASED), dict(EXTENDED_BY_BIASED)
+        biases, forms = (f"BIAS_RATE={domain_runs.BIAS_RATE}",), (domain_runs.BALANCED_BY,)
+    file = domain_runs.TEXT if kind == domain_runs.TEXT else domain_runs.SYNTHETIC
+    arms = {SEED: on_shares(started, SEED_STEPS, AT_THE_END)}
+    settings = ("LEARNING_RATE=1.5e-3", AT_THE_END)
     for domain in (*domains, new):
-        arms[f"expert_{domain}"] = on_shares(
-            {domain: 1.0}, EXPERT_STEPS, "LEARNING_RATE=1.5e-3", parent="seed"
-        )
+        arms[expert(domain)] = on_shares({domain: 1.0}, EXPERT_STEPS, *settings, parent=SEED)
+    total = len(domains) * EXPERT_STEPS + MIXTURE_STEPS
+    if kind != domain_runs.BALANCE:
+        arms[DENSE] = on_shares(mixed, total, AT_THE_END, parent=SEED)
     experts = [f"{domain}={{expert_{domain}}}" for domain in domains]
-    embed = ("espalier.launch.prepare", "embed_domains", f"--gin_file={CPU}{kind}.gin")
+    embed = ("espalier.launch.prepare", "embed_domains", f"--gin_file={CPU}{file}.gin")
     sources = [f"--domain={domain}=task:{domain}" for domain in domains]
     for name, flags in EMBEDDINGS.items():
+        if name not in mixtures.values():
+            continue
+        if name != "random":
+            flags = (*flags, f"--limit={EMBEDDED}")
         words = (*embed, *flags, f"--dim={DOMAIN_DIM}", "--seed={SEED}", *sources)
         arms[f"{name}_domains"] = sweeps.made(*words, "--output={run}")
         words = (*embed, f"--extend={{{name}_domains}}", f"--domain={new}=task:{new}")
         arms[f"{name}_extended"] = sweeps.made(*words, "--output={run}")
-    arms["merged"] = sweeps.made(
-        *_upcycle("--method=soup"),
-        f"{general}={{seed}}",
-        *experts,
-        "--to={run}",
-        evaluations=("held_out",),
-    )
-    for arm, router in MIXTURES.items():
+    for arm, router in mixtures.items():
         flags = ["--router=linear"]
         if router != LINEAR_ROUTER:
             flags = ["--router=projection", f"--domains={{{router}_domains}}"]
         words = (*_upcycle("--method=nexus", "--seed_model={seed}", *flags), *experts)
-        arms[f"{arm}_start"] = sweeps.made(*words, "--to={run}", evaluations=EVALUATED)
-        trained = (len(domains), mixed, MIXTURE_STEPS, f"{arm}_start", router)
-        arms[arm] = _mixture(*trained)
-        if arm in LOW_OF:
-            arms[f"{arm}_low"] = _mixture(*trained, "BALANCE_LOSS=0.0005")
-    for arm, (mixture, flags) in EXTENDED_BY.items():
-        router = MIXTURES[mixture]
+        arms[start(arm)] = sweeps.made(*words, "--to={run}")
+        trained = (len(domains), mixed, MIXTURE_STEPS, start(arm), router)
+        arms[arm] = _mixture(*trained, AT_THE_END, *biases, forms=forms)
+        if arm in LOW_OF and kind == domain_runs.SYNTHETIC:
+            arms[f"{arm}_low"] = _mixture(*trained, AT_THE_END, "BALANCE_LOSS=0.0005")
+    # A tenth of the peak of training, as at full size; at half of it the old domains are lost.
+    rate = ("LEARNING_RATE=3e-4", "EVAL_PERIOD=50")
+    for arm, (mixture, flags) in extensions.items():
+        router = mixtures[mixture]
         vectors = () if router == LINEAR_ROUTER else (f"--domains={{{router}_extended}}",)
-        arms[f"{arm}_start"] = _extended(mixture, new, *flags, *vectors)
-    for arm in TRAINED:
-        trained = (len(domains) + 1, extended, EXTENSION_STEPS, f"{arm}_start")
-        # A tenth of the peak of training, as at full size; at half of it the old domains are lost.
-        rate = ("LEARNING_RATE=3e-4", "EVAL_PERIOD=50")
-        arms[arm] = _mixture(*trained, MIXTURES[EXTENDED_BY[arm][0]], *rate)
+        arms[start(arm)] = _extended(mixture, new, *flags, *vectors)
+        if arm in {**EXTENSIONS, **BIASED_EXTENSIONS}:
+            trained = (len(domains) + 1, extended, EXTENSION_STEPS, start(arm), router)
+            arms[arm] = _mixture(*trained, *rate, *biases, forms=forms)
+    if kind == domain_runs.SYNTHETIC:
+        trained = (len(domains), extended, EXTENSION_STEPS, NEXUS, MIXTURES[NEXUS])
+        arms[KEPT] = _mixture(*trained, *rate)
     tasks = (general, *domains, new)
     flags = ("--max_batches=4", f"--tasks={','.join(tasks)}")
     structure = {"call": "espalier.launch.evaluate.routing:structure"}
     return sweeps.config(
         arms,
-        seeds=seeds or 5,
-        gin_files=(f"{CPU}{kind}.gin",),
+        seeds=seeds or SEEDS[0],
+        gin_files=(f"{CPU}{file}.gin",),
         evaluations={**sweeps.domain_evaluations(tasks, *flags), "structure": structure},
     )
 
 
 def _mixture(
-    experts: int, shares: dict, steps: int, parent: str, router: str, *bindings: str
+    experts: int,
+    shares: dict,
+    steps: int,
+    parent: str,
+    router: str,
+    *bindings: str,
+    forms: tuple[str, ...] = (),
 ) -> dict:
     projected = router != LINEAR_ROUTER
     width = (f"DOMAIN_DIM={DOMAIN_DIM}",) if projected else ()
@@ -234,7 +265,7 @@ def _mixture(
         steps,
         *(f"EXPERTS={experts}", *width, *bindings),
         parent=parent,
-        gin_files=(f"{METHODS}{'nexus' if projected else 'nexus_linear'}.gin",),
+        gin_files=(f"{METHODS}{'nexus' if projected else 'nexus_linear'}.gin", *forms),
         evaluations=("routing", *(("structure",) if projected else ())),
     )
 
@@ -402,6 +433,18 @@ ROWS = (
 # What is measured of the runs.
 
 TITLE = "Nexus, 2408.15901"
-SEEDS = 5
-PARTS = domain_runs.PARTS
-run = functools.partial(domain_runs.run, "nexus")
+SEEDS = (3, 5)  # most effects of the first rounds were five times their deviation and more
+EARLIER = (
+    "seeds 0 to 2, with centred embeddings and shares as means over layers",
+    "seeds 10 to 14, with twelve experts and a new domain between two old ones, which no router of this kind can choose; they "
+    "planned the numbers of seeds",
+)
+PARTS = {part: domain_runs.PARTS[part] for part in DOMAINS}
+SWEEPS = {part: f"nexus/experiment:{part},{{seeds}}" for part in DOMAINS}
+
+
+def run(
+    *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
+) -> dict[str, Any]:
+    """Returns the parts of `domains.run`, whose arguments and errors these are."""
+    return domain_runs.run("nexus", parts=parts, model_dir=model_dir, seeds=seeds, **options)

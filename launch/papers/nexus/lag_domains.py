@@ -10,7 +10,6 @@ Tasks, and their mixture `lag_domains`:
   kin_F        copies half of the symbols; F is one of the families a, b, c and d, which have a lag each
   kin_F70      as kin_F, with 70 % of the rows of its table
   kin_F40      as kin_F, with 40 % of the rows of its table
-  kin_ab       lies between kin_a and kin_b: half of the rows of its table are kin_a's, the rest kin_b's
 
 `lag_4` and `lag_5` are related: 70 % of the rows of their tables are the same. All other tables are independent. The
 domains of a family have one lag, so that only their tables tell them apart.
@@ -46,7 +45,6 @@ class Domain:
     # seed of another table; this table has the share `related` of its rows
     related_to: int | None = None
     related = RELATED
-    rest_of = None
 
     @functools.cached_property
     def successors_VK(self) -> np.ndarray:
@@ -54,15 +52,11 @@ class Domain:
         rng = np.random.default_rng(self.table)
         own_VK = rng.permuted(np.tile(np.arange(len(SYMBOLS)), (len(SYMBOLS), 1)), axis=1)
         own_VK = own_VK[:, : len(SUCCESSORS)]
-        if self.rest_of is not None:
-            own_VK = self._with_table(self.rest_of).successors_VK.copy()
         if self.related_to is not None:
             same = rng.permutation(len(SYMBOLS))[: round(self.related * len(SYMBOLS))]
-            own_VK[same] = self._with_table(self.related_to).successors_VK[same]
+            other = Domain(self.lag, self.copied, self.related_to)
+            own_VK[same] = other.successors_VK[same]
         return own_VK
-
-    def _with_table(self, table: int) -> "Domain":
-        return Domain(self.lag, self.copied, table)
 
     @property
     def table_VV(self) -> np.ndarray:
@@ -77,7 +71,6 @@ class Kin(Domain):
     """A domain with a share of related rows of its own."""
 
     related: float = RELATED
-    rest_of: int | None = None  # seed of the table of the remaining rows; None for rows of its own
 
 
 LAGS = {
@@ -95,7 +88,6 @@ KIN = {
         for family, (lag, table) in _FAMILIES.items()
         for share in (70, 40)
     },
-    "kin_ab": Kin(4, 0.5, 100, related_to=104, related=0.5, rest_of=107),
 }
 DOMAINS = LAGS | KIN
 

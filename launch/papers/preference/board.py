@@ -1,7 +1,7 @@
 """`launch.report --board`: the signs of over-optimisation of preference runs, as plots, a table and sentences.
 
 The page is one file, with the outputs of the policy below its plots, whose points show their values; with --out=board.png all is one
-image. Runs without indicators show their losses and the likelihoods of held-out pairs. docs/preference_indicators.md defines each number.
+image. Runs without indicators show their losses and the likelihoods of held-out pairs. docs/use/preference_indicators.md defines each number.
 """
 
 import dataclasses
@@ -441,7 +441,7 @@ def _words(figure: Any, table: Sequence[Sequence[str]], sentences: Sequence[str]
 
 FLAG = "board"
 HELP = (
-    "run directories of preference methods: draws their likelihoods and indicators (docs/preference_indicators.md) as "
+    "run directories of preference methods: draws their likelihoods and indicators (docs/use/preference_indicators.md) as "
     "one page, or one image where --out ends with .png"
 )
 

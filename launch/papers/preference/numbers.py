@@ -6,12 +6,12 @@ the value before the first update: another model starts elsewhere. A number is N
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from espalier.launch.papers.preference import experiment
+from espalier.launch.papers.shared.results import Results
 
 WINDOW = 3  # evaluations of a moving mean, such as that of a run's end
 # Method that learns from pairs -> (its name, the letter of its strength).
@@ -68,8 +68,8 @@ def arms_of(method: str) -> list[Arm]:
 
 
 DIRECT = {arm.name: arm for method in METHODS for arm in arms_of(method)}
+LARGE = tuple(experiment.arm("dpo", strength) for strength in experiment.LARGE_DPO)
 ARMS = DIRECT | {method: Arm(method) for method in (*OTHERS, *experiment.ONLINE)}
-SMOLLM = {name: Arm("dpo", beta, nll) for name, (beta, nll) in experiment.SMOLLM_ARMS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +85,14 @@ class Course:
     seed: int
     every: Mapping[str, np.ndarray]
 
-    @functools.cached_property
-    def _grid(self) -> np.ndarray:
-        """Which evaluations have the distance of the last two: a run may have more of them at its beginning."""
-        steps = self.every["step"]
-        return steps % (steps[-1] - steps[-2]) == 0
-
     def __getitem__(self, name: str) -> np.ndarray:
-        """Returns values [E] of the evaluations that are evenly spaced."""
-        return self.every[name][self._grid]
+        """Returns the values [E] of all evaluations."""
+        return self.every[name]
+
+    @property
+    def fall(self) -> np.ndarray:
+        """How far [E] the better LLH is below its start."""
+        return self.start("llh_chosen") - self["llh_chosen"]
 
     def start(self, name: str) -> float:
         """Returns the value before the first update."""
@@ -108,11 +107,6 @@ class Course:
         """Returns the mean of the last WINDOW evaluations."""
         return float(self.moving(name)[-1])
 
-    def early(self, name: str, first: int, last: int) -> np.ndarray:
-        """Returns the values of all evaluations after `first` to `last` updates."""
-        steps = self.every["step"]
-        return self.every[name][(steps >= first) & (steps <= last)]
-
     @property
     def best(self) -> int:
         """The evaluation of the best P_win by the moving mean, the middle one of its window."""
@@ -120,25 +114,39 @@ class Course:
         return half + int(np.argmax(self.moving("p_win")[half:-half]))
 
 
-def courses_of(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm] = ARMS) -> list[Course]:
-    """Returns the courses of all runs with enough evaluations, in the order of the arms."""
-    order = list(arms)
-    evaluated = [
-        row for row in rows if row["arm"] in arms and len(row["course"].get("step", ())) >= WINDOW
-    ]
-    return [
-        Course(arms[row["arm"]], row["seed"], _numbers(row["course"]))
-        for row in sorted(evaluated, key=lambda row: (order.index(row["arm"]), row["seed"]))
-    ]
+class Runs(Results):
+    """The runs of a sweep, each with its evaluations."""
+
+    @functools.cached_property
+    def _courses(self) -> dict[tuple[str, int], dict[str, np.ndarray]]:
+        """(arm, seed) -> the values of a run with enough evaluations."""
+        return {
+            (row["arm"], row["seed"]): _numbers(row["course"])
+            for row in self.rows
+            if len(row["course"].get("step", ())) >= WINDOW
+        }
+
+    def courses(self, arms: Iterable[Arm] = tuple(ARMS.values())) -> list[Course]:
+        """Returns the courses of the arms' runs with enough evaluations, in the order of the arms."""
+        return [
+            Course(arm, seed, self._courses[arm.name, seed])
+            for arm in arms
+            for seed in sorted(self.find(arm.name))
+            if (arm.name, seed) in self._courses
+        ]
+
+    def complete(self, arms: Iterable[Arm]) -> dict[int, list[Course]]:
+        """Returns seed -> the courses of these arms, of those that any seed has, for the seeds that have all of them."""
+        courses = self.courses(arms)
+        count = len({one.arm for one in courses})
+        return {seed: mine for seed, mine in by_seed(courses).items() if len(mine) == count}
 
 
 def _numbers(course: Mapping[str, Sequence[float | None]]) -> dict[str, np.ndarray]:
-    return {name: np.array(values, float) for name, values in course.items()}
-
-
-def direct(courses: Sequence[Course]) -> list[Course]:
-    """Returns the runs of the paper's methods."""
-    return [one for one in courses if one.arm.direct]
+    """Returns the values of a course; NaN for those that a run of an earlier round lacks."""
+    lacking = np.full(len(course["step"]), np.nan)
+    found = {name: np.array(values, float) for name, values in course.items()}
+    return {name: lacking for name in experiment.INDICATORS} | found
 
 
 def of_method(courses: Sequence[Course], method: str) -> list[Course]:
@@ -166,10 +174,7 @@ def points(courses: Sequence[Course], *names: str) -> list[np.ndarray]:
     for one in courses:
         first = int(one.seed in known)
         known.add(one.seed)
-        values = [
-            one.start("llh_chosen") - one["llh_chosen"] if name == "fall" else one[name]
-            for name in names
-        ]
+        values = [one.fall if name == "fall" else one[name] for name in names]
         parts.append(np.stack(values)[:, first:])
     joined = np.concatenate(parts, axis=1) if parts else np.zeros((len(names), 0))
     return list(joined[:, np.isfinite(joined).all(0)])
@@ -177,8 +182,14 @@ def points(courses: Sequence[Course], *names: str) -> list[np.ndarray]:
 
 # Edges of the bins of falls, and the bins between which one in the middle is best: the two in the middle, as one.
 EDGES = (0.08, 0.23, 0.63, 1.43, 3.43)
+NEAR = (-np.inf, 0.08)
+FIRST = (0.08, 0.63)  # away from the start, and up to where P_win was best with pilot seed 0
 MIDDLE = (0.23, 1.43)
+MOVED = (0.08, 1.43)  # away from the start, and not yet far
 CLIP = 1.43  # the fall at which texts begin to break down
+FAR = (CLIP, np.inf)
+_BIN = 0.1  # nats, of bins in which likelihoods count as the same
+LEAST_GAIN = 0.02  # of P_win over the start, in the middle: with less, no share of it can be told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,21 +245,40 @@ def binned(fall_E: np.ndarray, y_E: np.ndarray) -> list[float | None]:
 Number = Callable[[Sequence[Course]], float | None]
 
 
-def middle_less(low: float, high: float, courses: Sequence[Course]) -> float | None:
-    """Returns the mean P_win at middle falls of likelihood less that at falls in [low, high)."""
+def gain(courses: Sequence[Course]) -> float | None:
+    """Returns the mean P_win at middle falls of likelihood minus that before the first update."""
+    middle = between(*points(courses, "fall", "p_win"), *MIDDLE)
+    return None if middle is None else middle - courses[0].start("p_win")
+
+
+def lost(low: float, high: float, courses: Sequence[Course]) -> float | None:
+    """Returns the share of the gain at middle falls that evaluations at falls in [low, high) lack; None without a gain."""
     both = points(courses, "fall", "p_win")
-    middle, other = between(*both, *MIDDLE), between(*both, low, high)
-    return None if middle is None or other is None else middle - other
+    middle, other, gained = between(*both, *MIDDLE), between(*both, low, high), gain(courses)
+    if middle is None or other is None or gained is None or gained < LEAST_GAIN:
+        return None
+    return (middle - other) / gained
 
 
-def of_fit(name: str, courses: Sequence[Course]) -> float | None:
-    """Returns a number of the fit of P_win on falls of likelihood below the clip."""
-    fit = fitted(*near(*points(courses, "fall", "p_win")))
-    return None if fit is None else getattr(fit, name)
+def fit_near(courses: Sequence[Course]) -> Fit | None:
+    """Returns the fit of P_win on falls of likelihood below the clip."""
+    return fitted(*near(*points(courses, "fall", "p_win")))
+
+
+def saved(courses: Sequence[Course]) -> float | None:
+    """Returns by how many per cent the RMSE of a parabola is below a line's; negative where it opens upwards."""
+    if (fit := fit_near(courses)) is None:
+        return None
+    return -100 * float(np.sign(fit.curvature)) * fit.reduction
+
+
+def curvature(courses: Sequence[Course]) -> float | None:
+    """Returns the quadratic term of the fit."""
+    return None if (fit := fit_near(courses)) is None else fit.curvature
 
 
 def others_less_largest_gap(courses: Sequence[Course]) -> float | None:
-    """Returns the mean P_win at the end of all runs but that of the largest gap, less that one's."""
+    """Returns the mean P_win at the end of all runs but that of the largest gap, minus that one's."""
     if len(courses) < 3:
         return None
     gaps, wins = (np.array([one.end(name) for one in courses]) for name in ("llh_gap", "p_win"))
@@ -257,7 +287,7 @@ def others_less_largest_gap(courses: Sequence[Course]) -> float | None:
 
 
 def others_less_large_gaps(quantile: float, courses: Sequence[Course]) -> float | None:
-    """Returns the mean P_win of evaluations whose gap is below a quantile, less that of the others."""
+    """Returns the mean P_win of evaluations whose gap is below a quantile, minus that of the others."""
     gap_E, p_win_E = points(courses, "llh_gap", "p_win")
     if not gap_E.size:
         return None
@@ -266,7 +296,7 @@ def others_less_large_gaps(quantile: float, courses: Sequence[Course]) -> float 
 
 
 def others_less_front(courses: Sequence[Course]) -> float | None:
-    """Returns the mean P_win of evaluations that others surpass in better and in worse LLH, less that of all others."""
+    """Returns the mean P_win of evaluations that others surpass in better and in worse LLH, minus that of all others."""
     p_win_E, chosen_E, rejected_E = points(courses, "p_win", "llh_chosen", "llh_rejected")
     higher_EE = chosen_E > chosen_E[:, None]
     lower_EE = rejected_E < rejected_E[:, None]
@@ -276,17 +306,21 @@ def others_less_front(courses: Sequence[Course]) -> float | None:
     return float(p_win_E[surpassed_E].mean() - p_win_E[~surpassed_E].mean())
 
 
-def spearman(score: str, method: str, beside: str, courses: Sequence[Course]) -> float | None:
+def spearman(
+    score: str, method: str, within: float, beside: str, courses: Sequence[Course]
+) -> float | None:
     """Returns Spearman's correlation of a score and better LLH in a method's runs without an NLL term.
 
     Args:
+      within: the fall of likelihood below which evaluations count.
       beside: another score that is held fixed (the partial correlation of ranks); empty for none.
     """
     from scipy import stats
 
     mine = [one for one in of_method(courses, method) if not one.arm.nll]
-    names = ["llh_chosen", score, *([beside] if beside else [])]
-    ranks = [stats.rankdata(values) for values in points(mine, *names)]
+    names = ["fall", "llh_chosen", score, *([beside] if beside else [])]
+    fall_E, *columns = points(mine, *names)
+    ranks = [stats.rankdata(values[fall_E < within]) for values in columns]
     if any(len(np.unique(values)) < 3 for values in ranks):
         return None
     r = np.corrcoef(ranks)
@@ -297,30 +331,75 @@ def spearman(score: str, method: str, beside: str, courses: Sequence[Course]) ->
     return float((r[0, 1] - r[0, 2] * r[1, 2]) / np.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2)))
 
 
-def of_arm(arm: Arm, number: Callable[[Course], float]) -> Number:
-    """Returns a number of the run of one arm."""
-    return lambda courses: next((number(one) for one in find(courses, arm)), None)
+def mean_spearman(
+    score: str, methods: Sequence[str], within: float, beside: str, courses: Sequence[Course]
+) -> float | None:
+    """Returns the mean of `spearman` over methods; None where one of them has none."""
+    found = [spearman(score, method, within, beside, courses) for method in methods]
+    return None if None in found else float(np.mean([r for r in found if r is not None]))
 
 
-def rise(name: str, first: int, last: int, one: Course) -> float:
-    """Returns the mean of a value after `first` to `last` updates less the one at the start."""
-    return float(np.mean(one.early(name, first, last))) - one.start(name)
+def rise(name: str, courses: Sequence[Course]) -> float | None:
+    """Returns the mean of a value where runs have moved and not yet far, minus that at the start, as a mean of runs."""
+    moved = [between(one.fall, one[name], *MOVED) for one in courses]
+    rises = [x - one.start(name) for x, one in zip(moved, courses, strict=True) if x is not None]
+    return float(np.mean(rises)) if rises and len(rises) == len(courses) else None
 
 
-def change(name: str, one: Course) -> float:
-    """Returns the change of a value from the start to the end."""
-    return one.end(name) - one.start(name)
+def first_rise(name: str, methods: Sequence[str], courses: Sequence[Course]) -> float | None:
+    """Returns the mean of a value over evaluations in FIRST of a method's runs without an NLL term minus that at the start.
+
+    It is a mean over methods, None where one of them has too few evaluations there.
+    """
+    found = []
+    for method in methods:
+        mine = [one for one in of_method(courses, method) if not one.arm.nll]
+        mean = between(*points(mine, "fall", name), *FIRST)
+        if mean is None:
+            return None
+        found.append(mean - mine[0].start(name))
+    return float(np.mean(found))
+
+
+def turn(name: str, courses: Sequence[Course]) -> float | None:
+    """Returns a value at the end minus its mean where runs had moved and not yet far, as a mean of runs."""
+    early = rise(name, courses)
+    if early is None:
+        return None
+    return float(np.mean([one.end(name) - one.start(name) for one in courses])) - early
 
 
 def difference(name: str, one: Arm, other: Arm, courses: Sequence[Course]) -> float | None:
-    """Returns the value of an arm at the end less that of another."""
+    """Returns the value of an arm at the end minus that of another."""
     ends = [[run.end(name) for run in find(courses, arm)] for arm in (one, other)]
     return ends[0][0] - ends[1][0] if all(ends) else None
 
 
+def beside_nll(courses: Sequence[Course]) -> float | None:
+    """Returns the P_win of runs with an NLL term minus that of runs without one at the same likelihood.
+
+    Evaluations after updates are compared in bins of falls within the clip, which count by their evaluations with a term; bins with fewer than
+    three evaluations of either kind are left out.
+    """
+    ours, others = (
+        points([one for one in courses if bool(one.arm.nll) == term], "step", "fall", "p_win")
+        for term in (True, False)
+    )
+    ours, others = ([x[one[0] > 0] for x in one[1:]] for one in (ours, others))
+    edges = np.arange(0, CLIP + _BIN, _BIN)
+    differences, counts = [], []
+    for bounds in zip(edges, edges[1:], strict=False):
+        mine, other = between(*ours, *bounds), between(*others, *bounds)
+        if mine is not None and other is not None:
+            differences.append(mine - other)
+            counts.append(int(((ours[0] >= bounds[0]) & (ours[0] < bounds[1])).sum()))
+    return float(np.average(differences, weights=counts)) if counts else None
+
+
 def length_link(courses: Sequence[Course]) -> float | None:
-    """Returns Pearson's correlation of better LLH and the length of outputs."""
+    """Returns Pearson's correlation of better LLH and the length of outputs within the clip."""
     from espalier.trainers.preference.indicators import measures
 
-    r = measures.pearson(*points(courses, "llh_chosen", "length"))
+    fall_E, *both = points(courses, "fall", "llh_chosen", "length")
+    r = measures.pearson(*(values[fall_E < CLIP] for values in both))
     return None if np.isnan(r) else r

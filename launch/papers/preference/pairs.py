@@ -1,6 +1,7 @@
-"""Samples a model of the generated language twice for each prompt, and writes the preferences of a noisy judge; best of n.
+"""Samples a model of the generated language four times for each prompt, and writes a noisy judge's best and worst; best of n.
 
-The better of two texts of rewards r and s is the first with probability 1 / (1 + exp(s - r)) (Bradley and Terry):
+The judge adds noise of Gumbel's distribution to the reward of each text and orders them by the sums: of two texts of rewards r and s
+the first is before the second with probability 1 / (1 + exp(s - r)) (Bradley and Terry; of more texts, Plackett and Luce).
 
   python -m espalier.launch.papers.preference.pairs --checkpoint=SFT --to=DIR --seed=0
 
@@ -14,7 +15,9 @@ if __name__ == "__main__":
 
     def add_flags(parser):
         load_run.add_flags(parser)
-        parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+        parser.add_argument(
+            "--to", required=True, metavar="DIR", help="write the results to this folder"
+        )
         parser.add_argument(
             "--seed", type=int, default=0, help="random seed of texts and judgements"
         )
@@ -50,6 +53,7 @@ from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.preference.indicators import measures
 
 TRAIN_PAIRS = 2048
+JUDGED = 4  # samples of a prompt, of which the judge's best and worst are a pair
 FILES = {"train": "pairs.jsonl", "validation": "held_out.jsonl"}
 BATCH_SIZE = 256
 BEST_OF = "best_of_n.json"
@@ -82,7 +86,9 @@ def run(start: Any) -> None:
 
     texts = {split: prompts(split) for split in FILES}
     rows = {split: [(split, {"text": prompt}) for prompt in some] for split, some in texts.items()}
-    pairs = sampled([row for some in rows.values() for row in some], 2, Sampling(temperature=1.0))
+    pairs = sampled(
+        [row for some in rows.values() for row in some], JUDGED, Sampling(temperature=1.0)
+    )
     judged = judge(pairs, np.random.default_rng(flags.seed))
     for split, file in FILES.items():
         row_files.write(str(folder / file), [next(judged) for _ in texts[split]])
@@ -105,16 +111,16 @@ def prompts(split: str) -> list[str]:
 
 
 def judge(samples: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> Iterator[dict]:
-    """Yields preference pairs from rows of launch.generate, in which two neighbours share a prompt."""
-    for one, other in zip(samples[::2], samples[1::2], strict=True):
-        rewards = [_reward(row) for row in (one, other)]
-        first = rng.random() < 1 / (1 + np.exp(rewards[1] - rewards[0]))
-        chosen, rejected = (0, 1) if first else (1, 0)
-        texts = one["text"], other["text"]
+    """Yields preference pairs from rows of launch.generate, in which JUDGED neighbours share a prompt."""
+    for start in range(0, len(samples), JUDGED):
+        some = samples[start : start + JUDGED]
+        rewards = [_reward(row) for row in some]
+        order = np.argsort(rewards + rng.gumbel(size=JUDGED))
+        chosen, rejected = int(order[-1]), int(order[0])
         yield {
-            "prompt": one["prompt"],
-            "chosen": texts[chosen],
-            "rejected": texts[rejected],
+            "prompt": some[0]["prompt"],
+            "chosen": some[chosen]["text"],
+            "rejected": some[rejected]["text"],
             "chosen_reward": rewards[chosen],
             "rejected_reward": rewards[rejected],
         }

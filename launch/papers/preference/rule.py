@@ -1,4 +1,4 @@
-"""The stopping rule's alarms judged by the P_win of the runs: the claims of this project on them, and their tables."""
+"""The stopping rule's alarms judged by the P_win of the runs, and their tables."""
 
 import collections
 import dataclasses
@@ -7,10 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from espalier.launch.papers.preference.numbers import Arm, Course, by_seed, find
-from espalier.launch.papers.shared import claim, page
-from espalier.launch.papers.shared.claim import Effect, Measure
-from espalier.launch.plots import intervals
+from espalier.launch.papers.preference.numbers import Arm, Course, find
+from espalier.launch.papers.shared import page
 from espalier.trainers.preference.indicators.alarm import Alarm, Reading, StoppingRule
 
 LOSS = 0.05  # of P_win, from its best to the end: more is over-optimised
@@ -22,16 +20,15 @@ TRIED = (
     *(StoppingRule(llh_drop=drop) for drop in (0.3, 0.6, 2.0)),
     *(StoppingRule(llh_drop=0.0, entropy_drop=share, drops=5) for share in (0.03, 0.1)),
 )
-# Wrong kind -> (the runs among which it is counted, the share that is allowed, in words). There are few over-optimised runs.
 Kind = Literal["in time", "early", "missed", "false", "none"]
 OVER: tuple[Kind, ...] = ("in time", "early", "missed")  # of over-optimised runs
 CALM: tuple[Kind, ...] = ("false", "none")
-WRONG: Mapping[Kind, tuple[tuple[Kind, ...], float, str]] = {
-    "false": (CALM, 0.1, "share of runs that are not over-optimised with an alarm"),
-    "missed": (OVER, 0.25, "share of over-optimised runs without an alarm"),
+# Wrong kind -> (the runs among which it is counted, their share in words).
+WRONG: Mapping[Kind, tuple[tuple[Kind, ...], str]] = {
+    "false": (CALM, "share of runs that are not over-optimised with an alarm"),
+    "missed": (OVER, "share of over-optimised runs without an alarm"),
     "early": (
         OVER,
-        0.25,
         "share of over-optimised runs with an alarm more than an evaluation before the best P_win",
     ),
 }
@@ -100,35 +97,21 @@ def _readings(course: Course) -> list[Reading]:
     ]
 
 
-def rates(rule: StoppingRule, seeds: int = claim.SEEDS) -> Measure:
-    """Returns a measure of how often a rule is wrong, as shares of the runs of all seeds with Wilson's intervals."""
+def skill(rule: StoppingRule, courses: Sequence[Course]) -> float | None:
+    """Returns the share of over-optimised runs that a rule stops in time minus that of other runs with an alarm.
 
-    def measure(courses: Sequence[Course], where: str) -> list[Effect]:
-        groups = {seed: outcomes(mine, rule) for seed, mine in by_seed(courses).items()}
-        unmet = "" if len(groups) >= seeds else f"{len(groups)} of {seeds} seeds"
-        out = []
-        for kind, (among, allowed, words) in WRONG.items():
-            flags = {
-                seed: [one.kind == kind for one in mine if one.kind in among]
-                for seed, mine in groups.items()
-            }
-            every = sum(flags.values(), [])
-            out.append(
-                Effect(
-                    where=where,
-                    what=words,
-                    by_seed={seed: float(np.mean(one)) for seed, one in flags.items() if one},
-                    below=allowed,
-                    interval=intervals.share(every) if every else None,
-                    note=f"{sum(every)} of {len(every)}; interval of Wilson, as if runs of a seed were independent"
-                    if every
-                    else "",
-                    unmet=unmet or ("" if every else "no such runs"),
-                )
-            )
-        return out if groups else []
+    It is 0 for a rule that never speaks, and None where runs of a kind are missing.
+    """
+    found = outcomes(courses, rule)
+    over = [one.kind == "in time" for one in found if one.kind in OVER]
+    calm = [one.kind == "false" for one in found if one.kind in CALM]
+    return float(np.mean(over) - np.mean(calm)) if over and calm else None
 
-    return measure
+
+def wrong_kind(kind: Kind, rule: StoppingRule, courses: Sequence[Course]) -> float | None:
+    """Returns the share of a wrong kind among the runs that it is counted among; None where there are none."""
+    among = [one.kind == kind for one in outcomes(courses, rule) if one.kind in WRONG[kind][0]]
+    return float(np.mean(among)) if among else None
 
 
 def tables(courses: Sequence[Course], direct: Sequence[Course], arms: Sequence[Arm]) -> list[str]:
@@ -149,8 +132,8 @@ def _alarms(by_arm: Mapping[Arm, Sequence[Course]]) -> list[str]:
             counts = _count(some)
             cells.append(", ".join(f"{n} {kind}" for kind, n in counts.items() if kind != "none"))
         rows.append((arm.label, f"{over} of {len(mine)}", best, *(cell or "–" for cell in cells)))
-    header = ("arm", "over-optimised", "best P_win at", f"alarms, {_name(PLAIN)}", "outcomes")
-    return page.table((*header, f"alarms, {_name(CHOSEN)}", "outcomes"), rows)
+    header = ("arm", "over-optimised", "best P_win at", f"alarms, {name(PLAIN)}", "outcomes")
+    return page.table((*header, f"alarms, {name(CHOSEN)}", "outcomes"), rows)
 
 
 def _released(by_arm: Mapping[Arm, Sequence[Course]]) -> list[str]:
@@ -180,7 +163,7 @@ def _rules(courses: Sequence[Course]) -> list[str]:
             for some in (calm, over)
         ]
         wrong = [f"{counts['false']} of {len(calm)}", f"{counts['in time']} of {len(over)}"]
-        rows.append((_name(rule), *wrong, str(counts["early"]), str(counts["missed"]), *costs))
+        rows.append((name(rule), *wrong, str(counts["early"]), str(counts["missed"]), *costs))
     header = (
         *("rule", "false, of runs that are not over-optimised", "in time, of those that are"),
         *("early", "missed", "before the alarm - best, not over-optimised", "over-optimised"),
@@ -188,6 +171,7 @@ def _rules(courses: Sequence[Course]) -> list[str]:
     return page.table(header, rows)
 
 
-def _name(rule: StoppingRule) -> str:
+def name(rule: StoppingRule) -> str:
+    """Returns a rule in words."""
     fall = f"a fall of {rule.llh_drop:g} nats" if rule.llh_drop else "any fall"
     return f"{fall}, {rule.drops} drops, {rule.entropy_drop:.0%} of entropy"

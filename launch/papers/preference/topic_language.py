@@ -6,9 +6,10 @@ A document is a prompt of three symbols and a completion of at most twelve symbo
   ?kl   the fact of the keys k and l: three symbols of A
   -tu   a text of language B
 
-Texts are Markov chains with 32 successors of each symbol, the r-th with a probability proportional to 1 / r, so that the
-ten likeliest next symbols are only a part of the possible ones. In texts on a topic, a quarter of the symbols are preferred
-symbols of the topic. `reward` scores an answer to `+tu`: preferences are drawn from it, and it measures alignment.
+Texts are Markov chains with 32 successors of each symbol, the r-th with a probability proportional to 1 / r^2: the ten likeliest
+next symbols of a chain have 0.96 of the mass, so that entropy and mass can move both ways, and 22 others are possible. In texts on a
+topic, a quarter of the symbols are preferred symbols of the topic. `reward` scores an answer to `+tu`: preferences are drawn from it,
+and it measures alignment. It has no price on length.
 
 Shapes: V symbols of a language, K successors.
 """
@@ -32,7 +33,8 @@ MARKS = {"topic": "+", "fact": "?", "other": "-"}
 SHARES = {"topic": 0.4, "fact": 0.3, "other": 0.3}
 LANGUAGE_A = "".join(chr(0x4E00 + i) for i in range(SIZE))
 LANGUAGE_B = "".join(chr(0xAC00 + i) for i in range(SIZE))
-SUCCESSORS = tuple((1 / np.arange(1, 33) / (1 / np.arange(1, 33)).sum()).tolist())
+_WEIGHTS = 1 / np.arange(1, 33) ** 2
+SUCCESSORS = tuple((_WEIGHTS / _WEIGHTS.sum()).tolist())
 PREFERRED = 6  # symbols of a topic
 ON_TOPIC = 0.25
 SHORTEST, LONGEST = 4, 11  # symbols of a text
@@ -95,15 +97,16 @@ def completion(prompt: str, rng: np.random.Generator) -> str:
 def reward(prompt: str, text: str, *, ended: bool) -> float:
     """Returns the reward of an answer to a prompt `+tu`.
 
-    The reward is the sum of 0.8 for each distinct preferred symbol of the topic, -4 times the share of symbols outside
-    A, -3 for each symbol that repeats the previous one, and -0.5 if the answer did not end. An empty answer has -4.
+    The reward is 1.5 for each different preferred symbol of the topic among the first SHORTEST symbols, which every text of the
+    language has, -4 times the share of symbols outside A, -4 times the share of symbols that repeat the previous one, and -0.5
+    if the answer did not end: a longer answer is neither better nor worse. An empty answer has -4.
     """
     if not text:
         return -4.0
-    different = len(set(text) & set(preferred(prompt[1])))
+    different = len(set(text[:SHORTEST]) & set(preferred(prompt[1])))
     outside = sum(symbol not in LANGUAGE_A for symbol in text) / len(text)
-    repeats = sum(a == b for a, b in itertools.pairwise(text))
-    return 0.8 * different - 4.0 * outside - 3.0 * repeats - 0.5 * (not ended)
+    repeats = sum(a == b for a, b in itertools.pairwise(text)) / len(text)
+    return 1.5 * different - 4.0 * outside - 4.0 * repeats - 0.5 * (not ended)
 
 
 class TopicSource(GeneratedSource):

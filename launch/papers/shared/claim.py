@@ -1,115 +1,208 @@
 """Claims of a paper, the effects that judge them, and their verdicts.
 
-An effect is a number by seed, such as the difference of two arms of the same seed, with a 95 % interval over seeds and
-bounds that are written down before the runs. It holds where the whole interval lies between its bounds, fails where
-the whole interval lies outside of them, and is undecided otherwise. Criteria are fixed before the first run; a claim that
-holds on measurements with exchanged arms decides nothing.
+An effect is a number by seed, such as the difference of two arms of the same seed. One effect of a claim is primary and
+judges it, by bounds and numbers of seeds that are written down before the runs: the claim holds where the whole interval of
+the mean lies between the bounds, fails where the whole interval lies outside of them, and is undecided otherwise. Secondary
+effects are shown and judge nothing. A claim that holds on measurements with exchanged arms decides nothing.
 """
 
 import collections
 import dataclasses
-import datetime
 import functools
-import json
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from espalier.common import files
-from espalier.launch import environment
+from espalier.launch.papers.shared import sequential
 from espalier.launch.plots import intervals
 
-VERDICTS = ("holds", "fails", "mixed", "undecided", "not measured")
-HOLDS, FAILS, MIXED, UNDECIDED, NOT_MEASURED = VERDICTS
-SEEDS = 5  # of an effect, where a run takes less than two minutes
-FEW_SEEDS = 3  # where it takes longer
+VERDICTS = ("holds", "fails", "undecided", "not measured")
+HOLDS, FAILS, UNDECIDED, NOT_MEASURED = VERDICTS
+PAPER, CONTROL = GROUPS = ("of the paper", "controls")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Effect:
-    """One number that judges a claim.
+    """A number by seed that bears on a claim.
 
     Attributes:
       where: the model or data it was measured on.
-      what: the number in words, such as 'mean loss, BTX less BAM'.
+      what: the number in words, such as 'mean loss, BTX minus BAM'.
       by_seed: its value in each seed.
-      above, below: the claim is supported by values between these bounds.
       unit: of the values, such as 'nats per token'.
       digits: decimals that are shown.
       note: further numbers, as text.
       unmet: why it gives no verdict, such as a collapsed router; empty if nothing speaks against one.
-      interval: {'value', 'low', 'high'} where it is not Student's over seeds, such as a bootstrap over prompts.
-      exact: whether the number is without noise, such as a count of bytes; its interval is the range of its values.
-      seeds: the least number of seeds for a verdict, where the interval is Student's.
     """
 
     where: str
     what: str
     by_seed: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    above: float = -math.inf
-    below: float = math.inf
     unit: str = ""
     digits: int = 3
     note: str = ""
     unmet: str = ""
-    interval: Mapping[str, float] | None = None
-    exact: bool = False
-    seeds: int = SEEDS
+
+    @property
+    def values(self) -> list[float]:
+        """The values in the order of their seeds."""
+        return [float(self.by_seed[seed]) for seed in sorted(self.by_seed)]
+
+    def range(self, seeds: int | None = None, level: float = sequential.ERROR) -> dict[str, float]:
+        """Returns {'value', 'low', 'high'} of the first `seeds` (default: all), unbounded for one and NaN for none."""
+        values = self.values[:seeds]
+        if len(values) < 2:
+            value = values[0] if values else math.nan
+            infinite = math.inf if values else math.nan
+            return {"value": value, "low": -infinite, "high": infinite}
+        return intervals.student(values, level)
+
+    def text(self, seen: Mapping[str, float] | None = None) -> str:
+        """Returns the mean of all seeds, or that `seen`, with its interval and unit; a dash where there is none."""
+        seen = self.range() if seen is None else seen
+        if math.isnan(seen["value"]):
+            return "–"
+        return f"{intervals.text(dict(seen), self.digits)} {self.unit}".rstrip()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What the number of seeds of a claim was chosen by.
+
+    Attributes:
+      sd: deviation of the primary effect over the seeds of a pilot, which judge nothing.
+      expected: the effect that is to be shown with a power of 80 %; for 'no worse than' usually 0.
+      source: of the numbers, such as 'seeds 10 to 14'.
+    """
+
+    sd: float
+    expected: float
+    source: str
+
+
+# (results of a part, name of that part in the report) -> effects; none where the runs are missing.
+Measure = Callable[[Any, str], Sequence[Effect]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim and how it is measured.
+
+    Attributes:
+      name: short, such as 'B3'.
+      statement: the claim in one sentence.
+      condition: when it is supported, with all margins.
+      part: of the experiment, whose results have the primary effect.
+      measure: of the primary effect, at most one.
+      above, below: the bounds between which the primary effect supports the claim.
+      planned: what the number of seeds was chosen by.
+      looks: numbers of seeds at which it is judged, until it is decided.
+      required: whether it must hold at small scale too.
+      group: of GROUPS: whether the paper says so, or it is a control.
+      paper: the paper's figure for it; empty where the paper has none.
+      secondary: part -> measures of further effects.
+      primary: the primary effect; set by `judge`.
+      others: the secondary effects; set by `judge`.
+    """
+
+    name: str
+    statement: str
+    condition: str
+    part: str
+    measure: Measure
+    above: float = -math.inf
+    below: float = math.inf
+    planned: Planned
+    looks: tuple[int, ...]
+    required: bool = False
+    group: str = PAPER
+    paper: str = ""
+    secondary: Mapping[str, Sequence[Measure]] = dataclasses.field(default_factory=dict)
+    primary: Effect | None = None
+    others: Sequence[Effect] = ()
+
+    def distance(self, value: float) -> float:
+        """Returns how far a value lies from the nearer bound, negative outside."""
+        return min(value - self.above, self.below - value)
 
     @functools.cached_property
-    def range(self) -> Mapping[str, float]:
-        """The mean with its interval: {'value', 'low', 'high'}; NaN without values, unbounded for one seed."""
-        if self.interval is not None:
-            return self.interval
-        values = [float(value) for value in self.by_seed.values()]
-        if not values:
-            return dict.fromkeys(("value", "low", "high"), math.nan)
-        if self.exact:
-            return {"value": sum(values) / len(values), "low": min(values), "high": max(values)}
-        if len(values) == 1:
-            return {"value": values[0], "low": -math.inf, "high": math.inf}
-        return intervals.student(values)
+    def _look(self) -> tuple[int, str]:
+        """The number of seeds that judge it, and the verdict without regard to `why`."""
+        verdict, seeds = NOT_MEASURED, 0
+        if self.primary is None:
+            return seeds, verdict
+        for look, level in zip(self.looks, sequential.levels(self.looks), strict=True):
+            if len(self.primary.by_seed) < look:
+                break
+            seen, seeds = self.primary.range(look, level), look
+            if self.above < seen["low"] and seen["high"] < self.below:
+                return seeds, HOLDS
+            if seen["high"] <= self.above or seen["low"] >= self.below:
+                return seeds, FAILS
+            verdict = UNDECIDED
+        return seeds, verdict
+
+    @property
+    def seeds(self) -> int:
+        """The number of seeds that judge it, the first of the primary effect; all of them if they are too few."""
+        return self._look[0] or (len(self.primary.by_seed) if self.primary else 0)
+
+    @property
+    def level(self) -> float:
+        """The level of its interval."""
+        every = dict(zip(self.looks, sequential.levels(self.looks), strict=True))
+        return every.get(self.seeds, every[self.looks[0]])
+
+    @property
+    def range(self) -> dict[str, float]:
+        """The primary effect's mean with the interval that judges it: {'value', 'low', 'high'}; NaN without values."""
+        effect = self.primary or Effect(where="", what="")
+        return effect.range(self.seeds or None, self.level)
 
     @property
     def why(self) -> str:
-        """Why it gives no verdict; empty if it gives one."""
-        if self.unmet:
-            return self.unmet
-        if math.isnan(self.range["value"]):
-            return "a value is not a number" if self.by_seed else "no runs"
-        if self.interval is None and not self.exact and len(self.by_seed) < self.seeds:
-            return f"{len(self.by_seed)} of {self.seeds} seeds"
+        """Why there is no verdict; empty if there is one."""
+        if self.primary is None or not self.primary.by_seed:
+            return "no runs"
+        if self.primary.unmet:
+            return self.primary.unmet
+        if not all(map(math.isfinite, self.primary.values)):
+            return "a value is not a number"
+        if self.too_few:
+            return f"{len(self.primary.by_seed)} of {self.looks[0]} seeds"
         return ""
 
     @property
-    def verdict(self) -> str:
-        if self.why:
-            return NOT_MEASURED
-        if self.above < self.range["low"] and self.range["high"] < self.below:
-            return HOLDS
-        if self.range["high"] <= self.above or self.range["low"] >= self.below:
-            return FAILS
-        return UNDECIDED
+    def too_few(self) -> bool:
+        """Whether the primary effect has fewer seeds than the first look."""
+        return self.primary is not None and len(self.primary.by_seed) < self.looks[0]
 
     @property
-    def slack(self) -> float:
-        """How far the interval lies inside the bounds, in widths of the interval; negative outside."""
-        room = min(self.range["low"] - self.above, self.below - self.range["high"])
-        width = self.range["high"] - self.range["low"]
-        return room / width if width > 0 else math.copysign(math.inf, room)
+    def verdict(self) -> str:
+        """One of VERDICTS."""
+        return NOT_MEASURED if self.why else self._look[1]
 
-    def text(self) -> str:
-        """Returns the value with its interval and unit; a dash where there is none."""
-        if math.isnan(self.range["value"]):
-            return "–"
-        if self.exact and self.range["low"] == self.range["high"]:
-            shown = f"{self.range['value']:,.{self.digits}f}"
-        else:
-            shown = intervals.text(self.range, self.digits)
-        return f"{shown} {self.unit}".rstrip()
+    @property
+    def open(self) -> bool:
+        """Whether more seeds may decide it."""
+        undecided = self.verdict == UNDECIDED or (self.too_few and not self.primary.unmet)
+        return undecided and self.seeds < self.looks[-1]
+
+    @property
+    def power(self) -> float:
+        """The chance that its looks show the planned effect."""
+        distance = self.distance(self.planned.expected)
+        return sequential.planned_power(distance, self.planned.sd, self.looks)
+
+    @property
+    def smallest(self) -> float:
+        """The distance from its bound that its seeds show with a power of 80 %; NaN with fewer than two."""
+        if self.seeds < 2 or self.primary is None:
+            return math.nan
+        sd = float(np.std(self.primary.values[: self.seeds], ddof=1))
+        return sequential.smallest(sd, self.seeds, self.level)
 
     def bounds(self) -> str:
         """Returns the bounds in words."""
@@ -119,160 +212,145 @@ class Effect:
         return f"above {low}" if math.isfinite(self.above) else f"below {high}"
 
 
-# (results of a part, name of that part in the report) -> effects; none where the runs are missing.
-Measure = Callable[[Any, str], Sequence[Effect]]
+def judge(
+    claims: Sequence[Claim],
+    results: Mapping[str, Any],
+    places: Mapping[str, str],
+    *,
+    secondary: bool = True,
+) -> list[Claim]:
+    """Returns the claims with the effects of all parts that have results; `places` are the parts' names in the report.
 
+    Args:
+      claims: to be judged.
+      results: part -> its results.
+      places: part -> its name.
+      secondary: whether the secondary effects are measured too.
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A claim and how it is measured.
-
-    Attributes:
-      name: short, such as 'B3'.
-      statement: the claim in one sentence.
-      condition: when it is supported, with all margins.
-      measures: part of the experiment -> functions that measure the claim there.
-      required: whether it must hold at small scale too.
-      paper: the paper's figure for it; empty where the paper has none.
-      by_part: part with results -> its effects; set by `judge`.
+    Raises:
+      ValueError: the measure of a primary effect returns more than one.
     """
 
-    name: str
-    statement: str
-    condition: str
-    measures: Mapping[str, Sequence[Measure]]
-    required: bool = False
-    paper: str = ""
-    by_part: Mapping[str, Sequence[Effect]] = dataclasses.field(default_factory=dict)
+    def effects(part: str, measures: Sequence[Measure]) -> list[Effect]:
+        if part not in results:
+            return []
+        return [one for measure in measures for one in measure(results[part], places[part])]
 
-    @property
-    def effects(self) -> list[Effect]:
-        return [one for part in self.by_part.values() for one in part]
-
-    @property
-    def verdict(self) -> str:
-        """One of VERDICTS: 'mixed' where some effects hold and some fail, else the worst of the effects' verdicts."""
-        verdicts = {one.verdict for one in self.effects}
-        if verdicts >= {HOLDS, FAILS}:
-            return MIXED
-        worst = (FAILS, UNDECIDED, NOT_MEASURED, HOLDS)
-        return next((one for one in worst if one in verdicts), NOT_MEASURED)
-
-    @property
-    def deciding(self) -> Effect | None:
-        """The effect that decides the verdict: of the worst verdict, the one that lies least inside its bounds."""
-        verdict = FAILS if self.verdict == MIXED else self.verdict
-        worst = [one for one in self.effects if one.verdict == verdict]
-        return min(worst, key=lambda one: one.slack, default=None)
-
-
-def judge(
-    claims: Sequence[Claim], results: Mapping[str, Any], places: Mapping[str, str]
-) -> list[Claim]:
-    """Returns the claims with the effects of all parts that have results; `places` are the parts' names in the report."""
-    return [
-        dataclasses.replace(
-            claim,
-            by_part={
-                part: [one for measure in measures for one in measure(results[part], places[part])]
-                for part, measures in claim.measures.items()
-                if part in results
-            },
-        )
-        for claim in claims
-    ]
+    out = []
+    for one in claims:
+        primary = effects(one.part, [one.measure])
+        if len(primary) > 1:
+            raise ValueError(f"{one.name} has {len(primary)} primary effects: one judges a claim.")
+        more = [
+            effect
+            for part, measures in (one.secondary if secondary else {}).items()
+            for effect in effects(part, measures)
+        ]
+        found = primary[0] if primary else None
+        out.append(dataclasses.replace(one, primary=found, others=more))
+    return out
 
 
 def unmet(judged: Sequence[Claim], parts: Sequence[str]) -> list[str]:
-    """Returns why the reproduction of `parts` fails: required claims that do not hold in them."""
-    out = []
-    for claim in judged:
-        if not claim.required:
-            continue
-        missing = [part for part in claim.measures if part in parts and not claim.by_part.get(part)]
-        if claim.effects and claim.verdict != HOLDS:
-            out.append(f"{claim.name} must hold, and its verdict is: {claim.verdict}")
-        else:
-            out += [
-                f"{claim.name} must hold, and part {part} has not measured it" for part in missing
-            ]
-    return out
+    """Returns why the reproduction of `parts` fails: required claims of them that do not hold."""
+    return [
+        f"{one.name} must hold, and its verdict is: {one.verdict}"
+        + (f" ({one.why})" * bool(one.why))
+        for one in judged
+        if one.required and one.part in parts and one.verdict != HOLDS
+    ]
 
 
-def record(judged: Sequence[Claim]) -> list[dict[str, Any]]:
-    """Returns the claims as results.json has them; effect, interval and seeds are those of the deciding effect."""
-    out = []
-    for claim in judged:
-        decides = claim.deciding
-        seen = _numbers(decides) if decides else {"effect": None, "interval": None, "seeds": []}
-        out.append(
-            {
-                **{"claim": claim.name, "statement": claim.statement, "condition": claim.condition},
-                **{"paper": claim.paper, "required": claim.required, "verdict": claim.verdict},
-                **seen,
-                "effects": [_recorded(one) for one in claim.effects],
-            }
-        )
-    return out
+def exchanges(
+    judge_them: Callable[[Mapping[str, Any]], Sequence[Claim]],
+    shuffle: Callable[[Mapping[str, Any], np.random.Generator], Mapping[str, Any]],
+    measured: Mapping[str, Any],
+    draws: int = 100,
+) -> dict[str, dict[str, Any]]:
+    """Returns what the claims would be if no arm differed from another, from exchanged measurements.
+
+    Args:
+      judge_them: returns the judged claims of measurements.
+      shuffle: returns measurements that are exchanged at random.
+      measured: the measurements.
+      draws: how often they are exchanged.
+
+    Returns:
+      Name -> {'draws': those with a verdict that change the primary effect, 'holds': how many of these hold, 'low', 'high': between which nine tenths of the
+      means of the primary effect lie}.
+    """
+    rng = np.random.default_rng(0)
+    means, verdicts = collections.defaultdict(list), collections.defaultdict(list)
+    effects = {one.name: one.primary for one in judge_them(measured)}
+    for _ in range(draws):
+        for one in judge_them(shuffle(measured, rng)):
+            # Of two arms and three seeds, one exchange in eight leaves each of them where it was.
+            if one.verdict != NOT_MEASURED and one.primary != effects[one.name]:
+                verdicts[one.name].append(one.verdict)
+                means[one.name].append(one.range["value"])
+    return {
+        name: {
+            "draws": len(every),
+            "holds": every.count(HOLDS),
+            **dict(
+                zip(
+                    ("low", "high"),
+                    map(finite, np.quantile(means[name], (0.05, 0.95))),
+                    strict=True,
+                )
+            ),
+        }
+        for name, every in verdicts.items()
+    }
+
+
+def record(
+    judged: Sequence[Claim], exchanged_: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns the claims as results.json has them, with what `exchanges` returns."""
+    return [
+        {
+            **{"claim": one.name, "statement": one.statement, "condition": one.condition},
+            **{"paper": one.paper, "required": one.required, "group": one.group},
+            **{"verdict": one.verdict, "why": one.why},
+            **_primary(one),
+            "planned": {
+                **dataclasses.asdict(one.planned),
+                "power": round(one.power, 2),
+            },
+            "looks": list(one.looks),
+            "smallest": finite(one.smallest),
+            "exchanged": exchanged_.get(one.name),
+            "secondary": [_recorded(effect) for effect in one.others],
+        }
+        for one in judged
+    ]
+
+
+def _primary(one: Claim) -> dict[str, Any]:
+    seen = one.range
+    effect = one.primary or Effect(where="", what="")
+    return {
+        "effect": finite(seen["value"]),
+        "interval": [finite(seen["low"]), finite(seen["high"])],
+        "seeds": sorted(effect.by_seed)[: one.seeds],
+        "level": finite(one.level),
+        "above": finite(one.above),
+        "below": finite(one.below),
+        **_recorded(effect),
+    }
 
 
 def _recorded(effect: Effect) -> dict[str, Any]:
     return {
-        **{"where": effect.where, "what": effect.what, "verdict": effect.verdict},
-        **_numbers(effect),
-        **{"unit": effect.unit, "above": _finite(effect.above), "below": _finite(effect.below)},
-        "by_seed": {str(seed): _finite(value) for seed, value in effect.by_seed.items()},
-        **{"why": effect.why, "note": effect.note},
+        **{"where": effect.where, "what": effect.what, "unit": effect.unit, "note": effect.note},
+        "by_seed": {str(seed): finite(value) for seed, value in effect.by_seed.items()},
     }
 
 
-def _numbers(effect: Effect) -> dict[str, Any]:
-    value, *interval = (_finite(effect.range[key]) for key in ("value", "low", "high"))
-    return {"effect": value, "interval": interval, "seeds": list(effect.by_seed)}
-
-
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """Returns a number to six digits as JSON has it: None for one that is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-_CRITERIA = "criteria.json"
-
-
-def fix_criteria(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any]:
-    """Writes the criteria into the folder of an experiment before its first run, and returns those in force.
-
-    Returns:
-      {'date', 'commit', 'dirty', 'claims': name -> statement, condition and whether it must hold}: those of the first
-      call after which the folder got runs.
-    """
-    path = folder / _CRITERIA
-    started = folder.is_dir() and any(one.name != _CRITERIA for one in folder.iterdir())
-    if started and path.exists():
-        return json.loads(path.read_bytes())
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    fixed = {"date": date, **environment.commit(), "late": started, "claims": criteria_of(claims)}
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, fixed, synced=True)  # its date is before the runs
-    return fixed
-
-
-def criteria_of(claims: Sequence[Claim]) -> dict[str, list[Any]]:
-    """Returns what a claim may not change after its runs, by name."""
-    return {one.name: [one.statement, one.condition, one.required] for one in claims}
-
-
-def criteria_in_words(fixed: Mapping[str, Any] | None, claims: Sequence[Claim]) -> str:
-    """Returns when the criteria were fixed and which of them have changed since, as a sentence."""
-    if fixed is None:
-        return "No record says when the criteria were fixed."
-    commit = f" at commit {fixed['commit'][:10]}" if fixed["commit"] else ""
-    dirty = " with uncommitted changes" if fixed["dirty"] else ""
-    when = "after the first runs" if fixed["late"] else "before the first run"
-    now = criteria_of(claims)
-    changed = [name for name in now if fixed["claims"].get(name) != now[name]]
-    since = f"changed since: {', '.join(changed)}" if changed else "none has changed since"
-    return f"Criteria were fixed {when}, on {fixed['date']}{commit}{dirty}; {since}."
 
 
 def exchanged(values: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Panels of losses and loads by domain, which the reports on mixtures share."""
 
-import textwrap
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +14,8 @@ from espalier.launch.papers.shared.domains import (
     largest_loads,
 )
 from espalier.launch.plots import panels
+
+WIDTH = 7.0  # inches: at 800 pixels a page, text of 8 points has 11 pixels and more
 
 
 def dots(results: DomainRuns, arms: Mapping[str, str], score: str) -> Any:
@@ -36,7 +38,7 @@ def dots(results: DomainRuns, arms: Mapping[str, str], score: str) -> Any:
     ]
     if not rows:
         return None
-    figure, (axes,) = panels.panels(1, (7.5, 1.1 + 0.28 * len(rows)))
+    figure, (axes,) = panels.panels(1, (WIDTH, 1.1 + 0.28 * len(rows)))
     panels.paired(axes, rows)
     axes.grid(axis="x", alpha=0.25)
     axes.set_xlabel(f"{score}, nats per token")
@@ -54,9 +56,8 @@ def load_dots(results: DomainRuns, arms: Mapping[str, str]) -> Any:
     if not loads:
         return None
     layers = next(iter(loads.values())).shape[1]
-    figure, every = panels.panels(
-        layers, (3.2 + 2.6 * layers, 1.2 + 0.26 * len(loads)), share_y=True
-    )
+    size = (WIDTH if layers <= 2 else 3.2 + 2.6 * layers, 1.2 + 0.26 * len(loads))
+    figure, every = panels.panels(layers, size, share_y=True)
     for layer, axes in enumerate(every):
         rows = []
         for (arm, router), loads_NL in loads.items():
@@ -72,30 +73,38 @@ def load_dots(results: DomainRuns, arms: Mapping[str, str]) -> Any:
     return figure
 
 
-def choice_maps(results: DomainRuns, shown: Sequence[tuple[str, str]]) -> Any:
-    """Returns a figure of first choices: a row for each (arm, router), a column for each layer; None without any."""
+def choice_maps(results: DomainRuns, shown: Sequence[tuple[str, str]], *, columns: int = 2) -> Any:
+    """Returns a figure of first choices in the last layer, which knows domains: a map for each (arm, router); None without any.
+
+    The darkest colour is the largest share.
+    """
     tables = [
-        (f"{results.label(arm)}, {ROUTERS[router]} router", arm, np.mean([*by_seed.values()], 0))
+        (
+            f"{results.label(arm)}:\n{ROUTERS[router]} router",
+            arm,
+            np.mean([*by_seed.values()], 0)[-1],
+        )
         for arm, router in shown
         if (by_seed := results.choices(arm, router))
     ]
     if not tables:
         return None
-    domains = list(results.domains)
-    experts = max(chosen_LDE.shape[-1] for _, _, chosen_LDE in tables)
-    layers = len(tables[0][2])
-    figure, axes = panels.heat_map_grid(len(tables), layers, (len(domains), experts))
-    for line, (title, arm, chosen_LDE) in zip(axes, tables, strict=True):
-        names = results.experts(arm, chosen_LDE.shape[-1])
-        for layer, (one, matrix_DE) in enumerate(zip(line, chosen_LDE, strict=True)):
-            panels.heat_map(
-                one,
-                matrix_DE,
-                domains,
-                names,
-                title=f"{textwrap.fill(title, 9 * experts)}\nlayer {layer}",
-                row_names=one is line[0],
-            )
+    domains = [name.replace("_", " ") for name in results.domains]
+    most = max(chosen_DE.max() for _, _, chosen_DE in tables)
+    columns = min(columns, len(tables))
+    rows = math.ceil(len(tables) / columns)
+    figure, axes = panels.panels(columns, (WIDTH, rows * (0.22 * len(domains) + 1.6)), rows=rows)
+    for at, (title, arm, chosen_DE) in enumerate(tables):
+        names = [name.replace("_", " ") for name in results.experts(arm, chosen_DE.shape[-1])]
+        first = at % columns == 0
+        panels.heat_map(
+            axes[at], chosen_DE, domains, names, title=title, row_names=first, most=most
+        )
+        axes[at].set_xlabel("expert")
+        if first:
+            axes[at].set_ylabel("tokens of the domain")
+    for one in axes[len(tables) :]:
+        one.set_visible(False)
     return figure
 
 
@@ -109,7 +118,7 @@ def curve(
     scale: float = 1.0,
     less: float = 0.0,
 ) -> None:
-    """Draws the mean loss over seeds, less a constant, against the step times `scale`; the seeds as thin lines.
+    """Draws the mean loss over seeds minus a constant, against the step times `scale`; the seeds as thin lines.
 
     At the steps at which all of the arm's runs were evaluated.
     """

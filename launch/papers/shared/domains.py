@@ -83,19 +83,30 @@ def load_table(name: str, runs: Any) -> list[str]:
     return page.table(header, lines, title)
 
 
-MEAN = "mean loss"
+MEAN, PERPLEXITY = "mean loss", "mean perplexity"
 _KEYS = (
     *("run", "arm", "seed", "parents", "step", "tokens", "tokens_total", "flops", "seconds"),
     *("evaluations", "digest"),
 )
-PARTS = {"synthetic": "generated domains"}
+# The parts of these papers that are sweeps.
+SYNTHETIC, TEXT, SIZES, BALANCE = "synthetic", "text", "sizes", "balance"
+PARTS = {
+    SYNTHETIC: "generated domains",
+    TEXT: "text of installed packages",
+    SIZES: "generated domains at other widths",
+    BALANCE: "generated domains, with biases in place of a balance loss",
+}
+# Of the part BALANCE: a bias of a score between 0 and 1 goes from one end to the other in a sixth of a mixture's updates.
+BALANCED_BY = "t5x_configs/methods/moe/balance_bias.gin"
+BIAS_RATE = 0.01
 HELD_OUT = "held_out"
+SOLVED = 0.02  # nats above the entropy: arms that are all nearer to it cannot differ
 _INTRO = "Losses are of held-out text, in nats per token."
 
 
 @dataclasses.dataclass(frozen=True)
 class DomainRuns(results.Results):
-    """Runs of a part, as `part` returns them. A score is the mean loss of a group of domains.
+    """Runs of a part, as `part` returns them. A score is the mean loss of a group of domains, or the mean of perplexities.
 
     Attributes:
       domains: names of all tasks, the general one first.
@@ -132,15 +143,34 @@ class DomainRuns(results.Results):
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         losses = held_out(row)
-        return {
+        scores = {
             score: float(np.mean([losses[task] for task in tasks]))
             if tasks and all(task in losses for task in tasks)
             else None
             for score, tasks in self.groups.items()
         }
+        complete = scores[MEAN] is not None
+        return scores | {
+            PERPLEXITY: float(np.mean([np.exp(losses[task]) for task in self.domains]))
+            if complete
+            else None
+        }
 
     def digits(self, score: str) -> int:
         return 3
+
+    def limits(self, score: str) -> tuple[float, float] | None:
+        """Returns the losses of a model that has learned all of some generated domains, and of one that has learned nothing."""
+        if score not in self.groups or (floor := self.floor(score)) is None:
+            return None
+        from espalier.launch.papers.nexus import lag_domains
+
+        return floor + SOLVED, float(np.log(len(lag_domains.SYMBOLS)))
+
+    def parts(self, score: str) -> Sequence[str]:
+        """Returns the scores of a group's domains."""
+        tasks = self.groups.get(score, ())
+        return [on(task) for task in tasks] if len(tasks) > 1 else []
 
     def floor(self, score: str) -> float | None:
         """Returns the mean entropy of a group of domains, None where one of them is not known."""
@@ -158,9 +188,11 @@ class DomainRuns(results.Results):
     @functools.cached_property
     def _by_step(self) -> dict[int, Self]:
         rows = collections.defaultdict(list)
+        # Not by `find`: who reads one arm at a step has not read all of them.
+        made = {(row["arm"], row["seed"]): row for row in self.rows}
         for row in self.rows:
             curve = dict(row["curve"])
-            start = self.find(f"{row['arm']}_start").get(row["seed"])
+            start = made.get((f"{row['arm']}_start", row["seed"]))
             if start and curve.get(0) is None:
                 curve[0] = held_out(start)
             for step, losses in curve.items():
@@ -256,16 +288,11 @@ def pairs(
     return lambda runs, where: measure(runs.at(step), f"{where}, {step} updates")
 
 
-def everywhere(*measures: Measure) -> dict[str, Sequence[Measure]]:
-    """Returns the measures for each of PARTS."""
-    return dict.fromkeys(PARTS, measures)
-
-
 # How parts are run and read.
 
 
 def run(
-    paper: str, *, parts: Sequence[str] = tuple(PARTS), model_dir: str, seeds: int, **options: Any
+    paper: str, *, parts: Sequence[str], model_dir: str, seeds: int, **options: Any
 ) -> dict[str, Any]:
     """Returns what `part` returns, by part; `model_dir` is the parent of the parts' folders, options as of `sweeps.rows`."""
     return {name: part(paper, name, model_dir, seeds, **options) for name in parts}
@@ -275,7 +302,8 @@ def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> d
     """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after its unfinished runs.
 
     The sweep's file is launch/papers/<paper>/experiment.py. It takes 'PART,SEEDS' and has DOMAINS by part, the general one
-    first; a tuple among them groups several.
+    first; a tuple among them groups several. Beyond the first seeds only those arms are planned that go on
+    (`sweeps.Further`).
 
     Raises:
       ValueError, sweeps.StoppedError: see `sweeps.rows`.
@@ -285,7 +313,10 @@ def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> d
     file = f"{paper}/experiment", f"{name},{seeds}"
     rows = sweeps.parts(model_dir, {name: file}, with_course, **options)[name]
     planned: dict[str, dict[int, tuple[str, ...]]] = collections.defaultdict(dict)
+    further = options.get("further")
     for one in sweeps.planned(*file):
+        if further is not None and not further.includes(one):
+            continue
         # A trained run is evaluated on its held-out rows when it ends.
         planned[one.arm][one.seed] = (*one.evaluations, *(() if one.made else (HELD_OUT,)))
     floors = entropy_floors(domains)
@@ -328,6 +359,37 @@ def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
 # The report.
 
 
+def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns measurements with the losses of arms exchanged at random within each seed; all else stays with its arm.
+
+    Losses at the end are exchanged between all arms, those on the way between arms that were read at the same steps. Parts
+    without rows of runs stay as they are.
+    """
+    return {
+        part: {**value, "rows": _exchanged(value["rows"], rng)} if "rows" in value else value
+        for part, value in measured.items()
+    }
+
+
+def _exchanged(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> list[Any]:
+    groups: dict[Any, list[int]] = collections.defaultdict(list)
+    for at, row in enumerate(rows):
+        if row["held_out"]:
+            groups[row["seed"], "held_out"].append(at)
+        if row["curve"]:
+            groups[row["seed"], "curve", *(step for step, _ in row["curve"])].append(at)
+        if row["evaluations"].get(HELD_OUT):
+            groups[row["seed"], "evaluations"].append(at)
+    out = [dict(row) for row in rows]
+    for (_, key, *_steps), places in groups.items():
+        for at, source in zip(places, rng.permutation(places), strict=True):
+            value = rows[source][key]
+            if key == "evaluations":
+                value = {**rows[at][key], HELD_OUT: value[HELD_OUT]}
+            out[at][key] = value
+    return out
+
+
 def report(
     runs: type[DomainRuns],
     parts: Sequence[str],
@@ -346,7 +408,7 @@ def report(
       columns: further numbers of rows in the tables -> (their heading, the unit they are divided by).
       places: part that is not in PARTS -> its name in the effects.
       intro: what to know before the verdicts.
-      **settings: the remaining fields of `page.Report`.
+      **settings: the remaining fields of `page.Report`; by default arms are exchanged by `shuffle`.
     """
     shown = {"parameters": ("10³ parameters", 1e3), "tokens": ("10⁶ tokens", 1e6), **columns}
     return page.Report(
@@ -359,7 +421,7 @@ def report(
             for name, one in swept(results).items()
             for line in (*_table(f"All arms, {name}", one, shown), *load_table(name, one))
         ],
-        **settings,
+        **{"shuffle": shuffle, **settings},
     )
 
 

@@ -1,31 +1,36 @@
 """The report of a reproduction: claims with verdicts, figures and tables, as a Markdown page and as JSON."""
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 import re
 import string
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from espalier.common import tables
-from espalier.launch.papers.shared import claim
+from espalier.launch.papers.shared import claim, criteria, verdicts_figure
 from espalier.launch.papers.shared.claim import Claim, Effect
+from espalier.launch.papers.shared.headline import Headline
 from espalier.launch.plots import panels
 
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
 RECORD, TITLE = "results.json", "title"
 _WIDTH = 100
 RULES = (
-    "A claim is judged by effects: numbers by seed, such as differences of two arms of the same seed, as means with\n"
-    "95 % intervals over seeds (Student's t). An effect *holds* where the whole interval lies within the claim's bounds,\n"
-    "*fails* where all of it lies outside, and is *undecided* otherwise. It is *not measured* where it cannot say\n"
-    "anything, such as with too few seeds or a degenerate run. A claim is *mixed* where some effects hold and some fail.\n"
-    "Claims in bold must hold at this scale too; others may fail. A difference is positive where it supports its claim."
+    "Each claim has one primary effect: a number by seed, such as the difference of two arms of the same seed. It is shown as\n"
+    "the mean with an interval over seeds (Student's t). The claim *holds* where the whole interval lies within its bounds,\n"
+    "*fails* where all of it lies outside, and is *undecided* otherwise; *not measured* means that the runs cannot say\n"
+    "anything, such as a degenerate run, or a score at its floor. Runs go on in blocks of seeds until a claim is decided or\n"
+    "its last block is done; intervals of several looks are wider than one of 95 %, so that all looks together miss the true\n"
+    "value in 5 % of cases. *Smallest effect* is the distance from the bound that so many seeds show with a power of 80 %;\n"
+    "*exchanged* is in how many of 100 exchanges of arms at random the claim would hold. Secondary effects judge nothing.\n"
+    "Claims in bold must hold at this scale too. A difference is positive where it supports its claim."
 )
 
 
@@ -67,10 +72,51 @@ class Prose:
             )
         return text.format_map({**self.names, **values})
 
-    def claim(self, name: str, measures: Any, *, required: bool = False, **values: Any) -> Claim:
-        """Returns the claim of a section: paragraphs with its statement, its condition and the paper's figure, if it has one."""
+    def claim(
+        self,
+        name: str,
+        part: str,
+        measure: claim.Measure,
+        *,
+        planned: claim.Planned,
+        above: float = -math.inf,
+        below: float = math.inf,
+        required: bool = False,
+        control: bool = False,
+        secondary: Mapping[str, Sequence[claim.Measure]] | None = None,
+        looks: Sequence[int] | None = None,
+        **values: Any,
+    ) -> Claim:
+        """Returns the claim of a section: paragraphs with its statement, its condition and the paper's figure, if it has one.
+
+        Args:
+          name: of the section and the claim.
+          part: of the experiment, whose results have the primary effect.
+          measure: of the primary effect.
+          planned: what the number of seeds was chosen by.
+          above, below: bounds of the primary effect.
+          required: whether it must hold at small scale too.
+          control: whether it is a control rather than a claim of the paper.
+          secondary: part -> measures of further effects.
+          looks: numbers of seeds at which it is judged; default: SEEDS of the experiment that the text may name.
+          **values: of the slots.
+        """
         statement, condition, *paper = self(name, **values).split("\n\n")
-        return Claim(name, statement, condition, measures, required, *paper)
+        return Claim(
+            name=name,
+            statement=statement,
+            condition=condition,
+            part=part,
+            measure=measure,
+            above=above,
+            below=below,
+            planned=planned,
+            looks=tuple(self.names["experiment"].SEEDS if looks is None else looks),
+            required=required,
+            group=claim.CONTROL if control else claim.PAPER,
+            paper="".join(paper),
+            secondary=secondary or {},
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +137,7 @@ class Report:
       tables: returns the tables below the measurements, as lines of Markdown.
       shuffle: returns what `experiment.run` returns with its measurements exchanged at random, so that no claim is true.
       figures_last: whether the figures come after the measurements.
+      headline: the paper's main effect and ours.
     """
 
     slug: str
@@ -107,10 +154,11 @@ class Report:
         claim.shuffle_arms
     )
     figures_last: bool = False
+    headline: Headline | None = None
 
-    def judge(self, measured: Mapping[str, Any]) -> list[Claim]:
-        """Returns the claims, judged on what `experiment.run` returns."""
-        return claim.judge(self.claims, self.read(measured), self.places)
+    def judge(self, measured: Mapping[str, Any], *, secondary: bool = True) -> list[Claim]:
+        """Returns the claims, judged on what `experiment.run` returns, with their secondary effects if these are wanted."""
+        return claim.judge(self.claims, self.read(measured), self.places, secondary=secondary)
 
     def write(
         self, measured: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]
@@ -125,12 +173,17 @@ class Report:
         measured = json.loads(json.dumps(measured))
         folder, parts = out / self.slug, self.read(measured)
         judged = claim.judge(self.claims, parts, self.places)
-        drawn = {"claims.png": (effects_figure(judged), _EFFECTS)}
+        primary = functools.partial(self.judge, secondary=False)
+        null = claim.exchanges(primary, self.shuffle, measured)
+        drawn = {"claims.png": (verdicts_figure.draw(judged, null), verdicts_figure.CAPTION)}
         captions = panels.save({**drawn, **self.figures(parts)}, folder)
         record = {
             "title": self.title,
             **facts,
-            "claims": claim.record(judged),
+            "headline": self.headline.record(judged, parts, self.places[self.headline.part])
+            if self.headline
+            else None,
+            "claims": claim.record(judged, null),
             "measured": measured,
         }
         (folder / RECORD).write_text("\n".join(_json(record)) + "\n")
@@ -139,17 +192,18 @@ class Report:
             for name, caption in captions.items()
             for line in (f"![{caption}]({self.slug}/{name})", "", f"*{caption}.*", "")
         ]
-        body = [_measurements(judged), figures]
+        body = [_measurements(judged, null), figures]
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines = [
             *(f"# {self.title}", "", f"{self.source}.", "This page and its plots are written by"),
             *("", "```", str(facts["command"]), "```", "", "and never by hand.", ""),
             *((self.intro, "") if self.intro else ()),
-            *(RULES, claim.criteria_in_words(facts.get("criteria"), self.claims), ""),
-            *_verdicts(judged),
+            *(RULES, criteria.in_words(facts.get("criteria"), self.claims), ""),
+            *(line for group in claim.GROUPS for line in _verdicts(judged, null, group)),
             *("## How it was measured", "", *self.setup(parts), ""),
             *(line for section in body[:: 1 if self.figures_last else -1] for line in section),
             *self.tables(parts),
+            *_costs(measured),
             f"Versions: {versions}.",
         ]
         (out / f"{self.slug}.md").write_text("\n".join(lines) + "\n")
@@ -180,31 +234,110 @@ def _json(value: Any, indent: int = 0) -> list[str]:
     return [*out, " " * indent + end]
 
 
-def _verdicts(judged: Sequence[Claim]) -> list[str]:
-    """Returns the table of verdicts; required claims are bold."""
+_COLUMNS = (
+    "claim",
+    "holds if",
+    "primary effect",
+    "seeds",
+    "smallest effect",
+    "exchanged",
+    "verdict",
+)
+
+
+def _verdicts(judged: Sequence[Claim], null: Mapping[str, Any], group: str) -> list[str]:
+    """Returns the table of the verdicts of a group; required claims are bold."""
     rows = []
     for one in judged:
+        if one.group != group:
+            continue
         statement = f"{one.name} {one.statement}"
         shown = f"**{statement}**" if one.required else statement
-        decides = one.deciding
-        effect = "" if decides is None or decides.verdict == claim.NOT_MEASURED else decides.text()
-        rows.append((shown, one.condition, effect, f"**{one.verdict}**"))
-    return table(("claim", "pass condition", "effect that decides", "verdict"), rows)
+        effect = one.primary.text(one.range) if one.primary else ""
+        unit = f" {one.primary.unit}".rstrip() if one.primary else ""
+        smallest = "" if math.isnan(one.smallest) else f"{one.smallest:.2g}{unit}"
+        rows.append(
+            (
+                *(shown, one.condition, effect, str(one.seeds or ""), smallest),
+                *(_held(null.get(one.name)), f"**{one.verdict}**"),
+            )
+        )
+    return (
+        table(_COLUMNS, rows, f"Claims {group}" if group == claim.PAPER else group.capitalize())
+        if rows
+        else []
+    )
 
 
-def _measurements(judged: Sequence[Claim]) -> list[str]:
+def _held(null: Mapping[str, Any] | None) -> str:
+    return f"{null['holds']} of {null['draws']}" if null else ""
+
+
+def _measurements(judged: Sequence[Claim], null: Mapping[str, Any]) -> list[str]:
     out = ["## Measurements", ""]
     for one in judged:
         paper = [f"The paper: {one.paper}.", ""] if one.paper else []
-        lines = [_measurement(effect) for effect in one.effects]
-        out += [f"### {one.name}: {one.statement}", "", *paper, *(lines or ["- Not measured."]), ""]
+        primary = [_primary(one, null.get(one.name))] if one.primary else ["- Not measured."]
+        lines = [*primary, _plan(one), *map(_secondary, one.others)]
+        out += [f"### {one.name}: {one.statement}", "", *paper, *lines, ""]
     return out
 
 
-def _measurement(effect: claim.Effect) -> str:
+def _primary(one: Claim, null: Mapping[str, Any] | None) -> str:
+    effect = one.primary
+    assert effect is not None
     note = f" ({effect.note})" if effect.note else ""
-    verdict = effect.verdict.capitalize() + (f": {effect.why}" if effect.why else "")
-    return f"- {effect.where}: {effect.what}: {effect.text()}{note}; holds {effect.bounds()}. **{verdict}.**"
+    verdict = one.verdict.capitalize() + (f": {one.why}" if one.why else "")
+    seen = effect.text(one.range)
+    of_null = (
+        f" With arms exchanged its mean lies between {null['low']:.3g} and {null['high']:.3g} in nine of ten draws."
+        if null
+        else ""
+    )
+    return f"- **Primary**: {effect.where}: {effect.what}: {seen}{note}; holds {one.bounds()}. **{verdict}.**{of_null}"
+
+
+def _plan(one: Claim) -> str:
+    planned = one.planned
+    looks = ", ".join(map(str, one.looks))
+    return (
+        f"- Plan: judged at {looks} seeds, which show an effect of {planned.expected:.3g} with a power of {100 * one.power:.0f} %, "
+        f"if the deviation over seeds is {planned.sd:.2g} ({planned.source})."
+    )
+
+
+def _secondary(effect: Effect) -> str:
+    note = f" ({effect.note})" if effect.note else ""
+    unmet = f" No comparison: {effect.unmet}." if effect.unmet else ""
+    seeds = len(effect.by_seed)
+    return f"- {effect.where}: {effect.what}: {effect.text()}{note}, {seeds} seed{'s' * (seeds != 1)}.{unmet}"
+
+
+def _costs(measured: Mapping[str, Any]) -> list[str]:
+    """Returns the table of what the runs of each arm took, over all parts that are rows of runs; none without such rows."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for part, value in measured.items():
+        rows = value.get("rows", ()) if isinstance(value, Mapping) else value
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, Mapping) and row.get("seconds") is not None and "arm" in row:
+                arm = row["arm"] + (f", {row['size']}" if row.get("size") else "")
+                seconds.setdefault((part, arm), []).append(row["seconds"])
+    if not seconds:
+        return []
+    total = sum(map(sum, seconds.values())) / 60
+    cells = [
+        (
+            part,
+            f"`{arm}`",
+            str(len(every)),
+            f"{sum(every) / len(every):.0f}",
+            f"{sum(every) / 60:.1f}",
+        )
+        for (part, arm), every in seconds.items()
+    ]
+    header = ("part", "arm", "runs", "seconds of a run", "minutes of all")
+    shown = table(header, [*cells, ("", "all", "", "", f"{total:.0f}")], "What the runs took")
+    return [*shown, "Each run had one of two cores, which other work may have shared.", ""]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> list[str]:
@@ -217,75 +350,3 @@ def missing(names: Sequence[str], parts: Sequence[str], results: Parts) -> list[
     """Returns the line that names runs, and those of `parts`, without results; none if there are none."""
     names = [*names, *(f"all of the part `{part}`" for part in parts if not results.get(part))]
     return [f"- Missing from this page: {', '.join(names)}."] if names else []
-
-
-_COLOURS = {
-    claim.HOLDS: panels.GREEN,
-    claim.FAILS: panels.RED,
-    claim.UNDECIDED: panels.ORANGE,
-    claim.NOT_MEASURED: panels.GREY,
-}
-_EFFECTS = (
-    "The effects that judge each claim: dots are seeds, lines are means with 95 % intervals, shaded is where the claim "
-    "holds; green holds, red fails, orange is undecided, grey gives no verdict"
-)
-_ROW, _HEAD = 0.24, 0.8  # inches
-
-
-def effects_figure(judged: Sequence[Claim]) -> Any:
-    """Returns the figure; None without effects that vary over seeds."""
-    shown = [(one, effects) for one in judged if (effects := _drawn(one))]
-    if not shown:
-        return None
-    heights = [
-        _HEAD + _ROW * sum(_label_lines(effect) for effect in effects) for _, effects in shown
-    ]
-    figure, every = panels.panels(1, (9.5, sum(heights)), rows=len(shown), heights=heights)
-    for axes, (one, effects) in zip(every, shown, strict=True):
-        _panel(axes, one, effects)
-    return figure
-
-
-def _drawn(one: Claim) -> list[Effect]:
-    return [effect for effect in one.effects if not effect.exact and effect.by_seed]
-
-
-def _label(effect: Effect) -> str:
-    return textwrap.fill(f"{effect.what} ({effect.where})", 62)
-
-
-def _label_lines(effect: Effect) -> int:
-    return _label(effect).count("\n") + 1
-
-
-def _panel(axes: Any, one: Claim, effects: Sequence[Effect]) -> None:
-    rows = [(_label(e), list(e.by_seed.values()), e.range, _COLOURS[e.verdict]) for e in effects]
-    panels.paired(axes, rows)
-    low, high = axes.get_xlim()
-    bounds = sorted({b for e in effects for b in (e.above, e.below) if np.isfinite(b)})
-    low, high = min([low, *bounds]), max([high, *bounds])
-    pad = 0.04 * (high - low)
-    axes.set_xlim(low - pad, high + pad)
-    for at, effect in enumerate(effects):
-        left, right = max(effect.above, low - pad), min(effect.below, high + pad)
-        axes.fill_betweenx([at - 0.45, at + 0.45], left, right, color=panels.GREEN, alpha=0.1, lw=0)
-        for bound in (effect.above, effect.below):
-            if np.isfinite(bound):
-                axes.plot([bound, bound], [at - 0.45, at + 0.45], color="black", lw=0.8, ls=":")
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x", alpha=0.25)
-    units = {effect.unit for effect in effects}
-    axes.set_xlabel(units.pop() if len(units) == 1 else "each in its own unit", fontsize=8)
-    axes.tick_params(axis="x", labelsize=8)
-    title = textwrap.shorten(f"{one.name} {one.statement}", 100, placeholder=" …")
-    axes.set_title(" ", fontsize=9)  # room for the heading, which starts at the figure's left edge
-    heading = axes.annotate(
-        f"{title}: {one.verdict}",
-        (0.01, 1.0),
-        xycoords=("figure fraction", "axes fraction"),
-        xytext=(0, 5),
-        textcoords="offset points",
-        fontsize=9,
-        weight="bold" if one.required else "normal",
-    )
-    heading.set_in_layout(False)

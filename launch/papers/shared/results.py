@@ -1,8 +1,10 @@
 """The results of a part of an experiment: one table of scores by arm, size and seed, and effects from pairs of arms."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,24 @@ from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.plots import intervals
 
 Case = str | tuple[str, str | None]  # an arm at the main size, or (arm, size)
-_AT_THE_END = (
-    0.02  # of a score's range: where two arms are both so near to one end, they cannot differ
-)
+# The arms that measures have read, while `reading` lasts.
+_READ: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("read", default=None)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[set[str]]:
+    """Yields the names of the arms that are read from `Results` within the context."""
+    arms: set[str] = set()
+    token = _READ.set(arms)
+    try:
+        yield arms
+    finally:
+        _READ.reset(token)
+
+
+def _read(arm: str) -> None:
+    if (arms := _READ.get()) is not None:
+        arms.add(arm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +80,7 @@ class Results:
 
     def find(self, arm: str, size: str | None = None) -> dict[int, Mapping[str, Any]]:
         """Returns the rows of an arm by seed, at a size or else at the main one."""
+        _read(arm)
         return {
             row["seed"]: row
             for row in self.rows
@@ -74,17 +92,22 @@ class Results:
 
     def scores(self, arm: str, score: str, size: str | None = None) -> pd.Series:
         """Returns a score of an arm by seed, of the runs that have it."""
-        mine = self._by_arm.get(arm)
-        if mine is None or score not in mine:
-            return pd.Series(dtype=float)
-        if self.main is not None:
-            mine = mine[mine["size"].isna() | (mine["size"] == (size or self.main))]
-        return mine[score].dropna()
+        _read(arm)
+        sizes = (None, size or self.main)
+        values = {
+            row["seed"]: scores.get(score)
+            for row, scores in self._scored.get(arm, ())
+            if self.main is None or row.get("size") in sizes
+        }
+        return pd.Series(values, dtype=float).dropna()
 
     @functools.cached_property
-    def _by_arm(self) -> dict[str, pd.DataFrame]:
-        groups = self.table.groupby("arm", sort=False)
-        return {str(arm): runs.set_index("seed") for arm, runs in groups}
+    def _scored(self) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, float | None]]]]:
+        """The rows of each arm with their scores: without tables, since exchanges of arms ask for them again and again."""
+        by_arm: dict[str, list] = {}
+        for row in self.rows:
+            by_arm.setdefault(row["arm"], []).append((row, self.row_scores(row)))
+        return by_arm
 
     def values(self, arm: str, score: str, size: str | None = None) -> np.ndarray:
         """Returns a score of an arm, one value per seed."""
@@ -112,8 +135,9 @@ class Results:
         minutes = sum(row["seconds"] for row in self.rows) / 60
         return f"{len(self.rows)} runs, seeds {', '.join(map(str, self.seeds))}; {minutes:.0f} minutes of runs"
 
-    def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        """Returns the names of arms without a run for some of the seeds, with these seeds."""
+    def missing(self, arms: Sequence[str], first: int) -> list[str]:
+        """Returns the names of arms without a run for some of the first seeds, with these; only some arms have further ones."""
+        seeds = self.seeds[:first]
         return [
             text
             for arm in arms
@@ -126,9 +150,17 @@ class Results:
         return ""
 
     def limits(self, score: str) -> tuple[float, float] | None:
-        """Returns the least and the greatest possible value of a score; None if it has none."""
+        """Returns what a score is without learning, and what is attainable; None if it cannot be at an end.
+
+        Arms that are all at most at the first, or all at least at the second, are not compared.
+        """
         del score
         return None
+
+    def parts(self, score: str) -> Sequence[str]:
+        """Returns the scores of which a score is the mean; each has its own `limits`."""
+        del score
+        return ()
 
     def unmet(self, score: str, *cases: Case) -> str:
         """Returns why a comparison gives no verdict; empty if nothing speaks against one."""
@@ -140,12 +172,14 @@ class Results:
         ]
         if reasons:
             return "; ".join(reasons)
-        if limits := self.limits(score):
-            near = _AT_THE_END * (limits[1] - limits[0])
-            means = [values.mean() for values in self.paired(score, *cases) if values.size]
-            for end, name in zip(limits, ("floor", "ceiling"), strict=True):
-                if means and all(abs(mean - end) <= near for mean in means):
-                    return f"all arms are at the {name} of {score.replace('_', ' ')}"
+        for part in (score, *self.parts(score)):
+            means = [values.mean() for values in self.paired(part, *cases) if values.size]
+            if not means or (limits := self.limits(part)) is None:
+                continue
+            floor, ceiling = limits
+            for dead, end in ((max(means) <= floor, "floor"), (min(means) >= ceiling, "ceiling")):
+                if dead:
+                    return f"all arms are at the {end} of {part.replace('_', ' ')}"
         return ""
 
     def gain(
@@ -166,7 +200,7 @@ class Results:
           one: the arm that is said to be better: the effect is positive where it is.
           other: the arm it is compared with.
           relative: whether differences are in per cent of the other arm's score.
-          **settings: further fields of Effect; the effect holds above 0 by default.
+          **settings: further fields of Effect.
         """
         cases = one, other
         scores = [self.scores(arm, score, size) for arm, size in map(_split, cases)]
@@ -184,7 +218,6 @@ class Results:
             for label, mean in zip(labels, both.mean(), strict=True)
         ]
         defaults = {
-            "above": 0.0,
             "unit": "%" if relative else "",
             "digits": self.digits(score),
             "unmet": self.unmet(score, *cases),
@@ -210,6 +243,33 @@ def compare(score: str, *pairs: tuple[Case, Case], **settings: Any) -> Measure:
 
     def measure(runs: Results, where: str) -> list[Effect]:
         return [effect for pair in pairs for effect in runs.gain(where, score, *pair, **settings)]
+
+    return measure
+
+
+def average(what: str, *measures: Measure, **settings: Any) -> Measure:
+    """Returns a measure of one effect: by seed the mean of the effects of others, at the seeds that all of them have.
+
+    Args:
+      what: the mean in words.
+      *measures: each of which must return effects.
+      **settings: further fields of Effect.
+    """
+
+    def measure(runs: Any, where: str) -> list[Effect]:
+        every = [list(one(runs, where)) for one in measures]
+        if not all(every):
+            return []
+        effects = [effect for some in every for effect in some]
+        seeds = sorted(set.intersection(*(set(effect.by_seed) for effect in effects)))
+        mean = {s: float(np.mean([effect.by_seed[s] for effect in effects])) for s in seeds}
+        shared = {
+            "unit": effects[0].unit,
+            "digits": effects[0].digits,
+            "note": "; ".join(filter(None, (effect.note for effect in effects))),
+            "unmet": "; ".join(dict.fromkeys(filter(None, (effect.unmet for effect in effects)))),
+        }
+        return [Effect(where=where, what=what, by_seed=mean, **{**shared, **settings})]
 
     return measure
 

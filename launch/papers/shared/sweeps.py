@@ -12,8 +12,8 @@ import ml_collections
 
 from espalier.common import files
 
-# Seeds below it were used to choose designs, margins and settings, so they judge no claim; nor do pilots, from 90 on.
-FIRST_SEED = 10
+# Seeds below it chose designs, margins and settings, so they judge no claim; nor do those of pilots, from 90 on.
+FIRST_SEED = 20
 
 
 def config(arms: Mapping[str, Any], **settings: Any) -> ml_collections.ConfigDict:
@@ -25,10 +25,9 @@ def config(arms: Mapping[str, Any], **settings: Any) -> ml_collections.ConfigDic
     )
 
 
-def seeds(number: int | str, *, after: int = 0) -> tuple[int, ...]:
-    """Returns so many seeds that judge claims, `after` others that chose something."""
-    first = FIRST_SEED + after
-    return tuple(range(first, first + int(number)))
+def seeds(number: int | str) -> tuple[int, ...]:
+    """Returns so many seeds that judge claims."""
+    return tuple(range(FIRST_SEED, FIRST_SEED + int(number)))
 
 
 def after(word: str, text: str) -> str:
@@ -126,6 +125,22 @@ if TYPE_CHECKING:
 _PAPERS = pathlib.Path(__file__).parents[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Further:
+    """The arms that go on beyond the first seeds, of claims that these have not decided.
+
+    Attributes:
+      seeds: number of the first seeds, for which all arms run.
+      arms: that run for all seeds.
+    """
+
+    seeds: int
+    arms: frozenset[str]
+
+    def includes(self, run: "Run") -> bool:
+        return run.seed < FIRST_SEED + self.seeds or run.arm in self.arms
+
+
 class StoppedError(Exception):
     """A sweep was stopped and continues when it is started again."""
 
@@ -158,6 +173,7 @@ def rows(
     *,
     workers: int = 1,
     minutes: float | None = None,
+    further: Further | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the results of a sweep, after its unfinished runs.
 
@@ -167,6 +183,7 @@ def rows(
       argument: of the file's `get_config`: the number of seeds, or a text with more.
       workers: runs at once.
       minutes: after which it stops; the same call continues.
+      further: the arms that run for all seeds; the others, and what no chosen run starts from, run for the first seeds alone.
 
     Raises:
       ValueError: the sweep could not be run.
@@ -178,7 +195,11 @@ def rows(
 
     file = _file(name, argument)
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
-    status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
+    if minutes is not None:
+        words.append(f"--minutes={minutes}")
+    if further is not None:
+        words += [f"--only={run.name}" for run in planned(name, argument) if further.includes(run)]
+    status = sweep.main(words)
     if status == cli.INTERRUPTED:
         raise StoppedError(f"The sweep in {folder} was stopped; the same command continues it.")
     if status == 2:

@@ -54,10 +54,12 @@ class Retriever(CachedModel):
         suffix_EX: np.ndarray | None = None,
         logits_EV: jax.Array | None = None,
     ) -> np.ndarray:
-        """Returns greedy answers [E, A]; arguments as of `CachedModel.generate`."""
+        """Returns greedy answers [E, A]; arguments as of `CachedModel.hold`, and tokens to read after the compression."""
         room = retrieval.ANSWER_TOKENS + (0 if suffix_EX is None else suffix_EX.shape[1])
-        inputs = {"suffix_BX": suffix_EX, "logits_BV": logits_EV}
-        return self.generate(recording, method, capacity, _SETTINGS, room=room, **inputs)
+        held = self.hold(recording, method, capacity, room=room, logits_BV=logits_EV)
+        return self.generate(
+            held if suffix_EX is None else self.read_on(held, suffix_EX), _SETTINGS
+        )
 
     def draw(
         self, prompts: int, lines: int, seed: int, question: retrieval.Question = "last"

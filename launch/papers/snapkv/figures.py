@@ -6,11 +6,20 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.papers.shared.page import Prose
-from espalier.launch.papers.snapkv import accuracy, experiment, needles
-from espalier.launch.papers.snapkv.needles import DEPTHS
-from espalier.launch.papers.snapkv.results import Latency, Needles, Retrieval, rates
-from espalier.launch.plots import intervals
-from espalier.launch.plots.panels import BLUE, RED, errors, legend_below, panels
+from espalier.launch.papers.snapkv import accuracy, experiment, needles, sentences
+from espalier.launch.papers.snapkv.results import (
+    EXACT,
+    LABELS,
+    LOSS,
+    OVERLAP,
+    Latency,
+    Needles,
+    Retrieval,
+    Sentences,
+    Values,
+    rates,
+)
+from espalier.launch.plots.panels import BLUE, GREY, ORANGE, panels
 
 _PROSE = Prose.of(__name__)
 
@@ -31,7 +40,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, Figure]:
         "windows": (("retrieval", "needles"), _windows),
         "questions": (("retrieval", "needles"), _questions),
         "needles": (("needles",), _needles),
-        "needle_grid": (("needles",), _needle_grid),
+        "sentences": (("sentences",), _sentences),
         "latency": (("latency",), _latency),
     }
     return {
@@ -46,7 +55,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, Figure]:
 def _accuracy(runs: Retrieval) -> Any:
     if not runs.sound:
         return None
-    figure, axes = panels(len(_ACCURACY), (14, 4.6), share_y=True)
+    figure, axes = panels(len(_ACCURACY), (8, 4.6), share_y=True)
     capacities = experiment.CAPACITIES
     full = np.mean(list(runs.exact("full", 0).values()))
     for one, (title, names) in zip(axes, _ACCURACY.items(), strict=True):
@@ -62,11 +71,11 @@ def _accuracy(runs: Retrieval) -> Any:
             for capacity, values in zip(capacities, by_capacity, strict=True):
                 one.plot([capacity] * len(values), values, ls="", ms=3, alpha=0.45, **style)
         one.set_xscale("log", base=2)
-        one.set_xticks(capacities, [f"{c}\n{c / runs.length:.0%}" for c in capacities])
+        one.set_xticks(capacities, [f"{c}\n{c / runs.length:.0%}" for c in capacities], fontsize=8)
         one.set_title(title, fontsize=10)
-        one.set_xlabel(f"capacity C, and its share of {runs.length} tokens")
+        one.set_xlabel(f"C, and its share of {runs.length}")
         one.set_ylim(-0.03, 1.03)
-        one.legend(frameon=False, fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.2))
+        one.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.25))
     axes[0].set_ylabel("exact answers of four tokens")
     return figure
 
@@ -75,7 +84,7 @@ def _depth(runs: Retrieval) -> Any:
     if not runs.sound:
         return None
     lines = [*experiment.SHORTER, experiment.LINES]
-    figure, axes = panels(len(_MAPPED), (12, 2.8))
+    figure, axes = panels(2, (8, 4.4), rows=2)
     for name, one in zip(_MAPPED, axes, strict=True):
         cells = [
             [runs.right(seed, name, experiment.CAPACITY, n) for seed in runs.sound] for n in lines
@@ -86,27 +95,26 @@ def _depth(runs: Retrieval) -> Any:
         capacity = "" if name == "full" else f", C = {experiment.CAPACITY}"
         shares_map(one, np.stack(shares), names, [str(7 + 5 * n) for n in lines])
         one.set_title(STYLE[name][2] + capacity, fontsize=10)
-        one.set_xlabel("depth, %")
-    axes[0].set_ylabel("prompt, tokens")
+        one.set(xlabel="depth, %", ylabel="prompt, tokens")
     return figure
 
 
 def _windows(runs: Retrieval, answers: Needles) -> Any:
-    haystacks = list(answers.of_length(needles.JUDGED.tokens).values())
+    haystacks = answers.haystacks
     if not (runs.sound and haystacks):
         return None
-    figure, (small, chat, tokens) = panels(3, (14, 4), share_y=True)
+    figure, (small, chat, tokens) = panels(3, (8, 3.6), share_y=True)
     rates_SLW = np.stack([runs.window_rates(seed) for seed in runs.sound])
     _by_window(small, {f"layer {i}": rates_SLW[:, i] for i in range(rates_SLW.shape[1])})
-    small.set_title("retrieval models, dots are seeds", fontsize=10)
+    small.set_title("retrieval models", fontsize=10)
     rates_HLW = np.stack([rates(one["hits"]) for one in haystacks])
     thirds = np.array_split(np.arange(rates_HLW.shape[1]), 3)
     labels = [f"layers {third[0]} to {third[-1]}" for third in thirds]
     by_third = [rates_HLW[:, third].mean(1) for third in thirds]
     _by_window(chat, dict(zip(labels, by_third, strict=True)))
-    chat.set_title("SmolLM2-135M, dots are haystacks", fontsize=10)
+    chat.set_title("SmolLM2-135M", fontsize=10)
     for one in (small, chat):
-        one.set_xlabel("windows before the last one (the last is 0)")
+        one.set_xlabel("windows before the last")
     small.set_ylabel("hit rate of the window's choices")
     rates_SLA = np.stack([rates(runs.models[seed]["hits"]["tokens"]) for seed in runs.sound])
     for layer in range(rates_SLA.shape[1]):
@@ -114,7 +122,7 @@ def _windows(runs: Retrieval, answers: Needles) -> Any:
         with_dots(tokens, at, rates_SLA[:, layer], layer, f"layer {layer}")
     tokens.set_xticks(at)
     tokens.set_xlabel("generated token")
-    tokens.set_title("retrieval models: the last window", fontsize=10)
+    tokens.set_title("the last window", fontsize=10)
     for one in (small, chat, tokens):
         one.set_ylim(0, None)
         one.legend(frameon=False, fontsize=8)
@@ -128,10 +136,10 @@ def _by_window(axes: Any, curves: Mapping[str, np.ndarray]) -> None:
 
 
 def _questions(runs: Retrieval, answers: Needles) -> Any:
-    haystacks = list(answers.of_length(needles.JUDGED.tokens).values())
+    haystacks = answers.haystacks
     if not (runs.sound and haystacks):
         return None
-    figure, (small, chat, place, time) = panels(4, (15, 4), share_y=True)
+    figure, (small, chat, place, time) = panels(2, (8, 6.4), rows=2)
     models = [runs.models[seed] for seed in runs.sound]
     for axes, overlaps, title in (
         (small, [one["overlaps"] for one in models], "retrieval models"),
@@ -142,10 +150,10 @@ def _questions(runs: Retrieval, answers: Needles) -> Any:
         ):
             values_NL = np.array([one[key] for one in overlaps])
             with_dots(axes, np.arange(values_NL.shape[1]), values_NL, number, label)
-        axes.axhline(
-            np.mean([one["chance"] for one in overlaps]), color="black", ls=":", label="chance"
-        )
-        axes.set(xlabel="layer", title=f"positions in common, {title}")
+        chance = np.mean([one["chance"] for one in overlaps])
+        axes.axhline(chance, color="black", ls=":", label="by chance")
+        axes.set(xlabel="layer", ylabel="share of kept positions", ylim=(0, 1.03))
+        axes.set_title(f"in common, {title}", fontsize=10)
         # Above the line of chance.
         axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.2))
     small.set_xticks(range(len(models[0]["overlaps"]["same"])))
@@ -155,88 +163,100 @@ def _questions(runs: Retrieval, answers: Needles) -> Any:
     exact = [[runs.models[s]["positions"][q]["snapkv"] for q in ("last", "first")] for s in both]
     joined(place, exact, 1, "exact answers, SnapKV")
     place.set_xticks([0, 1], ["question last", "question first"])
-    place.set_title("position of the question", fontsize=10)
+    place.set(ylabel="share", ylim=(0, 1.03))
+    place.set_title("place of the question, retrieval models", fontsize=10)
     when = ("before", "after")
     joined(time, [[one["agnostic"][w] for w in when] for one in models], 0, "retrieval models")
-    chat_exact = [
-        answers.exact(needles.JUDGED.tokens, name, needles.JUDGED.fifth).mean()
-        for name in ("before", "snapkv")
-    ]
-    joined(time, [chat_exact], 1, "SmolLM2-135M, mean")
+    exact = [answers.scores(EXACT, name).values() for name in ("before", "snapkv")]
+    joined(time, list(zip(*exact, strict=True)), 1, "SmolLM2-135M")
     time.set_xticks([0, 1], ["before the question", "after it"])
-    time.set_title("exact answers by time of compression", fontsize=10)
-    for one in (small, chat):
-        one.title.set_fontsize(10)
-    for one, corner in ((place, "lower left"), (time, "lower right")):
+    time.set(ylabel="exact answers", ylim=(-0.03, 1.03))
+    time.set_title("time of compression", fontsize=10)
+    for one in (place, time):
         one.set_xlim(-0.4, 1.4)
-        one.legend(frameon=False, fontsize=8, loc=corner)
-    small.set_ylim(0, 1.03)
+        one.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
 def _needles(answers: Needles) -> Any:
-    grid = needles.JUDGED
-    if not answers.of_length(grid.tokens):
+    if not answers.haystacks:
         return None
-    figure, (axes,) = panels(1, (8, 6.5))
-    rows = [("full cache", answers.digits(grid.tokens, "full", 0))]
-    every = needles.cases(grid, **answers.chosen)
-    for name, method, capacity in sorted(every, key=lambda case: case[2]):
-        digits = answers.digits(grid.tokens, name, capacity)
-        rows.append((f"{method.label}, {capacity}", digits))
-    unseen = answers.digits(grid.tokens, "before", grid.fifth)
-    rows.append((f"SnapKV before the question, {grid.fifth}", unseen))
-    for at, (_, digits) in enumerate(rows):
-        share = intervals.mean(digits.all(-1).mean(-1))
-        axes.barh(at, share["value"], 0.7, xerr=errors([share]), capsize=2, color=BLUE)
-        axes.plot(digits.mean(), at, marker="D", color=RED, ls="", ms=5)
-    axes.plot([], [], marker="D", color=RED, ls="", label="share of right digits")
-    axes.barh([], [], color=BLUE, label="exact answers, 95 %")
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    every = {(name, capacity): method.label for name, method, capacity in needles.cases()}
+    every |= {("full", 0): "full cache", ("before", needles.CAPACITY): "SnapKV before the question"}
+    best = {  # of a method, so that its capacities stay together
+        name: max(_mean(answers.scores(EXACT, case)) for case in every if case[0] == name)
+        for name, _ in every
+    }
+    cases = sorted(every, key=lambda case: (-best[case[0]], case[0], -case[1]))
+    labels = [f"{every[case]}, {case[1]}" if case[1] else every[case] for case in cases]
+    figure, (exact, loss) = panels(2, (8, 1.0 + 0.28 * len(cases)), share_y=True)
+    for axes, score in ((exact, EXACT), (loss, LOSS)):
+        _rows(axes, [answers.scores(score, case) for case in cases])
+    exact.set(xlabel=f"{EXACT}, share of needles", ylabel="method, capacity C", xlim=(-0.03, 1.03))
+    exact.set_yticks(range(len(cases)), labels, fontsize=8)
+    loss.set_xlabel("loss of the numbers, nats per token")
+    return figure
+
+
+def _sentences(answers: Sentences) -> Any:
+    main = answers.of(sentences.MAIN)
+    if not main:
+        return None
+    names = [name for name in LABELS if name in next(iter(main.values()))["losses"]]
+    names = sorted(set(names) - {"none", "full"}, key=lambda name: -_mean(answers.kept(name)))
+    figure, (kept, overlap) = panels(2, (8, 1.2 + 0.36 * len(names)), share_y=True)
+    for size, colour, shift in ((sentences.MAIN, BLUE, -0.14), (sentences.LONG, ORANGE, 0.14)):
+        label = f"{size.tokens:,} tokens, C = {size.capacity:,}"
+        _rows(kept, [answers.kept(name, size) for name in names], colour, shift, label)
+        overlaps = [answers.scores(OVERLAP, name, size) for name in names]
+        _rows(overlap, overlaps, colour, shift)
+        if full := answers.scores(OVERLAP, "full", size):
+            overlap.axvline(_mean(full), color=colour, ls="--", lw=1.2)
+    for at, word in ((0, "no context"), (1, "full cache")):
+        kept.axvline(at, color=GREY, ls=":", lw=1)
+        kept.annotate(word, (at, 1.0), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+    kept.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=8)
+    kept.set_xlabel("share of the context's worth that is kept", fontsize=9)
+    figure.legend(
+        *kept.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
+    overlap.set_xlabel(f"{OVERLAP} of its own answers (dashed: full cache)", fontsize=9)
+    overlap.set_xlim(-0.03, 1.03)
+    return figure
+
+
+def _mean(values: Values) -> float:
+    return float(np.mean(list(values.values())))
+
+
+def _rows(
+    axes: Any, rows: Sequence[Values], colour: str = BLUE, shift: float = 0.0, label: str = ""
+) -> None:
+    """Draws each row's values as dots and their mean as a line, from the top; nothing where there are no values."""
+    for at, values in enumerate(rows):
+        if values:
+            every, style = list(values.values()), {"color": colour, "ls": ""}
+            axes.plot(every, [at + shift] * len(every), marker="o", ms=3, alpha=0.4, mew=0, **style)
+            axes.plot(_mean(values), at + shift, marker="|", ms=10, mew=2.5, label=label, **style)
+            label = ""
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_xlim(0, 1.02)
-    questions = rows[0][1].shape[0] * rows[0][1].shape[1]
-    axes.set_title(f"{grid.tokens:,} tokens, {questions} questions", fontsize=10)
-    axes.set(xlabel="share of questions or digits", ylabel="method, capacity C")
-    legend_below(figure, axes, 2)
-    return figure
-
-
-def _needle_grid(answers: Needles) -> Any:
-    grids = [grid for grid in needles.GRIDS if answers.of_length(grid.tokens)]
-    if not grids:
-        return None
-    names = ("full", "snapkv", "tova", "streaming_llm")
-    figure, axes = panels(len(names), (12, 1.7 + 0.5 * len(grids)))
-    for name, one in zip(names, axes, strict=True):
-        table = []
-        for grid in grids:
-            capacity = 0 if name == "full" else grid.fifth
-            table.append(answers.digits(grid.tokens, name, capacity).all(-1).mean(0))
-        shares_map(
-            one,
-            np.stack(table),
-            [f"{depth:.0%}" for depth in DEPTHS],
-            [f"{grid.tokens:,}" for grid in grids],
-        )
-        one.set_title(STYLE[name][2] + (", C = T / 5" if name != "full" else ""), fontsize=10)
-        one.set_xlabel("depth")
-    axes[0].set_ylabel("haystack, tokens")
-    return figure
 
 
 def _latency(timed: Latency) -> Any:
-    figure, axes = panels(len(timed.batches), (11, 4), share_y=True)
+    figure, axes = panels(len(timed.batches), (8, 3.6), share_y=True)
     capacity = timed.settings["capacity"]
     for (batch, methods), one in zip(timed.batches.items(), axes, strict=True):
         for name, label in (("full", "full cache"), ("snapkv", f"SnapKV, C = {capacity:,}")):
             colour, marker, _ = STYLE[name]
             at = [int(length) for length in methods[name]]
             ms = np.array([cell["ms"] for cell in methods[name].values()])
-            one.plot(at, np.median(ms, 1), color=colour, marker=marker, label=f"{label}, median")
-            one.plot(at, ms.min(1), color=colour, ls=":", lw=1.2, label=f"{label}, least")
+            one.plot(at, np.median(ms, 1), color=colour, marker=marker, label=label)
+            one.plot(at, ms, color=colour, ls="", marker=marker, ms=3, alpha=0.4)
         one.set_xticks(at, [f"{n // 1024}K" for n in at], fontsize=8)
         one.set_xlabel("prompt, tokens")
         one.set_title(f"batch {batch}", fontsize=10)

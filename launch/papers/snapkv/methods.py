@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,42 +106,70 @@ class CachedModel:
         policy = method.at(capacity)
         return _compress(self.model, policy, room, method.cache_dtype, recording)
 
-    def generate(
+    def hold(
         self,
         recording: replay.Recording,
         method: Method,
         capacity: int,
-        settings: Settings,
         *,
         room: int,
-        suffix_BX: Any = None,
-        counts_B: jax.Array | None = None,
         logits_BV: jax.Array | None = None,
-    ) -> np.ndarray:
-        """Returns the generated tokens [B, M].
+    ) -> "Held":
+        """Returns the prompts as a method holds them.
 
         Args:
           recording: of the prompts; the oracle's has the answer at its end.
           method: compresses the prompts.
           capacity: of the method.
-          settings: of the generation.
-          room: further tokens that the caches can hold, including a suffix.
-          suffix_BX: tokens to read after the compression, `counts_B` of each row, or all of them if None.
+          room: further tokens that the caches can hold.
           logits_BV: after the prompts, where the recording goes on.
         """
-        caches = self.compress(recording, method, capacity, room)
         policy = method.at(capacity)
-        lengths_B = recording.lengths_B - policy.future
-        logits_BV = recording.logits_BV if logits_BV is None else logits_BV
-        policy = replay.decoding_policy(policy)
-        if suffix_BX is not None:
-            if counts_B is None:
-                counts_B = jnp.full(len(suffix_BX), suffix_BX.shape[1], jnp.int32)
-            state = self.params, caches, lengths_B, suffix_BX, counts_B
-            logits_BV, caches = _read_on(self.model, policy, *state)
-            lengths_B = lengths_B + counts_B
-        state = self.params, caches, lengths_B, logits_BV
-        return np.asarray(_answer(self.model, policy, settings, *state))
+        return Held(
+            policy=replay.decoding_policy(policy),
+            caches=self.compress(recording, method, capacity, room),
+            lengths_B=recording.lengths_B - policy.future,
+            logits_BV=recording.logits_BV if logits_BV is None else logits_BV,
+        )
+
+    def read_on(self, held: "Held", tokens_BX: Any, counts_B: Any = None) -> "Held":
+        """Returns what is held after further tokens, `counts_B` of each row, or all of them if None."""
+        if counts_B is None:
+            counts_B = jnp.full(len(tokens_BX), tokens_BX.shape[1], jnp.int32)
+        state = self.params, held.caches, held.lengths_B, jnp.asarray(tokens_BX), counts_B
+        logits_BV, caches = _read_on(self.model, held.policy, *state)
+        return Held(held.policy, caches, held.lengths_B + counts_B, logits_BV)
+
+    def generate(self, held: "Held", settings: Settings) -> np.ndarray:
+        """Returns the generated tokens [B, M]."""
+        state = self.params, held.caches, held.lengths_B, held.logits_BV
+        return np.asarray(_answer(self.model, held.policy, settings, *state))
+
+    def log_probabilities(self, held: "Held", tokens_BX: Any, counts_B: Any) -> np.ndarray:
+        """Returns the log-probabilities [B, X] of given answers of `counts_B` tokens, zeros at their padding."""
+        state = self.params, held.caches, held.lengths_B, held.logits_BV
+        given = jnp.asarray(tokens_BX), jnp.asarray(counts_B)
+        return np.asarray(_log_probabilities(self.model, held.policy, *state, *given))
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Prompts of lengths_B tokens in compressed caches, which `policy` continues, and the logits after them."""
+
+    policy: CachePolicy
+    caches: Any
+    lengths_B: jax.Array
+    logits_BV: jax.Array
+
+    @classmethod
+    def of(cls, some: Sequence["Held"]) -> "Held":
+        """Returns prompts of one policy and padded length in one batch."""
+
+        def joined(*leaves: jax.Array) -> jax.Array:
+            return jnp.concatenate(leaves) if leaves[0].ndim else leaves[0]
+
+        states = [(one.caches, one.lengths_B, one.logits_BV) for one in some]
+        return cls(some[0].policy, *jax.tree.map(joined, *states))
 
 
 _record = functools.partial(jax.jit, static_argnums=0)(replay.record)
@@ -156,6 +184,13 @@ def _compress(model, policy, room, cache_dtype, recording):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read_on(model, policy, params, caches, lengths_B, tokens_BX, counts_B):
     return replay.read_on(model, params, policy, caches, lengths_B, tokens_BX, counts_B)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _log_probabilities(model, policy, params, caches, lengths_B, logits_BV, tokens_BX, counts_B):
+    return replay.log_probabilities(
+        model, params, policy, caches, lengths_B, logits_BV, tokens_BX, counts_B
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

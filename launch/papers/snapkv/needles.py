@@ -1,7 +1,7 @@
 """Retrieval of needles from real text by a converted chat model, under every policy.
 
 A haystack is read once; each question is read after it, and the recorded queries, keys and values are
-replayed for each policy. Window and kernel are chosen on some haystacks, and policies judged on others.
+replayed for each policy. A number is scored by the log-probabilities of its tokens, and by the digits of the model's own answer.
 
 Shapes: B questions of a haystack, T tokens.
 
@@ -11,7 +11,7 @@ Haystacks are stretches of the King James Bible with five sentences "The magic n
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from espalier.launch.load.load_run import LoadedRun
 from espalier.launch.papers.shared import sweeps
 from espalier.launch.papers.shared.sweeps import Stages
 from espalier.launch.papers.snapkv import attention
-from espalier.launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
+from espalier.launch.papers.snapkv.methods import FULL, CachedModel, Held, Method, methods, pooled
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.snapkv import replay
 
@@ -113,80 +113,37 @@ SUFFIX = 64  # tokens that questions are padded to
 NEW_TOKENS = 8
 ROOM = SUFFIX + NEW_TOKENS  # of the caches, for a question and an answer
 _SETTINGS = Settings(max_new_tokens=NEW_TOKENS)
-# Every digit is a token, and so is the space before them in some vocabularies. A vote for one token of an answer keeps
-# all of it with a kernel of 2 * answer - 1: 9, or 11 with the space. Narrower ones are measured, and not chosen.
-KERNELS = (7, 9, 11, 13)
-WINDOWS = (8, 16, 32)
-SUFFICIENT = 2 * DIGITS - 1
+# The best on four haystacks of seed 90, which judge nothing. Every digit is a token, and so is the space before them: a vote for
+# one token of an answer keeps all of it with a kernel of 2 * answer - 1, which is 11, or 9 without the space.
+WINDOW, KERNEL = 8, 13
+H2O_WINDOW = 16
 # Windows of the prompt's end, whose choices are compared with what answers attend to: the last is most of the question.
 SOURCE_WINDOWS, SOURCE_WINDOW = 8, 32
 CHOSEN_SHARE, THRESHOLD = 0.1, 0.05  # of the prefix, of attention weights
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Haystacks of one length.
-
-    Attributes:
-      tokens: the length they are padded to.
-      haystacks: how many of them; each has five needles.
-      fifth: capacity at which all methods are compared, a fifth of the length.
-      others: further capacities of a few methods.
-      names: of the methods; all if None.
-      seed: of the haystacks.
-    """
-
-    tokens: int
-    haystacks: int
-    fifth: int
-    others: Sequence[int] = ()
-    names: Sequence[str] | None = None
-    seed: int = sweeps.FIRST_SEED + 1
-
-
-# The first chooses window and kernel, and judges nothing; the last has too few haystacks to judge, and is for the map of
-# depths and lengths.
-CHOOSING = Grid(tokens=1024, haystacks=4, fifth=192, seed=90)
-JUDGED = Grid(tokens=1024, haystacks=12, fifth=192, others=(96, 384))
-_CURVES = ("snapkv", "tova", "streaming_llm")
-LONG = Grid(tokens=2048, haystacks=4, fifth=384, names=_CURVES)
-GRIDS = (JUDGED, LONG)
+TOKENS = 1024  # that haystacks are padded to
+HAYSTACKS = 12
+CAPACITY = 192  # at which all methods are compared, about a fifth
+OTHERS = (96, 384)  # capacities of the curves
 Case = tuple[str, Method, int]  # name, method, capacity
 
 
-def candidates() -> list[Case]:
-    """Returns SnapKV with every window and kernel, and H2O with every window, at the capacity of CHOOSING."""
-    sizes = [(window, kernel) for window in WINDOWS for kernel in KERNELS]
-    snapkv = [(f"snapkv {w} {k}", pooled(w, k), CHOOSING.fifth) for w, k in sizes]
-    h2o = [(f"h2o {w}", Method("H2O", "h2o", {"window": w}), CHOOSING.fifth) for w in WINDOWS]
-    return [*snapkv, *h2o]
-
-
-def chosen(haystacks: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns the best 'window' and 'kernel' of SnapKV, and the best 'h2o_window', by the results of CHOOSING.
-
-    Best is the highest share of exact answers, then of right digits, then the smaller window and kernel. A kernel that is
-    smaller than SUFFICIENT is not chosen.
-    """
-
-    def score(name: str) -> tuple[float, float]:
-        right = np.array([one["digits"][name][str(CHOOSING.fifth)] for one in haystacks])
-        return float(right.all(-1).mean()), float(right.mean())
-
-    sizes = [(w, k) for w in WINDOWS for k in KERNELS if k >= SUFFICIENT]
-    window, kernel = max(sizes, key=lambda size: score(f"snapkv {size[0]} {size[1]}"))
-    h2o_window = max(WINDOWS, key=lambda w: score(f"h2o {w}"))
-    return {"window": window, "kernel": kernel, "h2o_window": h2o_window}
-
-
-def cases(grid: Grid, *, window: int, kernel: int, h2o_window: int) -> list[Case]:
-    """Returns the measurements of a grid with the chosen sizes."""
-    known = methods(window=window, kernel=kernel, generated=NEW_TOKENS)
-    known["h2o"] = Method("H2O", "h2o", {"window": h2o_window})
-    known |= {f"kernel_{size}": pooled(window, size) for size in (1, 5)}
-    del known["snapkv_int8"]
-    at_fifth = [(name, known[name], grid.fifth) for name in grid.names or known]
-    return at_fifth + [(name, known[name], c) for c in grid.others for name in _CURVES]
+def cases() -> list[Case]:
+    """Returns the methods that are measured beside the full cache; SnapKV is first."""
+    known = methods(window=WINDOW, kernel=KERNEL, generated=NEW_TOKENS)
+    known["h2o"] = Method("H2O", "h2o", {"window": H2O_WINDOW})
+    known["kernel_7"] = pooled(WINDOW, 7)  # the paper's
+    known["kernel_1"] = pooled(WINDOW, 1)
+    # One query votes, as in TOVA, and the votes are pooled, as in SnapKV.
+    known["window_1"] = dataclasses.replace(pooled(1, KERNEL), label="SnapKV, window of 1")
+    for name in ("snapkv_int8", "snapkv_avg", "pyramidkv", "adakv"):  # the paper's methods alone
+        del known[name]
+    return [
+        *((name, method, CAPACITY) for name, method in known.items()),
+        ("h2o", known["h2o"], 4 * CAPACITY),  # what the paper compares SnapKV with
+        *((name, known[name], c) for c in OTHERS for name in ("snapkv", "tova")),
+    ]
 
 
 class Reader:
@@ -230,15 +187,24 @@ class Reader:
         whole = self.model.record_more(context, tokens_BX, counts_B)
         return Reading(context, whole, jnp.asarray(tokens_BX), counts_B)
 
-    def answer(
+    def hold(
         self, reading: "Reading", method: Method, capacity: int, *, unseen: bool = False
-    ) -> np.ndarray:
-        """Returns the tokens of the model's answers; `unseen`: the haystack is compressed before the question is read."""
-        recording, inputs = reading.whole, {}
-        if unseen:
-            recording = reading.context
-            inputs = {"suffix_BX": reading.suffix_BX, "counts_B": reading.counts_B}
-        return self.model.generate(recording, method, capacity, _SETTINGS, room=ROOM, **inputs)
+    ) -> Held:
+        """Returns the prompts as a method holds them; `unseen`: the haystack is compressed before the question is read."""
+        recording = reading.context if unseen else reading.whole
+        held = self.model.hold(recording, method, capacity, room=ROOM)
+        return self.model.read_on(held, reading.suffix_BX, reading.counts_B) if unseen else held
+
+    def losses(self, held: Held, hay: Haystack) -> list[list[float]]:
+        """Returns the nats of each token of the numbers [needles, X]."""
+        numbers = [self.run.vocabulary.encode(f" {number}") for number in hay.numbers]
+        rows = [*numbers, numbers[MIDDLE]]
+        counts_B = np.array([len(row) for row in rows])
+        log_BX = self.model.log_probabilities(held, _padded(rows, NEW_TOKENS), counts_B)
+        return [
+            [round(-float(x), 4) for x in log_X[:count]]
+            for log_X, count in zip(log_BX[: len(DEPTHS)], counts_B, strict=False)
+        ]
 
     def texts(self, tokens_BM: np.ndarray) -> list[str]:
         """Returns the answers to the questions about each needle as texts."""
@@ -266,42 +232,42 @@ class Reading:
     counts_B: jax.Array
 
 
-def measure(
-    reader: Reader, hay: Haystack, tokens: int, cases: Sequence[Case], snapkv: Case | None = None
-) -> dict[str, Any]:
-    """Measures which digits are right, by method and capacity, of every needle of a haystack.
+def measure(reader: Reader, hay: Haystack, tokens: int, every: Sequence[Case]) -> dict[str, Any]:
+    """Measures every needle of a haystack with the full cache and other methods, and analyses what the first of these keeps.
 
     Args:
       reader: of a chat model.
       hay: what to read.
       tokens: the length that it is padded to.
-      cases: beside the full cache.
-      snapkv: with which the haystack is also compressed before the question, and whose choices are analysed; None for
-        neither.
+      every: as of `cases`; the first also compresses the haystack before the question.
 
     Returns:
-      {"answers": [[full cache's answer, number]], "digits": {name: {capacity: [needles, 5]}}} and, with `snapkv`, the
-      results of `_overlaps` and `_hits` as "overlap" and "hits".
+      {"answers": [[full cache's answer, number]], "losses": {name: {capacity: [needles, tokens of the number]}}, "digits":
+      {name: {capacity: [needles, 5]}}, "overlap": of `_overlaps`, "hits": of `_hits`}.
     """
     reading = jax.block_until_ready(reader.read(hay, tokens))
     digits: dict[str, Any] = {}
+    losses: dict[str, Any] = {}
 
-    def score(name: str, capacity: int, tokens_BM: np.ndarray) -> list[tuple[str, str]]:
-        pairs = list(zip(reader.texts(tokens_BM), hay.numbers, strict=True))
+    def score(name: str, method: Method, capacity: int, **settings: bool) -> np.ndarray:
+        held = reader.hold(reading, method, capacity, **settings)
+        tokens_BM = reader.model.generate(held, _SETTINGS)
+        pairs = zip(reader.texts(tokens_BM), hay.numbers, strict=True)
         digits.setdefault(name, {})[str(capacity)] = [right_digits(*pair) for pair in pairs]
-        return pairs
+        if method.policy != "streaming_llm":  # its ring takes one token at a time
+            losses.setdefault(name, {})[str(capacity)] = reader.losses(held, hay)
+        return tokens_BM
 
-    full_BM = reader.answer(reading, FULL, 0)
-    out = {"answers": score("full", 0, full_BM), "digits": digits}
-    for name, method, capacity in cases:
-        score(name, capacity, reader.answer(reading, method, capacity))
-    if snapkv is None:
-        return out
-    _, method, capacity = snapkv
-    score("before", capacity, reader.answer(reading, method, capacity, unseen=True))
+    full_BM = score("full", FULL, 0)
+    for case in every:
+        score(*case)
+    _, *snapkv = every[0]
+    score("before", *snapkv, unseen=True)
     return {
-        **out,
-        "overlap": _overlaps(reader, reading, method, capacity),
+        "answers": [list(pair) for pair in zip(reader.texts(full_BM), hay.numbers, strict=True)],
+        "losses": losses,
+        "digits": digits,
+        "overlap": _overlaps(reader, reading, *snapkv),
         "hits": _hits(reader, reading, full_BM),
     }
 
@@ -347,38 +313,23 @@ def _window_hits(record, ends_B, prefix, count):
     )
 
 
-def measure_all(run: LoadedRun, stages: Stages, grids: Sequence[Grid] = GRIDS) -> dict[str, Any]:
-    """Chooses window and kernel, and measures all haystacks of the grids with them.
+def measure_all(run: LoadedRun, stages: Stages) -> list[dict[str, Any]]:
+    """Returns what `measure` does of each haystack, with its number as 'haystack', and 'seconds'."""
+    reader, lines, every = Reader(run), paragraphs(), cases()
+    out = []
+    for number in tqdm(sweeps.seeds(HAYSTACKS), desc="needles", unit="haystack", disable=None):
 
-    Returns:
-      {"candidates": results of CHOOSING, "chosen": the sizes, "haystacks": results of the grids, each with 'tokens'}.
-    """
-    reader, lines = Reader(run), paragraphs()
+        def one(number: int = number) -> dict[str, Any]:
+            rng = np.random.default_rng((number, TOKENS))
+            # Room for the template's words before the haystack.
+            return measure(
+                reader, haystack(rng, lines, reader.count, TOKENS - SUFFIX), TOKENS, every
+            )
 
-    def results(grid: Grid, cases: Sequence[Case], snapkv: Case | None) -> list[dict[str, Any]]:
-        out = []
-        for i in tqdm(
-            range(grid.haystacks), desc=f"{grid.tokens} tokens", unit="haystack", disable=None
-        ):
-
-            def one(i: int = i) -> dict[str, Any]:
-                rng = np.random.default_rng((grid.seed, grid.tokens, i))
-                # Room for the template's words before the haystack.
-                hay = haystack(rng, lines, reader.count, grid.tokens - SUFFIX)
-                return measure(reader, hay, grid.tokens, cases, snapkv)
-
-            settings = {
-                "haystack": [grid.seed, grid.tokens, i],
-                "cases": [(name, vars(method), c) for name, method, c in cases],
-            }
-            stage = stages.get(f"needles_{grid.tokens}_{grid.seed}_{i}", settings, one)
-            out.append({"tokens": grid.tokens, "haystack": i, **stage["result"]})
-        return out
-
-    tried = results(CHOOSING, candidates(), None)
-    sizes = chosen(tried)
-    measured = []
-    for grid in grids:
-        all_cases = cases(grid, **sizes)
-        measured += results(grid, all_cases, None if grid.names else all_cases[0])
-    return {"candidates": tried, "chosen": sizes, "haystacks": measured}
+        settings = {
+            "haystack": [number, TOKENS],
+            "cases": [(name, vars(method), c) for name, method, c in every],
+        }
+        stage = stages.get(f"needles_{number}", settings, one)
+        out.append({"haystack": number, "seconds": stage["seconds"], **stage["result"]})
+    return out

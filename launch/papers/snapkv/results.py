@@ -1,7 +1,7 @@
 """The measurements by part, with the models and haystacks that can judge, and effects of them.
 
-Effects are over retrieval models by seed, and over haystacks by a bootstrap. The needles of a haystack are not independent, so that
-haystacks are resampled and not needles. `shuffle` makes measurements of which no claim is true.
+Effects are numbers by seed of a retrieval model, by haystack or by context of the chat model, and by process of the time of decoding:
+what is asked of one of these is not independent, so that it counts once. `shuffle` makes measurements of which no claim is true.
 """
 
 import copy
@@ -12,14 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.papers.shared.claim import FEW_SEEDS, Effect
-from espalier.launch.papers.snapkv import experiment, needles
+from espalier.launch.papers.shared.claim import Effect, Measure
+from espalier.launch.papers.snapkv import experiment, needles, sentences
 from espalier.launch.papers.snapkv.needles import DIGITS
-from espalier.launch.plots import intervals
 
 BAR = 0.9  # exact answers with the full cache, below which a retrieval model judges nothing
-CHAT_BAR = 0.5  # of the chat model, which is not trained here
+CHAT_BAR = 0.4  # of the chat model, which is not trained here
+WORTH = 0.5  # nats per token that a context must be worth to an answer
 SMALL, CHAT = "retrieval model", "SmolLM2-135M"
+PLACES = {
+    "retrieval": f"{SMALL}, C = {experiment.CAPACITY}",
+    "needles": f"{CHAT}, numbers, C = {needles.CAPACITY}",
+    "sentences": f"{CHAT}, sentences, C = {sentences.MAIN.capacity}",
+    "latency": "random weights, 4 layers",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,33 +100,80 @@ def rates(counts: Any) -> np.ndarray:
     return counts[..., 0] / np.maximum(counts[..., 1], 1)
 
 
+Case = str | tuple[str, int]  # a method, at the capacity where all are compared or at another
+Values = dict[int, float]  # by seed, haystack or context
+LOSS, EXACT, OVERLAP = "loss", "exact answers", "ROUGE-L"
+UNITS = {LOSS: "nats per token", EXACT: "", OVERLAP: ""}
+
+
+def _later(losses: Sequence[Sequence[float]]) -> float:
+    """Returns the mean over answers of their mean loss from the second token on: the first follows from the whole prompt."""
+    return float(np.mean([np.mean(one[1:]) for one in losses]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """The chat model's answers.
+    """The chat model's answers of numbers, by haystack."""
 
-    Attributes:
-      candidates: results of the haystacks that choose window and kernel.
-      chosen: the chosen sizes.
-      haystacks: results of the others.
-    """
-
-    candidates: Sequence[Mapping[str, Any]]
-    chosen: Mapping[str, int]
     haystacks: Sequence[Mapping[str, Any]]
 
-    def of_length(self, tokens: int) -> dict[int, Mapping[str, Any]]:
-        """Returns the haystacks of a length by number."""
-        return {one["haystack"]: one for one in self.haystacks if one["tokens"] == tokens}
-
-    def digits(self, tokens: int, method: str, capacity: int) -> np.ndarray:
-        """Returns the right digits [haystacks, needles, 5]; none if not measured."""
-        cells = [one["digits"].get(method, {}) for one in self.of_length(tokens).values()]
-        right = [cell[str(capacity)] for cell in cells if str(capacity) in cell]
+    def digits(self, case: Case) -> np.ndarray:
+        """Returns the right digits [haystacks, needles, 5] of a method; none if not measured."""
+        cells = [self._cell(one, "digits", case) for one in self.haystacks]
+        right = [cell for cell in cells if cell is not None]
         return np.array(right).reshape(len(right), -1, DIGITS)
 
-    def exact(self, tokens: int, method: str, capacity: int) -> np.ndarray:
-        """Returns the share of exact answers of each haystack."""
-        return self.digits(tokens, method, capacity).all(-1).mean(-1)
+    def scores(self, score: str, case: Case) -> Values:
+        """Returns the mean of LOSS or EXACT by haystack."""
+        key, of = ("losses", _later) if score == LOSS else ("digits", _exact)
+        cells = {one["haystack"]: self._cell(one, key, case) for one in self.haystacks}
+        return {number: of(cell) for number, cell in cells.items() if cell is not None}
+
+    def _cell(self, one: Mapping[str, Any], key: str, case: Case) -> Any:
+        name, capacity = (case, needles.CAPACITY) if isinstance(case, str) else case
+        return one[key].get(name, {}).get("0" if name == "full" else str(capacity))
+
+    @property
+    def unmet(self) -> str:
+        """Why it judges nothing: the full cache does not reach CHAT_BAR."""
+        full = list(self.scores(EXACT, "full").values())
+        share = float(np.mean(full)) if full else 0.0
+        return "" if share >= CHAT_BAR else f"the full cache answers {share:.2f}"
+
+
+def _exact(digits: Any) -> float:
+    return float(np.all(digits, axis=-1).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+    """The chat model's answers of sentences, by context."""
+
+    contexts: Sequence[Mapping[str, Any]]
+
+    def of(self, size: sentences.Size) -> dict[int, Mapping[str, Any]]:
+        """Returns the contexts of a length by number."""
+        return {one["context"]: one for one in self.contexts if one["size"] == size.tokens}
+
+    def scores(self, score: str, name: str, size: sentences.Size = sentences.MAIN) -> Values:
+        """Returns the mean of LOSS or OVERLAP by context; the method 'none' is without any context."""
+        key, of = ("losses", _later) if score == LOSS else ("overlaps", np.mean)
+        return {
+            n: float(of(one[key][name])) for n, one in self.of(size).items() if name in one[key]
+        }
+
+    def kept(self, name: str, size: sentences.Size = sentences.MAIN) -> Values:
+        """Returns the share of what the whole context is worth to the loss that a method keeps, by context."""
+        none, full = self.scores(LOSS, "none", size), self.scores(LOSS, "full", size)
+        mine = self.scores(LOSS, name, size)
+        return {n: (none[n] - loss) / (none[n] - full[n]) for n, loss in mine.items()}
+
+    @property
+    def unmet(self) -> str:
+        """Why it judges nothing: the context is worth less than WORTH to the full cache."""
+        none, full = (list(self.scores(LOSS, name).values()) for name in ("none", "full"))
+        worth = float(np.mean(none) - np.mean(full)) if full else 0.0
+        return "" if worth >= WORTH else f"a context is worth {worth:.2f} nats per token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +185,17 @@ class Latency:
       batches: batch size -> method -> length of the prompt -> numbers.
       prefill_seconds: method -> length -> seconds, at batch 1.
       longest: method -> tokens of the longest prompt within the limit of bytes.
+      seconds: that each process took.
     """
 
     settings: Mapping[str, Any]
     batches: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
     prefill_seconds: Mapping[str, Mapping[str, float]]
     longest: Mapping[str, int]
+    seconds: Sequence[float] = ()
 
     def slopes(self, batch: str, method: str) -> np.ndarray:
-        """Returns, for each repeat, milliseconds per token and 1,024 tokens of prompts that exceed the capacity or equal it."""
+        """Returns, for each process, milliseconds per token and 1,024 tokens of prompts that exceed the capacity or equal it."""
         every = self.batches[batch][method]
         cells = {int(n): cell for n, cell in every.items() if int(n) >= self.settings["capacity"]}
         at = [length / 1024 for length in cells]
@@ -150,7 +205,8 @@ class Latency:
 
 READERS = {
     "retrieval": Retrieval.of,
-    "needles": lambda measured: Needles(**measured),
+    "needles": Needles,
+    "sentences": Sentences,
     "latency": lambda measured: Latency(**measured),
 }
 
@@ -160,34 +216,20 @@ def read(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {part: READERS[part](value) for part, value in measured.items()}
 
 
-Values = dict[int, float]  # by seed, or by haystack
-Measures = dict[str, list[Any]]  # part -> functions that return its effects
-
-
 def over_models(runs: Retrieval, where: str, what: str, by_seed: Values, **settings: Any) -> Effect:
     """Returns an effect over retrieval models; the seeds that cannot judge are named."""
     left_out = "; ".join(f"seed {seed} {why}" for seed, why in runs.excluded.items())
     notes = [settings.pop("note", ""), f"left out: {left_out}" if left_out else ""]
     note = ", ".join(filter(None, notes))
-    settings = {"seeds": FEW_SEEDS, "note": note, **settings}
-    return Effect(where=where, what=what, by_seed=by_seed, **settings)
-
-
-def over_haystacks(
-    results: Needles, where: str, what: str, tops: Any, bottoms: Any, **settings: Any
-) -> Effect:
-    """Returns an effect over haystacks: the ratio of sums, with a bootstrap over haystacks."""
-    tops, bottoms = np.asarray(tops, float), np.asarray(bottoms, float)
-    numbers = results.of_length(needles.JUDGED.tokens)
-    mean = max(float(bottoms.mean()), 1e-9)
-    by_haystack = {number: float(top / mean) for number, top in zip(numbers, tops, strict=True)}
-    settings = {"interval": intervals.ratio(tops, bottoms), **settings}
-    place = f"{where}, {len(numbers)} haystacks of {needles.JUDGED.tokens} tokens"
-    return Effect(where=place, what=what, by_seed=by_haystack, **settings)
+    return Effect(where=where, what=what, by_seed=by_seed, note=note, **settings)
 
 
 def pair(ones: Values, others: Values, of: Callable[[float, float], float]) -> Values:
     return {seed: of(ones[seed], others[seed]) for seed in ones if seed in others}
+
+
+def less(ones: Values, others: Values) -> Values:
+    return pair(ones, others, lambda a, b: a - b)
 
 
 def means(*named: tuple[str, Any]) -> str:
@@ -195,62 +237,65 @@ def means(*named: tuple[str, Any]) -> str:
     return ", ".join(f"{name} {np.mean(list(values)):.2f}" for name, values in named)
 
 
-def compared(
-    one: str, other: str, names: tuple[str, str], *, relative: bool = False, **settings: Any
-) -> Measures:
-    """Returns measures of the exact answers of a method less those of another at a fifth of the prompt.
+LABELS = {
+    "full": "full cache",
+    "snapkv": "SnapKV",
+    "kernel_7": "SnapKV with a kernel of 7",
+    "kernel_1": "SnapKV without pooling",
+    "window_1": "SnapKV with a window of 1",
+    sentences.PAPER: "SnapKV with a kernel of 7",
+    sentences.WIDE: "SnapKV with a kernel of 63",
+    "snapkv_1": "SnapKV without pooling",
+    "h2o": "H2O",
+    "h2o_4": "H2O with 4 C",
+    ("h2o", 4 * needles.CAPACITY): "H2O with 4 C",
+    "tova": "TOVA",
+    "streaming_llm": "StreamingLLM",
+    "random": "a random choice",
+    "before": "SnapKV before the question",
+    "none": "no context",
+}
+
+
+def models_gain(one: str, other: str) -> Measure:
+    """Returns a measure of the exact answers of a method minus those of another, over retrieval models."""
+
+    def measure(runs: Retrieval, where: str) -> list[Effect]:
+        scores = {name: runs.exact(name, experiment.CAPACITY) for name in (one, other)}
+        if not all(scores.values()):
+            return []
+        what = f"{EXACT}, {LABELS[one]} minus {LABELS[other]}"
+        note = means(*((LABELS[name], values.values()) for name, values in scores.items()))
+        return [over_models(runs, where, what, less(*scores.values()), note=note)]
+
+    return measure
+
+
+def chat_gain(score: str, one: Case, other: Case, *size: sentences.Size) -> Measure:
+    """Returns a measure of how much better a score of the chat model is with a method than with another.
 
     Args:
-      one, other: short names of the methods.
-      names: as the report has them.
-      relative: whether the difference is a share of the full cache's exact answers.
-      **settings: of Effect.
+      score: LOSS, EXACT (of numbers) or OVERLAP (of sentences).
+      one, other: the methods: the effect is positive where the first is better.
+      *size: of sentences, if not the main one.
     """
-    of = " as a share of the full cache's" if relative else ""
-    what = f"exact answers, {names[0]} less {names[1]}{of}"
 
-    def small(runs: Retrieval, where: str) -> list[Effect]:
-        ones, others, full = (
-            runs.exact(name, experiment.CAPACITY) for name in (one, other, "full")
-        )
-        gaps = pair(ones, others, lambda a, b: a - b)
-        if relative:
-            gaps = pair(gaps, full, lambda gap, share: gap / share)
-        note = means((names[0], ones.values()), (names[1], others.values())) if ones else ""
-        place = f"{where}, C = {experiment.CAPACITY}"
-        return [over_models(runs, place, what, gaps, note=note, **settings)]
-
-    def chat(results: Needles, where: str) -> list[Effect]:
-        ones, others, full = (on_haystacks(results, name) for name in (one, other, "full"))
-        if not (ones.size and others.size):
+    def measure(results: Needles | Sentences, where: str) -> list[Effect]:
+        scores = [results.scores(score, case, *size) for case in (one, other)]
+        if not all(scores):
             return []
-        bottoms = full if relative else np.ones_like(ones)
-        settings_here = {"note": means((names[0], ones), (names[1], others)), **settings}
-        place = f"{where}, C = {needles.JUDGED.fifth}"
-        unmet = chat_unmet(results)
-        return [
-            over_haystacks(
-                results, place, what, ones - others, bottoms, unmet=unmet, **settings_here
-            )
-        ]
+        gaps = less(*(scores[::-1] if score == LOSS else scores))
+        labels = [LABELS[case] for case in (one, other)]
+        note = ", ".join(
+            f"{label} {np.mean(list(values.values())):.3f}"
+            for label, values in zip(labels, scores, strict=True)
+        )
+        place = where + "".join(f", {one.tokens:,} tokens, C = {one.capacity:,}" for one in size)
+        what = f"{score}, gain of {labels[0]} over {labels[1]}"
+        facts = {"unit": UNITS[score], "note": note, "unmet": results.unmet}
+        return [Effect(where=place, what=what, by_seed=gaps, **facts)]
 
-    return {"retrieval": [small], "needles": [chat]}
-
-
-def on_haystacks(results: Needles, method: str) -> np.ndarray:
-    grid = needles.JUDGED
-    return results.exact(grid.tokens, method, 0 if method == "full" else grid.fifth)
-
-
-def chat_unmet(results: Needles) -> str:
-    full = on_haystacks(results, "full")
-    share = float(full.mean()) if full.size else 0.0
-    return "" if share >= CHAT_BAR else f"the full cache answers {share:.2f}"
-
-
-def together(*measures: Measures) -> Measures:
-    """Returns the measures of several comparisons, by part."""
-    return {part: [one for each in measures for one in each[part]] for part in measures[0]}
+    return measure
 
 
 def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -267,25 +312,33 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
         _swap(model["overlaps"], "same", "different", rng)
         model["hits"]["hits"] = _moved(model["hits"]["hits"], rng)
         model["kept_first"] = [[rng.uniform() * hits, all_] for hits, all_ in model["kept_first"]]
-    for haystack in out.get("needles", {}).get("haystacks", []):
+    for haystack in out.get("needles", []):
         haystack["digits"] = _exchanged(haystack["digits"], rng)
-        if "overlap" in haystack:  # of those that judge
-            _swap(haystack["overlap"], "same", "different", rng)
-            haystack["hits"] = _moved(haystack["hits"], rng)
+        haystack["losses"] = _exchanged(haystack["losses"], rng)
+        _swap(haystack["overlap"], "same", "different", rng)
+        haystack["hits"] = _moved(haystack["hits"], rng)
+    for context in out.get("sentences", []):
+        taken = _permuted(context["losses"], rng)
+        context["losses"] = {name: context["losses"][other] for name, other in taken.items()}
+        taken = _permuted(context["overlaps"], rng)
+        context["overlaps"] = {name: context["overlaps"][other] for name, other in taken.items()}
     for batch in out.get("latency", {}).get("batches", {}).values():
         one, other = batch.values()
-        repeats = len(next(iter(one.values()))["ms"])
-        for at in np.flatnonzero(rng.integers(2, size=repeats)):
+        processes = len(next(iter(one.values()))["ms"])
+        for at in np.flatnonzero(rng.integers(2, size=processes)):
             for length in one:
                 mine, yours = one[length]["ms"], other[length]["ms"]
                 mine[at], yours[at] = yours[at], mine[at]
     return out
 
 
+def _permuted(names: Mapping[str, Any], rng: np.random.Generator) -> dict[str, str]:
+    return dict(zip(names, rng.permutation(list(names)).tolist(), strict=True))
+
+
 def _exchanged(cells: Mapping[str, Mapping[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
-    """Returns method -> capacity -> cell with the methods exchanged; the full cache's cell is of any capacity."""
-    names = list(cells)
-    taken = dict(zip(names, rng.permutation(names), strict=True))
+    """Returns method -> capacity -> cell with the methods exchanged; one that has not the capacity lends its first cell."""
+    taken = _permuted(cells, rng)
 
     def cell(name: str, capacity: str) -> Any:
         theirs = cells[taken[name]]

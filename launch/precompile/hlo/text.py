@@ -22,6 +22,8 @@ _BITS = {
 }
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.$<>-]+)\s*\(.*\)\s*->\s*.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.$<>-]+)\s+=\s+")
+# One that another unit runs, such as a SparseCore, says so behind its bracket.
+_END = re.compile(r'\}(, execution_thread="[^"]*")?')
 _STRING = re.compile(r'"(?:\\.|[^"\\])*"')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
@@ -153,7 +155,7 @@ def parse(text: str) -> Module:
                 current = Computation(header[2])
                 entry = current if header[1] else entry
             continue
-        if not pending and line.strip() == "}":
+        if not pending and _END.fullmatch(line.strip()):
             computations[current.name] = current
             current = None
             continue

@@ -88,7 +88,7 @@ class Settings(beam.Beam):
         del path
         return (
             "the workers of Dataflow see no folder of this machine: give an address such as gs://BUCKET/PATH "
-            "(docs/remote_storage.md says for what)"
+            "(docs/scale/remote_storage.md says for what)"
         )
 
     def pipeline_options(self, processes: int, job: str = "") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""One machine with NVIDIA GPUs, one process for all of them; docs/clusters.md has the reasons for the flags.
+"""One machine with NVIDIA GPUs, one process for all of them; docs/scale/clusters.md has the reasons for the flags.
 
 `--config=launch/submit/configs/gpu_node.py:1` is for one GPU; without a number it is for eight.
 """

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from espalier.model.hf.families import family_named
 from espalier.model.hf.files.safetensors_files import TensorInfo, TensorReader, WeightFileError
+from espalier.model.hf.registry import family_named
 
 # Values of general.architecture; each is the model_type of its family.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -73,6 +73,11 @@ def recipe_of(case: Mapping[str, Any]) -> Any:
         bindings |= {f"config.TransformerConfig.{name}": size for name, size in sizes.items()}
         bindings |= {"DTYPE": "float32", "moe.MoeMlp.num_experts": case["num_experts"]}
         bindings["moe.MoeMlp.top_k"] = case["top_k"]
+    if "head_dim" in case:
+        model = f"{_MODELS}/qwen3_30b_a3b.gin"
+        bindings["moe.MoeMlp.expert_dim"] = case["mlp_dim"]
+        for name in ("num_kv_heads", "head_dim"):
+            bindings[f"config.TransformerConfig.{name}"] = case[name]
     return recipe_with(case, model, methods, bindings)
 
 

@@ -80,7 +80,7 @@ def test_the_loss_of_packed_rows_is_trls_of_padded_ones(tokenised, golden, model
     """Several conversations in a row do not see each other: each has the loss that it has alone."""
     import jax
 
-    from espalier.model.hf import families
+    from espalier.model.hf import registry
     from espalier.trainers.objectives.lm import language_modelling
     from tests.model.hf import arrays
 
@@ -98,7 +98,7 @@ def test_the_loss_of_packed_rows_is_trls_of_padded_ones(tokenised, golden, model
     batch = EvalStream(source, batch_size=source.plan.num_rows, start_token=None).batch(
         0, 0, source.plan.num_rows
     )
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     native = family.model(config)
     params = arrays.to_native(family, native, model["weights"](config))
     objective = language_modelling(model=native)

@@ -146,11 +146,16 @@ def test_batches_are_those_laid_out_token_by_token(make, packing, start_token):
             assert array.dtype == (np.float32 if name in floats else np.int32)
 
 
+@pytest.mark.parametrize("read_last", [0, 1])
 @pytest.mark.parametrize("packing", ["examples", "best_fit"])
-def test_an_encoder_reads_the_prompts_beside_both_completions(caches, packing):
+def test_an_encoder_reads_the_prompts_beside_both_completions(caches, packing, read_last):
+    """With `read_last`, the last token of each completion is read at a place of its own, which predicts nothing."""
+    lengths = {"row_length": LENGTH, "max_length": 6, "inputs_length": 32}
     planned = pair_plan.plan_pairs(
-        "a", caches["a"], row_length=LENGTH, max_length=6, packing=packing, inputs_length=32
+        "a", caches["a"], packing=packing, read_last=read_last, **lengths
     )
+    filled = sum(len(pair[which][:6]) + read_last for pair in EXAMPLES["a"] for which in IDS[1:])
+    assert planned.positions() == filled
     made = PairStream(
         [PairSource("a", caches["a"], planned)], ((0, {"a": 1.0}),), batch_size=4, start_token=1
     )
@@ -169,10 +174,14 @@ def test_an_encoder_reads_the_prompts_beside_both_completions(caches, packing):
                     of = {name: array[i] for name, array in batch.items()}
                     assert of["encoder_input_tokens"][read].tolist() == list(pair["prompt"])
                     assert of["encoder_positions"][read].tolist() == [*range(read.sum())]
-                    assert of["decoder_target_tokens"][learnt].tolist() == ids
-                    assert of["decoder_input_tokens"][learnt].tolist() == [1, *ids[:-1]]
-                    assert of["decoder_positions"][learnt].tolist() == [*range(len(ids))]
-                    assert of["decoder_loss_weights"][learnt].all()
+                    count, places = len(ids), len(ids) + read_last
+                    assert of["decoder_target_tokens"][learnt][:count].tolist() == ids
+                    assert of["decoder_input_tokens"][learnt].tolist() == [1, *ids][:places]
+                    assert of["decoder_positions"][learnt].tolist() == [*range(places)]
+                    weights = [1] * count + [0] * read_last
+                    assert of["decoder_loss_weights"][learnt].tolist() == weights
+                    if read_last:
+                        assert of["decoder_ends"][learnt].tolist() == [0] * count + [1]
             for side in ("encoder", "decoder"):
                 ids = batch[f"{side}_segment_ids"][i]
                 assert ids.max() == segments and (np.diff(ids[ids > 0]) >= 0).all()

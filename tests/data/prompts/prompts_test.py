@@ -107,6 +107,7 @@ def _read(task, split):
         ([{"text": "x"}], "line 1: no key 'prompt'; present are 'text'"),
         ([{"prompt": ""}], "line 1: 'prompt' is empty"),
         ([{"prompt": 3}], "line 1: 'prompt' is a int"),
+        ([{"prompt": "\ud800"}], "line 1: 'prompt' is not valid Unicode at character 0"),
     ],
 )
 def test_rows_that_are_none_are_named(register, rows, words):

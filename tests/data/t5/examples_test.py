@@ -120,3 +120,49 @@ def test_rows_that_cannot_be_learnt_are_one_error(register, row, words):
     with pytest.raises(DataError, match=words) as error:
         examples(register([row]))
     assert "x.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("packing", ["examples", "best_fit"])
+def test_each_packed_example_has_the_embedding_of_its_row(register, packing):
+    """Segment k of a row of tokens is the example whose embedding is the k-th of the row's."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"inputs": [5 + i], "targets": [60 + i] * (1 + i % 3), "sentence_embedding": x.tolist()}
+        for i, x in enumerate(rng.normal(size=(12, 3)).astype(np.float32))
+    ]
+    register(rows, with_sentences=True)
+    made = stream.make_stream(
+        mixture_or_task_name="examples",
+        task_feature_lengths={"inputs": 8, "targets": 8},
+        batch_size=3,
+        packing=packing,
+    )
+    most = 1 if packing == "examples" else 8
+    for step in range(3):
+        batch = made.batch(step, 0, 3)
+        found = batch["sentence_embeddings"]
+        assert found.dtype == np.float32 and found.shape[0::2] == (3, 3)
+        assert found.shape[1] <= most and (found.shape[1] > 1) == (packing != "examples")
+        for b in range(3):
+            for segment in range(1, found.shape[1] + 1):
+                here = batch["encoder_segment_ids"][b] == segment
+                expected = [0.0] * 3
+                if here.any():
+                    expected = rows[batch["encoder_input_tokens"][b][here][0] - 5][
+                        "sentence_embedding"
+                    ]
+                np.testing.assert_array_equal(found[b, segment - 1], np.float32(expected))
+
+
+def test_embeddings_that_cannot_be_are_errors(register):
+    row = {"inputs": "a", "targets": "b"}
+    for value in (None, "x", [], [1.0, "x"], [float("inf")]):
+        with pytest.raises(DataError, match="'sentence_embedding' is no list of numbers"):
+            examples(register([{**row, "sentence_embedding": value}], with_sentences=True))
+    register([{**row, "sentence_embedding": [1.0] * n} for n in (2, 3)], with_sentences=True)
+    with pytest.raises(ValueError, match="different widths"):
+        stream.make_stream(
+            mixture_or_task_name="examples",
+            task_feature_lengths={"inputs": 8, "targets": 8},
+            batch_size=1,
+        )

@@ -1,4 +1,4 @@
-"""The row about pickles in the place of weights and settings."""
+"""The row about pickles instead of weights and settings."""
 
 import functools
 import hashlib
@@ -109,6 +109,4 @@ def _pickled_part(name: str, bench: Bench) -> None:
     checkpoint.check_not_executed(bench)
 
 
-ROWS = (
-    Row(16, "pickles in the place of weights and settings", "never executed", _pickles, sample=2),
-)
+ROWS = (Row(16, "pickles instead of weights and settings", "never executed", _pickles, sample=2),)

@@ -62,11 +62,11 @@ _T5: dict[str, Any] = {
 def _t5(folder: pathlib.Path) -> pathlib.Path:
     import safetensors.numpy
 
-    from espalier.model.hf import families
+    from espalier.model.hf import registry
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(_T5))
-    family = families.family_of_config(_T5)
+    family = registry.family_of_config(_T5)
     random_ = np.random.default_rng(0)
     shapes = family.shapes(family.model(_T5))
     tensors = {name: random_.normal(size=s).astype(np.float32) for name, s in shapes.items()}

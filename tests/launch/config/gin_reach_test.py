@@ -266,6 +266,10 @@ def test_every_wrapper_is_read():
 POSITIONAL = {
     "espalier.launch.load.load_run.RunConfig.vocabulary",
     "espalier.launch.train.train.tasks",
+    "espalier.model.adapters.lora.Lora.a_init",
+    "espalier.model.adapters.lora.Lora.b_init",
+    "espalier.model.mov.molora.MoLora.a_init",
+    "espalier.model.mov.molora.MoLora.b_init",
     "espalier.model.t5.encoder_decoder.EncoderDecoder.norm",
     "espalier.model.transformer.Transformer.norm",
     "espalier.trainers.distillation.objective.distillation.divergence",

@@ -11,6 +11,7 @@ import pytest
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.evaluate import routing
 from espalier.launch.load import load_run
+from espalier.model.layer_groups import Group
 from espalier.model.nexus.domain_router import expert_vectors
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
@@ -81,6 +82,9 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
     np.testing.assert_allclose(found["domains"]["files"]["attention"][0], probs.mean(0), atol=2e-5)
     chosen = np.bincount(probs.argmax(-1), minlength=2) / len(inputs)
     np.testing.assert_allclose(found["chosen"]["files"]["attention"][0], chosen, atol=2e-5)
+    gates = found["gates"]["files"]
+    assert gates["attention"][0] == pytest.approx(probs.max(-1).mean(), abs=2e-5)
+    assert len(gates["mlp"]) == len(found["chosen"]["files"]["mlp"])
     assert np.sum(found["domains"]["files"]["mlp"]) == pytest.approx(1, abs=1e-4)
 
 
@@ -123,7 +127,7 @@ def test_routers_of_alternating_layers_stand_in_the_models_order():
 
     class Config:
         scan_layers = True
-        layer_pattern = ("x", "y")
+        layer_groups = (Group(0, 2, 2),)
 
     stacks = {
         f"block_{b}": {"mlp": {"router_probs": (np.array([[b, 10.0], [b + 2.0, 10.0]]),)}}

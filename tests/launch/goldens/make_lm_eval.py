@@ -125,7 +125,7 @@ def make_models(out: pathlib.Path, seed: int) -> None:
     from safetensors.numpy import save_file
 
     from espalier.launch.convert import __main__ as convert
-    from espalier.model.hf.families import family_of_config
+    from espalier.model.hf.registry import family_of_config
 
     rng = np.random.default_rng(seed)
     for name in ("llama", "gpt2"):

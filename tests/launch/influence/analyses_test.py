@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from espalier.launch.inference.row_files import RowFileError
-from espalier.launch.influence import analyses, labels, statistics, tables
+from espalier.launch.influence import analyses, labels, scorers, statistics, tables
+from espalier.model import layer_groups
 
 
 def test_correlations_are_those_of_scipy_and_a_constant_column_has_none():
@@ -170,25 +172,28 @@ def test_random_rankings_are_beside_the_methods():
     }
 
 
+def test_scores_of_scanned_blocks_are_named_by_their_layers():
+    """A dense layer, and twice two kinds of layers: block 1 has layers 1 and 3, block 2 has layers 2 and 4."""
+    shapes = {f"layers/block_{block}/up": (1 + (block > 0), 8) for block in range(3)}
+    stacks = layer_groups.in_stacks(shapes, scanned=True)
+    rows = {0: [[0]], 1: [[1], [3]], 2: [[2], [4]]}
+    scores = {f"layers/block_{block}/up": np.array(own) for block, own in rows.items()}
+    got = scorers.Gradients._by_layer(
+        SimpleNamespace(_stacks=stacks), scores | {"head": np.ones(1)}
+    )
+    assert got == {"head": [1.0], **{f"layers/block_{i}/up": [i] for i in range(5)}}
+
+
 def test_shares_of_layers_add_up_and_follow_the_scores():
     sums = statistics.LayerSums([[0, 1], [1]])
-    sums.add(0, {"layers/mlp/up": [[1, 9], [2, 9]], "head": [1.0, 9]})
-    sums.add(1, {"layers/mlp/up": [[1, 1], [3, 1]], "head": [0.0, 2]})
-    sums.add(2, {"layers/mlp/up": [[7, 7], [7, 7]], "head": [7.0, 7]})  # not among the top
+    up = "layers/block_{}/mlp/up".format
+    sums.add(0, {up(0): [1, 9], up(12): [2, 9], "head": [1.0, 9]})
+    sums.add(1, {up(0): [1, 1], up(12): [3, 1], "head": [0.0, 2]})
+    sums.add(2, {up(0): [7, 7], up(12): [7, 7], "head": [7.0, 7]})  # not among the top
     got = sums.shares([0])
-    assert got["layers"] == pytest.approx({"0": 2 / 8, "1": 5 / 8, "other": 1 / 8})
+    assert got["layers"] == pytest.approx({"0": 2 / 8, "12": 5 / 8, "other": 1 / 8})
     assert got["matrices"] == pytest.approx({"layers/mlp/up": 7 / 8, "head": 1 / 8})
     assert sums.shares([0, 1])["layers"]["other"] == pytest.approx((1 / 8 + 2 / 4) / 2)
-    unrolled = statistics.LayerSums([[0]])
-    unrolled.add(0, {"layers/block_0/mlp/up": [1.0], "layers/block_12/mlp/up": [3.0]})
-    got = unrolled.shares([0])
-    assert got == {"layers": {"0": 0.25, "12": 0.75}, "matrices": {"layers/mlp/up": 1.0}}
-    # Two periods of a pattern of two kinds of layers: 0, 2 and 1, 3.
-    scanned = statistics.LayerSums([[0]])
-    scanned.add(0, {"layers/block_0/up": [[1], [2]], "layers/block_1/up": [[3], [4]]})
-    got = scanned.shares([0])
-    assert got["layers"] == pytest.approx({"0": 0.1, "2": 0.2, "1": 0.3, "3": 0.4})
-    assert got["matrices"] == {"layers/up": 1.0}
     assert statistics.LayerSums([[]]).shares([0]) == {"layers": {}, "matrices": {}}
 
 

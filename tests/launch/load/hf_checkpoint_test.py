@@ -11,7 +11,7 @@ from espalier.launch.evaluate.judges.checkpoint import CheckpointWriter
 from espalier.launch.load import hf_checkpoint, load_run
 from espalier.launch.load.load import load
 from espalier.launch.load.loaded_run import LoadError
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from tests.launch.convert_test import GOLDENS, write_checkpoint
 from tests.launch.run.run_vocabulary_test import hf_files
 
@@ -63,7 +63,7 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama") / "hf"
     config = {**case_of("llama_0")[1], "vocab_size": 320, "torch_dtype": "float32"}
     config |= {"dtype": "float32", "eos_token_id": [257, 259]}
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     rng = np.random.default_rng(0)
     shapes = family.shapes(family.model(config))
     tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}

@@ -315,6 +315,45 @@ def test_kinds_of_layers_move_with_them_or_not_at_all(tmp_path):
         run.merge_all(config, str(tmp_path / "other"))
 
 
+_COMMON = {
+    **{key: folders.CONFIG[key] for key in ("vocab_size", "hidden_size", "intermediate_size")},
+    **{"num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 1},
+    **{"rope_theta": 1e4, "hidden_act": "silu", "head_dim": 4, "tie_word_embeddings": True},
+}
+_SMOLLM3 = {**_COMMON, "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}
+_QWEN3_MOE = {
+    **{**_COMMON, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
+    **{"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+    "norm_topk_prob": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (_SMOLLM3 | {"no_rope_layers": [1, 1, 0, 1, 0]}, {"no_rope_layers": [1, 0, 1] * 2}),
+        (_QWEN3_MOE | {"mlp_only_layers": [0, 3]}, {"mlp_only_layers": [2, 5]}),
+        (_QWEN3_MOE | {"decoder_sparse_step": 2}, None),
+        (_SMOLLM3 | {"no_rope_layer_interval": 2}, None),
+    ],
+)
+def test_positions_and_experts_of_layers_move_with_them_or_not_at_all(tmp_path, config, expected):
+    folders.pair(tmp_path)
+    for name in "ab":
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    parts = [{"sources": [{"model": f"@{name}", "layer_range": [1, 4]}]} for name in "ab"]
+    merge = configured(tmp_path, merge_method="passthrough", slices=parts)
+    if expected is None:
+        with pytest.raises(
+            MergeError, match="layer 1 of .* would become layer 0, which has another"
+        ):
+            run.merge_all(merge, str(tmp_path / "out"))
+        return
+    run.merge_all(merge, str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {**config, **expected, "num_hidden_layers": 6, "torch_dtype": "float32"}
+
+
 @pytest.mark.parametrize("norms", [False, True])
 def test_tensors_follow_from_the_files(tmp_path, norms):
     a, b = folders.pair(tmp_path, norms=norms)

@@ -1,9 +1,13 @@
 """Runs are merged into runs that every command reads: of any family, however their layers are stored."""
 
 import json
+import os
 import pathlib
 import re
 import shlex
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +18,9 @@ from espalier.launch.convert import __main__ as convert
 from espalier.launch.convert import model_card
 from espalier.launch.load import load_run
 from espalier.launch.merge import __main__ as merge
-from espalier.launch.merge import models
+from espalier.launch.merge import models, output, run
 from espalier.launch.papers.aya_expanse import lexicon, small_stage
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
 from espalier.trainers.checkpoints.restore_params import restore_params
@@ -31,7 +35,7 @@ def golden(name):
     with np.load(GOLDENS / f"{name}.npz") as case:
         config = json.loads(str(case["config"]))
         found = {k.partition("/")[2]: case[k] for k in case.files if k.startswith("tensor/")}
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     names = family.match(family.model(config), {k: x.shape for k, x in found.items()})
     return config, {k: found[names[k]] for k in family.shapes(family.model(config))}
 
@@ -80,7 +84,7 @@ def test_runs_are_merged_like_the_folders_that_they_were_made_of(tmp_path, name)
             f"--out={tmp_path}/{prefix}out",
         ]
         assert merge.main(flags) == 0
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     model = family.model(config)
     expected = arrays.to_native(family, model, folders.read(tmp_path / "out"))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
@@ -96,7 +100,7 @@ def test_runs_are_merged_like_the_folders_that_they_were_made_of(tmp_path, name)
 
 def _check_logits(root, model, config, first, second):
     """The output's logits are those of weights that were averaged by hand."""
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     layers = config["num_hidden_layers"]
 
     def mean(name):
@@ -157,9 +161,19 @@ def test_layers_of_runs_are_stacked(tmp_path, capsys):
         config = configured(tmp_path, prefix="run_", merge_method="passthrough", slices=parts)
         return [config, f"--out={tmp_path}/run_out"]
 
-    assert merge.main(flags(1, count)) == 2
-    assert "another kind of attention" in capsys.readouterr().err
-    assert not (tmp_path / "run_out").exists()
+    # In another order than the pattern's, layers keep their kinds.
+    assert merge.main([*flags(1, count)[:1], f"--out={tmp_path}/run_longer"]) == 0
+    config = models.NativeModel(f"{tmp_path}/run_longer").model.config
+    names = model.config.kind_names
+    assert config.kind_names == (*names, *names[1:])
+    longer = models.NativeModel(f"{tmp_path}/run_longer")
+    there = models.NativeModel(f"{tmp_path}/run_b")
+    for layer in range(1, count):
+        read = (
+            there.read(f"layers/{layer}/mlp/up/kernel"),
+            longer.read(f"layers/{count + layer - 1}/mlp/up/kernel"),
+        )
+        assert np.array_equal(*(one(0, 10) for one in read))
     assert merge.main(flags(count - period, count)) == 0
     made = models.NativeModel(f"{tmp_path}/run_out").model
     assert made.config.num_layers == count + period
@@ -183,24 +197,34 @@ def test_a_merge_of_the_small_experiment_counts_a_run_that_is_given_twice(tmp_pa
     assert np.abs(made["twice"] - other).sum() < 0.8 * np.abs(made["once"] - other).sum()
 
 
-def test_the_small_experiment_merges_with_the_weights_that_it_searched(
+def test_the_small_experiment_goes_as_far_as_the_development_set_says(
     tmp_path, branches, monkeypatch
 ):
-    monkeypatch.setattr(small_stage, "BUDGET", 3)
     for code in lexicon.LANGUAGES:
         row = {"text": f"{code} a", "targets": "b c"}
         (tmp_path / f"dev_{code}.jsonl").write_text(json.dumps(row) + "\n")
-    first, second = branches.folders[1:3]
-    search, to = tmp_path / "search", tmp_path / "searched"
-    runs = ("--runs", first, second, first)
-    assert small_stage.main(["search", f"--requests={tmp_path}", *runs, f"--to={search}"]) == 0
-    best = small_stage.read(search, "search.json")["best"]
-    assert {*best["losses"]} == {*lexicon.LANGUAGES}
-    assert small_stage.main(["searched", f"--search={search}", f"--to={to}"]) == 0
-    a, b, out = (stored(str(x), "token_embed/embedding") for x in (first, second, to))
-    one, other, again = best["weights"]
-    mean = ((one + again) * a + other * b) / (one + other + again)
-    np.testing.assert_allclose(out, mean, atol=1e-6)
+    base, first, second = branches.folders[:3]
+    words = [f"--requests={tmp_path}", f"--base={base}", "--runs", first, second]
+
+    def made(name, shares):
+        monkeypatch.setattr(small_stage, "STRENGTHS", shares)
+        to = tmp_path / name
+        assert small_stage.main(["strength", *words, f"--to={to}"]) == 0
+        found = small_stage.read(to, small_stage.STRENGTH)
+        assert [share for share, _ in found["losses"]] == list(shares)
+        assert found["best"] == min(found["losses"], key=lambda pair: pair[1])[0]
+        return stored(str(to), "token_embed/embedding"), dict(map(tuple, found["losses"]))
+
+    start, a, b = (stored(str(x), "token_embed/embedding") for x in (base, first, second))
+    sums = (a - start) + (b - start)
+    losses = {}
+    for share in (0.5, 0.8, 1.0):
+        out, loss = made(f"at_{share}", (share,))
+        np.testing.assert_allclose(out, start + share * sums, atol=1e-6)
+        losses |= loss
+    out, together = made("best", tuple(losses))
+    assert together == pytest.approx(losses)
+    np.testing.assert_allclose(out, start + min(losses, key=losses.get) * sums, atol=1e-6)
 
 
 def test_low_rank_runs(tmp_path, command, capsys):
@@ -242,6 +266,62 @@ def test_the_order_of_runs_of_two_dtypes_does_not_matter(tmp_path):
     a, b = (stored(f"{tmp_path}/run_{x}", "token_embed/embedding") for x in "ab")
     mean = (a.astype(np.float32) + b) / 2
     np.testing.assert_allclose(params["token_embed"]["embedding"], mean, rtol=1e-6)
+
+
+KILLED = """
+import os, signal, sys
+from espalier.launch.merge import output, run
+
+actual, begun = output.Workers.run, []
+
+def counted(self, x, reads):
+    begun.append(x.name)
+    if len(begun) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return actual(self, x, reads)
+
+output.Workers.run = counted
+run.merge_all(*sys.argv[1:3])
+"""
+
+
+def test_a_merge_of_runs_that_is_killed_twice_goes_on(branches, tmp_path, monkeypatch):
+    base, *names = branches.folders[:3]
+    entries = [{"model": name, "parameters": {"weight": 1, "density": 0.5}} for name in names]
+    config = configured(tmp_path, merge_method="ties", base_model=base, models=entries)
+    config, actual, begun = config.removeprefix("--config="), output.Workers.run, []
+
+    def counted(self, x, reads):
+        begun.append(x.name)
+        return actual(self, x, reads)
+
+    monkeypatch.setattr(output.Workers, "run", counted)
+    whole, out, partial = (str(tmp_path / name) for name in ("whole", "out", ".out.partial"))
+    run.merge_all(config, whole)
+    every = begun[:]
+    listed = []
+    for tensors in (8, 6):
+        words = [sys.executable, "-c", KILLED, config, out, str(tensors)]
+        assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+        assert not os.path.exists(out)
+        listed.append(len(pathlib.Path(partial, "merge.progress").read_text().splitlines()))
+    assert 1 < listed[0] < listed[1]
+    begun.clear()
+    run.merge_all(config, out)
+    assert 0 < len(begun) < len(every) - 4 and begun == every[-len(begun) :]
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
+    steps = [step_dir.resolve(path) for path in (out, whole)]
+    one, other = map(step_dir.read_manifest, steps)
+    assert one.arrays == other.arrays
+    for name in one.arrays:
+        ours, theirs = (StoredArray(step, name).read() for step in steps)
+        assert ours.tobytes() == theirs.tobytes(), name
+    for name in ("config.gin", "model.json", "merge.json", "checkpoints/0/meta.json"):
+        ours, theirs = (pathlib.Path(path, name).read_bytes() for path in (out, whole))
+        assert ours == theirs, name
+    # All checksums are those of the files.
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), branches.params[0])
+    restore_params(out, params)
 
 
 def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, command, capsys):
@@ -305,8 +385,37 @@ def _search(root, runs, command, capsys):
     assert (root / "search" / "trials.jsonl").read_text().splitlines() == rows
 
 
+def test_the_losses_of_a_search_of_another_method_are_those_of_its_merges(
+    tmp_path, branches, command, capsys
+):
+    base, *runs = branches.folders[:3]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "import os, sys\n" * 4}) + "\n")
+    ties = {"merge_method": "ties", "base_model": base, "parameters": {"density": 0.3}}
+    (tmp_path / "ties.yml").write_text(json.dumps(ties))
+    models_ = [f"{name}={run}" for name, run in zip("ab", runs, strict=True)]
+    flags = ["--models", *models_, f"--held_out=code={tmp_path}/x.jsonl", "--budget=1"]
+    more = (f"--merge={tmp_path}/ties.yml", f"--out={tmp_path}/search")
+    assert command("merge search", *flags, *more) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "search" / "search.json").read_text())
+    entries = [{"model": run, "parameters": {"weight": 0.5}} for run in runs]
+    text = json.dumps({**ties, "models": entries})
+    assert command("merge", f"--config={text}", f"--out={tmp_path}/equal") == 0
+    # A model alone is itself, without the densities and weights of the method.
+    for run_, trial in (
+        (tmp_path / "equal", found["equal"]),
+        *zip(runs, found["alone"].values(), strict=True),
+    ):
+        output = tmp_path / "y.jsonl"
+        output.unlink(missing_ok=True)
+        files = (f"--inputs={tmp_path}/x.jsonl", f"--output={output}")
+        assert command("score", *files, f"--checkpoint={run_}") == 0
+        row = json.loads(output.read_text())
+        loss = -row["sum"] / len(row["logprobs"])
+        assert trial["losses"]["code"] == pytest.approx(loss, abs=1e-4)
+
+
 def test_the_example_of_the_docs_runs(branches, command, tmp_path):
-    text = pathlib.Path("docs/merging.md").read_text()
+    text = pathlib.Path("docs/use/merging.md").read_text()
     blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
     config, commands = blocks[0], blocks[1]
     assert config[0] == "yaml" and commands[0] == ""

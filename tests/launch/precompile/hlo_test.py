@@ -419,6 +419,22 @@ def test_traffic_of_slices_is_their_own_size():
     assert moved(lines) == (400 + 400) + (400 + 400)
 
 
+def test_a_computation_of_another_unit_ends_with_the_units_name():
+    module = text.parse(
+        "HloModule jit_f, num_partitions=2\n\n"
+        "%gather (p: f32[8,4]) -> f32[4,4] {\n"
+        "  %p = f32[8,4]{1,0} parameter(0)\n"
+        "  ROOT %slice = f32[4,4]{1,0} slice(%p), slice={[0:4], [0:4]}\n"
+        '}, execution_thread="sparsecore"\n\n'
+        "ENTRY %main (a: f32[8,4]) -> f32[4,4] {\n"
+        "  %a = f32[8,4]{1,0} parameter(0)\n"
+        "  ROOT %call = f32[4,4]{1,0} fusion(%a), kind=kLoop, calls=%gather\n"
+        "}\n"
+    )
+    assert set(module.computations) == {"gather", "main"}
+    assert module.computations["gather"].result.opcode == "slice"
+
+
 def test_text_that_is_no_program_is_an_error():
     with pytest.raises(HloError, match="no ENTRY"):
         text.parse("module @jit_f { func.func public @main() }")

@@ -153,7 +153,7 @@ def test_a_mixture_of_real_widths_takes_the_transposed_kernel(chips, batch_size,
 @pytest.mark.tpu
 @needs_libtpu
 def test_flops_of_the_products_of_experts(tpu_environment):
-    """The figures of docs/benchmarks.md in small: a compiled program is the same for all sizes of experts."""
+    """The figures of docs/evidence/benchmarks.md in small: a compiled program is the same for all sizes of experts."""
     from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 
     R, X, E = 1024, 256, 8

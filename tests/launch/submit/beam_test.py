@@ -209,7 +209,7 @@ def test_work_that_workers_could_not_do_is_refused_by_name(config, words, messag
 
 
 def test_the_page_has_commands_that_can_be_shown(capsys):
-    page = pathlib.Path(ROOT, "docs/clusters.md").read_text()
+    page = pathlib.Path(ROOT, "docs/scale/clusters.md").read_text()
     found = re.findall(r"^espalier submit ((?:.*\\\n)+.*)", page, re.MULTILINE)
     found = [shlex.split(text.replace("\\\n", " ")) for text in found]
     found = [words for words in found if "--" in words]

@@ -14,7 +14,7 @@ from espalier.launch.convert import __main__ as convert
 from espalier.launch.load import load_run
 from espalier.launch.merge import __main__ as merge
 from espalier.model import axes
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.model.transforms import layer_stack
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     with np.load(GOLDEN) as case:
         config = json.loads(str(case["config"]))
         tensors = {k.partition("/")[2]: case[k] for k in case.files if k.startswith("tensor/")}
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     names = family.match(family.model(config), {k: x.shape for k, x in tensors.items()})
     folders.write(
         root / "hf", {k: tensors[names[k]] for k in family.shapes(family.model(config))}, config

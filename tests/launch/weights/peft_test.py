@@ -53,7 +53,11 @@ def unpacked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "rslora", "dora", "ia3", "gpt2_lora", "t5_lora", "t5_ia3"]
+    "name",
+    [
+        *("lora", "rslora", "dora", "ia3", "gpt2_lora", "neox_lora", "t5_lora", "t5_ia3"),
+        *("experts", "experts_down", "qwen3_moe", "cohere2_moe"),
+    ],
 )
 def test_adapters_have_pefts_log_probabilities_and_become_its_files_again(
     name, unpacked, tmp_path, capsys
@@ -67,8 +71,9 @@ def test_adapters_have_pefts_log_probabilities_and_become_its_files_again(
     )  # a random T5's attention is sharp, and logits are large
     np.testing.assert_allclose(log_probs(run, tokens, inputs), expected, atol=close)
     status = convert.main([f"--from={run}", f"--to_peft={back}"])
-    if name == "gpt2_lora":  # one A for three projections, which have one each here
-        assert status == 2 and "c_attn.weight" in capsys.readouterr().err
+    joined = {"gpt2_lora": "c_attn.weight", "neox_lora": "query_key_value.weight"}
+    if name in joined:  # one A for three projections, which have one each here
+        assert status == 2 and joined[name] in capsys.readouterr().err
         return
     assert status == 0
     settings, weights = FILES["adapter"]
@@ -88,6 +93,31 @@ def test_adapters_have_pefts_log_probabilities_and_become_its_files_again(
     targets = {"ia3": ["down_proj", "k_proj", "v_proj"], "rslora": ["gate_proj", "up_proj"]}
     if name in targets:
         assert config["target_modules"] == targets[name]
+
+
+@pytest.mark.parametrize("name", ["experts_ranks", "experts_apart"])
+def test_experts_of_other_ranks_or_apart_are_the_same_adapters_and_then_stay(
+    name, unpacked, tmp_path, capsys
+):
+    """Ranks of layers are filled up, and single experts become stacked, of both ranks where gate and up have two.
+
+    What is written then is written again bit for bit, up to a factor of 2 for two ranks, which have one alpha here.
+    """
+    tokens, _, expected, base = unpacked(name)
+    for source, run, back in (("adapter", "one", "two"), ("two", "three", "four")):
+        flags = [f"--from_peft={tmp_path / source}", base, f"--to={tmp_path / run}"]
+        assert convert.main(flags) == 0, capsys.readouterr().err
+        assert convert.main([f"--from={tmp_path / run}", f"--to_peft={tmp_path / back}"]) == 0
+        np.testing.assert_allclose(log_probs(tmp_path / run, tokens), expected, atol=1e-4)
+    settings, weights = FILES["adapter"]
+    first, again = (safetensors.numpy.load_file(tmp_path / x / weights) for x in ("two", "four"))
+    factors = {np.unique(again[x][first[x] != 0] / first[x][first[x] != 0]).item() for x in first}
+    assert set(first) == set(again) and factors == (
+        {1.0} if name == "experts_ranks" else {1.0, 2.0}
+    )
+    config = json.loads((tmp_path / "two" / settings).read_text())
+    assert config["target_modules"] == []
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def test_a_full_disk_is_one_error(unpacked, tmp_path, capsys, monkeypatch):

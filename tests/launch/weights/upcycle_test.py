@@ -16,7 +16,7 @@ from espalier.launch.upcycle import upcycle, upcycle_flags
 from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.model.bam.moa import AttentionExperts
-from espalier.model.hf import families, load
+from espalier.model.hf import load, registry
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 from espalier.model.nexus import extend
 from espalier.model.transforms import base, experts
@@ -206,6 +206,12 @@ def test_averaged_attentions_are_one_mean_as_often_and_a_soup_is_a_dense_model_o
             "--router=linear does not read --domains",
         ),
         ("nexus --seed_model=x --domains=x --copies=2", "have the same embedding"),
+        ("soup --granularity=2", "--granularity is only for experts"),
+        ("btx --granularity=1", "--granularity=1 must be at least 2"),
+        (
+            "nexus --seed_model=x --domains=x --granularity=2",
+            "the parts of an expert have one embedding",
+        ),
     ],
 )
 def test_flags_that_would_be_ignored_or_go_with_others_are_named(flags, message):
@@ -255,7 +261,9 @@ def test_copies_that_are_all_used_compute_what_the_dense_model_does(
 
 def test_heads_of_shared_keys_are_in_the_order_of_the_mixture():
     mixture = Mixture(experts=2, attention=AttentionExperts(kv_heads=2, shared_kv=True))
-    query, out = (experts.expert_axis(f"attention/{x}/kernel", mixture) for x in ("query", "out"))
+    query, out = (
+        experts.expert_axis(f"attention/{x}/kernel", (), mixture) for x in ("query", "out")
+    )
     heads = [np.array([[f"{e}{k}{g}" for k in range(2) for g in range(3)]]) for e in "ab"]
     want = [f"{e}{k}{g}" for k in range(2) for e in "ab" for g in range(3)]
     assert experts.joined(heads, query)[0].tolist() == want
@@ -296,17 +304,24 @@ def test_layers_that_are_not_stacked_are_extended_too():
         sources = [Source(name, dense) for name in names]
         return made(base.plan(Upcycle(mixture(len(names))), sources, target(len(names))), models)
 
+    def balanced(count):
+        return target(count) | {"layers/block_0/mlp/choice_bias": (count,)}
+
     two, want = upcycled("ab"), upcycled("abc")
+    two["layers/block_0/mlp/choice_bias"] = np.float32([0.25, -0.5])
     addition = extend.Addition(mixture(3), merge=1 / 3)
-    sources = [Source("two", target(2)), Source("c", dense)]
-    larger = made(base.plan(addition, sources, target(3)), {**models, "two": two})
+    sources = [Source("two", balanced(2)), Source("c", dense)]
+    larger = made(base.plan(addition, sources, balanced(3)), {**models, "two": two})
     for path, x in larger.items():
-        if "router" in path:
+        if "choice_bias" in path:  # of the new expert, the mean of the others'
+            np.testing.assert_array_equal(x, np.float32([0.25, -0.5, -0.125]))
+        elif "router" in path:
             np.testing.assert_array_equal(x[:, :2], two[path])
         else:
             np.testing.assert_allclose(x, want[path], atol=1e-6)
     removal = extend.Removal(mixture(3), 2)
-    back = made(base.plan(removal, [Source("three", target(3))], target(2)), {"three": larger})
+    three = [Source("three", balanced(3))]
+    back = made(base.plan(removal, three, balanced(2)), {"three": larger})
     for path, x in back.items():
         if "norm" not in path:
             np.testing.assert_array_equal(x, two[path])
@@ -376,6 +391,20 @@ def test_a_scale_of_n_makes_n_copies_behind_even_probabilities_the_dense_model(
     assert len(told) == 1 and f"{BLOCK}/mlp/down/kernel" in told[0]
 
 
+def test_experts_in_parts_score_as_whole_ones_and_are_not_extended(
+    make, branches, command, tmp_path, capsys
+):
+    whole = make(experts=branches.folders[:2], method="btx", name="whole")
+    finer = make("--granularity=4", experts=branches.folders[:2], method="btx", name="finer")
+    assert stored(finer, f"{BLOCK}/mlp/up/kernel").shape == (2, 8, 16, 4)
+    assert "copied, one beside the other, each in 4 parts, times 4" in capsys.readouterr().out
+    want = score(command, tmp_path, whole)
+    np.testing.assert_allclose(score(command, tmp_path, finer), want, atol=1e-4)
+    added = ("--add", f"x={branches.folders[2]}", f"--to={tmp_path}/more")
+    assert command("upcycle extend", f"--moe={finer}", *added) == 2
+    assert "has its experts in 4 parts each (--granularity)" in capsys.readouterr().err
+
+
 def test_dropped_units_are_drawn_as_they_were_spread_and_all_others_stay():
     """Shapes of one of several stacked layers: gate [1, D, F], down [1, F, D]."""
     mixture = Mixture(experts=3, drop_ratio=0.3)
@@ -409,7 +438,7 @@ def test_experts_of_a_sequential_model_go_to_mixtrals_layout(make, tmp_path):
     with np.load(GOLDENS / "mistral_0.npz") as case:
         config = json.loads(str(case["config"]))
         tensors = {k.partition("/")[2]: case[k] for k in case.files if k.startswith("tensor/")}
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     names = family.match(family.model(config), {k: x.shape for k, x in tensors.items()})
     tensors = {k: tensors[names[k]] for k in family.shapes(family.model(config))}
     (tmp_path / "config.json").write_text(json.dumps(config))

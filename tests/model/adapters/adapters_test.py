@@ -24,6 +24,7 @@ from espalier.model.linear import Dense
 from espalier.model.low_rank.lowrank import Factorisation, LowRankDense
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe.moe import ExpertDense
+from espalier.model.mov.molora import MoLora
 from espalier.model.mov.mov import Mov
 
 KEY = jax.random.key(0)
@@ -176,6 +177,47 @@ def test_each_expert_has_an_adapter_of_its_own(make):
         np.testing.assert_allclose(got[row], expected, atol=1e-5)
 
 
+MIXTURES = [
+    functools.partial(Mov, num_experts=3, outputs=ANY, inputs=()),
+    functools.partial(Mov, num_experts=3, outputs=(), inputs=ANY),
+    functools.partial(MoLora, num_experts=3, layers=ANY, rank=2),
+]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(Bottleneck, layers=ANY, width=3),
+        *MIXTURES,
+        *(functools.partial(make, top_k=2) for make in MIXTURES),
+    ],
+)
+def test_at_an_expert_an_adapter_is_what_it_is_at_a_projection(make):
+    """With the expert's own parameters, for every row: routers, vectors, factors and biases."""
+    base = ExpertDense(num_experts=2, features=Y, axes=(axes.EXPERT, axes.EMBED, axes.MLP))
+    module, params, (x, sizes) = wrapped(make, base=base)
+    got = np.asarray(module.apply({"params": params}, x, sizes))
+    plain, own, _ = wrapped(make)
+    for row, expert in enumerate([0, 1, 1, 1]):
+        one = jax.tree.map(lambda leaf, e=expert: leaf[e], params)
+        one = jax.tree.map(
+            lambda leaf, like: leaf.reshape(like.shape),
+            one,
+            {name: child for name, child in own.items() if name != "bias"},
+        )
+        one["bias"] = jnp.zeros_like(own["bias"])
+        expected = plain.apply({"params": one}, x[row][None, None])
+        np.testing.assert_allclose(got[row], np.ravel(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [Mov, MoLora])
+def test_a_router_at_experts_knows_no_sentence(make):
+    base = ExpertDense(num_experts=2, features=Y, axes=(axes.EXPERT, axes.EMBED, axes.MLP))
+    patterns = {"layers": ANY} if make is MoLora else {"outputs": ANY, "inputs": ()}
+    with pytest.raises(AdapterError, match="'sentence' is not at stacked experts"):
+        wrapped(functools.partial(make, router_input="sentence", **patterns), base=base)
+
+
 def mlp(**slots):
     config = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=X, num_heads=2, mlp_dim=8)
     return GatedMlp(config=config, adapters=adapter.named(**slots))
@@ -252,11 +294,10 @@ def test_sites_that_cannot_be_are_one_error(slots, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("make", [Bottleneck, functools.partial(Lora, dora=True, rank=1)])
-def test_what_cannot_adapt_experts_says_so(make):
+def test_what_cannot_adapt_experts_says_so():
     base = ExpertDense(num_experts=2, features=Y, axes=(axes.EXPERT, axes.EMBED, axes.MLP))
     with pytest.raises(AdapterError, match="stacked experts.*adapter.named.one cannot"):
-        wrapped(functools.partial(make, layers=ANY), base=base)
+        wrapped(functools.partial(Lora, dora=True, rank=1, layers=ANY), base=base)
 
 
 def embedded(module, params, ids):

@@ -11,8 +11,8 @@ import pytest
 from espalier.model.attention import Attention
 from espalier.model.bam import moa
 from espalier.model.config import TransformerConfig
-from espalier.model.hf.families import family_of_model
 from espalier.model.hf.family import UnsupportedModel
+from espalier.model.hf.registry import family_of_model
 from espalier.model.kv_cache import policies
 from espalier.model.mlp import GatedMlp
 from espalier.model.transformer import Block, Transformer

@@ -9,8 +9,9 @@ from espalier.model.config import TransformerConfig
 from espalier.model.heads.actor_critic import ActorCritic
 from espalier.model.heads.reward_model import RewardModel
 from espalier.model.protocol import inference_model, inference_params
+from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Transformer
-from espalier.trainers.inputs import PackedTokens
+from espalier.trainers.inputs import InputsAndTargets, PackedTokens
 
 CONFIG = TransformerConfig(
     vocab_size=16, num_layers=1, scan_layers=False, embed_dim=8, num_heads=2, mlp_dim=8
@@ -53,3 +54,25 @@ def test_a_reward_is_a_linear_function_of_the_last_state_and_has_no_vocabulary()
     logits = 2 * 16 * 8
     assert model.forward_flops(row, {"params": params}) == lm.forward_flops(row) - logits + 2 * 8
     assert inference_model(model) is model and (model.output, lm.output) == ("rewards", "logits")
+
+
+def test_the_heads_of_an_encoder_decoder_read_its_targets():
+    lm = EncoderDecoder(config=CONFIG)
+    row, parts = InputsAndTargets(inputs=6, targets=4).arrays(1), 4 / 10
+    head = 2 * 8 * parts
+    plain = lm.forward_flops(row)
+    assert ActorCritic(backbone=lm).forward_flops(row) == plain + head
+    without = lm.hidden_flops(row)
+    np.testing.assert_allclose(plain - without, 2 * 16 * 8 * parts)
+    reward = RewardModel(backbone=lm)
+    assert reward.forward_flops(row) == without + head
+    assert reward.row is lm.row and reward.row.encodes
+
+
+def test_the_context_of_rows_is_the_language_models():
+    class Known(Transformer):
+        def row_context(self, variables, batch):
+            return variables["params"]["table"] * batch
+
+    made = RewardModel(backbone=Known(config=CONFIG))
+    assert made.row_context({"params": {"backbone": {"table": 3}, "reward_head": {}}}, 2) == 6

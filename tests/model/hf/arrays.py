@@ -18,7 +18,7 @@ class Memory:
         self.tensors = {k: TensorInfo(x.dtype, x.shape, pathlib.Path()) for k, x in arrays.items()}
 
     def read_into(self, name, start, into):
-        into[...] = self.arrays[name][start : start + len(into)]
+        into[...] = np.atleast_1d(self.arrays[name])[start : start + len(into)]
 
 
 def to_native(family, model, tensors):
@@ -35,5 +35,6 @@ def to_hf(family, model, params):
     for piece in family.pieces(model):
         array = np.asarray(arrays[piece.native])
         tensors.setdefault(piece.hf, np.empty(shapes[piece.hf], array.dtype))
-        piece.region(tensors[piece.hf])[...] = piece.to_hf(array)
+        for part, values in piece.to_hf(array[piece.native_at], tensors[piece.hf]):
+            part[...] = values
     return tensors

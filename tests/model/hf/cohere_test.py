@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from espalier.model.config import LayerKind
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.transforms import layer_stack
 
@@ -35,7 +35,7 @@ def made(model_type, **fields):
     config = (CONFIG2 if model_type == "cohere2" else CONFIG) | fields
     if "layer_types" in config:
         config["layer_types"] = list(config["layer_types"])
-    model = layer_stack.unrolled(families.family_of_config(config).model(config))
+    model = layer_stack.unrolled(registry.family_of_config(config).model(config))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))

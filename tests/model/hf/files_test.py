@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.model.hf.files import gguf_file
 from espalier.model.hf.files.safetensors_files import (
     INDEX,
@@ -262,7 +262,7 @@ def test_gguf_tensors_have_their_hugging_face_names_and_order(tmp_path):
 def test_gguf_values_that_are_not_finite_are_refused_by_name(tmp_path):
     write_gguf(tmp_path / "x.gguf", bad="blk.0.ffn_norm.weight")
     with gguf_file.GgufReader(tmp_path / "x.gguf") as reader:
-        family = families.family_of_config(reader.config)
+        family = registry.family_of_config(reader.config)
         checked = plan(family, family.model(reader.config), reader)
         name = "model.layers.0.post_attention_layernorm.weight"
         with pytest.raises(UnsuitableDtypeError, match=f"x.gguf: {name} has 1 values of {WIDTH}"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.model.hf.config_fields import UnsupportedConfig
 from espalier.model.hf.family import MismatchedTensors
 from espalier.model.hf.files import gguf_file
@@ -264,6 +264,6 @@ def test_sizes_of_a_config_are_checked_before_layers_are_listed(key, value, word
     config = SMALL["llama2_7b"] | {key: value}
     started = time.monotonic()
     with pytest.raises((UnsupportedConfig, MismatchedTensors), match=words):
-        family = families.family_of_config(config)
+        family = registry.family_of_config(config)
         family.match(family.model(config), {"a": (1,), "b": (1,), "c": (1,)})
     assert time.monotonic() - started < 5

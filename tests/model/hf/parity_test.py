@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.model.transforms import layer_stack
 from tests.model.hf import arrays
 from tests.model.hf.cases import ENCODER_DECODERS
@@ -34,7 +34,7 @@ def load(path):
         for name, value in case.items()
         if name.startswith("tensor/")
     }
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     model = family.model(config)
     return case, family, model, arrays.to_native(family, model, tensors)
 
@@ -95,10 +95,10 @@ def test_log_probabilities_are_those_of_transformers(path):
 
 def test_there_are_cases_of_every_family():
     named = {path.stem.rpartition("_")[0] for path in ALL_CASES}
-    assert named == {family.name for family in families.FAMILIES}
+    assert named == {family.name for family in registry.FAMILIES}
 
 
-@pytest.mark.parametrize("name", sorted({f.name for f in families.FAMILIES} - ENCODER_DECODERS))
+@pytest.mark.parametrize("name", sorted({f.name for f in registry.FAMILIES} - ENCODER_DECODERS))
 def test_unrolled_layers_import_the_same_function(name):
     path = next(path for path in CASES if path.stem.rpartition("_")[0] == name)
     case, family, model, params = load(path)

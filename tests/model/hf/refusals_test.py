@@ -8,7 +8,7 @@ import pytest
 
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.model.hf.config_fields import UnsupportedConfig
 from espalier.model.hf.family import UnsupportedModel
 from espalier.model.linear import Dense
@@ -22,21 +22,87 @@ from tests.model.hf.cases import SMALL
 def refused(name, without=(), **fields):
     config = {k: v for k, v in (SMALL[name] | fields).items() if k not in without}
     with pytest.raises(UnsupportedConfig) as raised:
-        families.family_of_config(config).model(config)
+        registry.family_of_config(config).model(config)
     assert str(raised.value).startswith("config.json")
     return str(raised.value)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "gpt2"])
+# Without a base of rotations, or with one whose default never changed.
+NO_BASE = ("gpt2", "pythia_160m")
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in NO_BASE])
 def test_the_base_of_the_rotation_is_not_guessed(name):
     message = refused(name, without=("rope_theta",))
     assert "rope_theta" in message and "default differs" in message and "10000.0" in message
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+MAGNITUDES = {"mscale": 0.7, "mscale_all_dim": 1.0}
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
-        ("llama2_7b", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        (
+            "llama2_7b",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "original_max_position_embeddings is missing",
+        ),
+        ("llama2_7b", {"rope_scaling": YARN | {"mscale": 0.7}}, "are read only together"),
+        (
+            "llama2_7b",
+            {"rope_scaling": YARN | MAGNITUDES | {"attention_factor": 1.5}},
+            "without attention_factor",
+        ),
+        ("llama2_7b", {"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast must exceed"),
+        ("llama2_7b", {"rope_scaling": YARN | {"beta_slow": "1"}}, "beta_slow in it must be"),
+        (
+            "llama2_7b",
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "truncate": False}},
+            "truncate in it: not known with rope type 'linear'",
+        ),
+        (
+            "llama2_7b",
+            {"rope_scaling": {"mrope_section": [1, 1]}},
+            "mrope_section in it: not known",
+        ),
+        (
+            "llama2_7b",
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 4.0}},
+            "it differs from rope_parameters",
+        ),
+        ("llama2_7b", {"use_rope": False, "note": "x"}, "note = 'x', use_rope = False: not known"),
+        ("mistral_7b", {"mlp_bias": True}, "mlp_bias = True: only False is supported"),
+        ("command_r7b", {"rotary_pct": 0.5}, "rotary_pct = 0.5: only 1.0 is supported"),
+        ("olmo2_7b", {"clip_qkv": 8.0}, "clip_qkv = 8.0: not known"),
+        ("olmo3_7b", {"rope_theta": 10000.0}, "rope_theta = 10000.0: only 500000.0"),
+        (
+            "olmo3_7b",
+            {"rope_parameters": {"rope_theta": 500000.0}},
+            "full_attention and sliding_attention in it must be objects",
+        ),
+        ("smollm3_3b", {"no_rope_layers": [1]}, "1 values for 2 layers"),
+        (
+            "smollm3_3b",
+            {"use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1, 0]},
+            "a layer with a window and no rotation",
+        ),
+        (
+            "smollm3_3b",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "use_sliding_window is not true",
+        ),
+        ("pythia_160m", {"rope_theta": 10000.0}, "rope_theta = 10000.0: not known"),
+        ("pythia_160m", {"rotary_pct": 0.25}, "1 of head_dim = 4 dimensions"),
+        ("pythia_160m", {"rotary_pct": 1.5}, "partial_rotary_factor must be at most 1"),
+        ("apertus_8b", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
+        ("gemma3_1b", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0: only None"),
+        ("qwen3_30b_a3b", {"decoder_sparse_step": 3}, "no layer has experts"),
+        ("qwen3_30b_a3b", {"mlp_only_layers": [0, 1]}, "mlp_only_layers = [0, 1]: no layer has"),
+        ("qwen3_30b_a3b", {"num_local_experts": 3}, "num_experts is 128; make them equal"),
+        ("qwen3_30b_a3b", {"num_experts": None}, "num_experts = None: it is needed"),
+        ("gemma3_1b", {"rope_local_base_freq": 0}, "rope_local_base_freq = 0: it must be"),
         ("llama2_7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("llama2_7b", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ("llama2_7b", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
@@ -143,11 +209,11 @@ def test_other_models_are_refused_with_a_list_of_the_supported_ones(fields):
 
 
 def test_families_are_found_by_name():
-    for family in families.FAMILIES:
-        assert families.family_named(family.name) is family
-    with pytest.raises(ValueError, match="No family 'other': choose from llama, .*gpt2"):
-        families.family_named("other")
-    assert families.family_of_config({"architectures": ["GPT2LMHeadModel"]}).name == "gpt2"
+    for family in registry.FAMILIES:
+        assert registry.family_named(family.name) is family
+    with pytest.raises(ValueError, match="No family 'other': choose from apertus, .*mt5"):
+        registry.family_named("other")
+    assert registry.family_of_config({"architectures": ["GPT2LMHeadModel"]}).name == "gpt2"
 
 
 SIZES = TransformerConfig(
@@ -239,6 +305,19 @@ def with_config(**changes):
             "block.mlp.renormalise is False, not True; block.mlp.shared is GatedMlp, not None",
         ),
         (
+            "mixtral",
+            {
+                "block": functools.partial(
+                    Block,
+                    mlp=functools.partial(
+                        MoeMlp, score="sigmoid", routed_scale=2.5, balance_bias=True, expert_dim=4
+                    ),
+                )
+            },
+            "block.mlp.expert_dim is 4, not 5; block.mlp.score is sigmoid, not softmax; "
+            "block.mlp.routed_scale is 2.5, not 1.0; block.mlp.balance_bias is True, not False",
+        ),
+        (
             "llama",
             {"config": with_config(num_heads=3, head_dim=4)},
             "num_attention_heads = 3: it must divide hidden_size",
@@ -248,7 +327,7 @@ def with_config(**changes):
 )
 def test_a_feature_that_a_family_cannot_express_is_named(family, model, words):
     with pytest.raises(UnsupportedModel, match=re.escape(words)):
-        families.family_named(family).config(Transformer(**({"config": SIZES} | model)))
+        registry.family_named(family).config(Transformer(**({"config": SIZES} | model)))
 
 
 def test_classes_that_nobody_knows_are_named():
@@ -260,13 +339,13 @@ def test_classes_that_nobody_knows_are_named():
 
     other = Transformer(config=SIZES, block=functools.partial(Block, mlp=Other))
     with pytest.raises(UnsupportedModel) as raised:
-        families.family_of_model(other)
+        registry.family_of_model(other)
     lines = str(raised.value).splitlines()
-    assert len(lines) == len(families.FAMILIES)
+    assert len(lines) == len(registry.FAMILIES)
     assert all("block.mlp is Other" in line for line in lines)
     dense = functools.partial(Block, mlp=functools.partial(GatedMlp, dense=OtherDense))
     with pytest.raises(UnsupportedModel, match="block.mlp.dense is OtherDense, not Dense"):
-        families.family_named("llama").config(Transformer(config=SIZES, block=dense))
+        registry.family_named("llama").config(Transformer(config=SIZES, block=dense))
 
 
 def test_blocks_that_differ_between_layers_are_named():
@@ -275,11 +354,11 @@ def test_blocks_that_differ_between_layers_are_named():
 
     config = with_config(layer_pattern=("full", "sliding"))
     with pytest.raises(UnsupportedModel, match="block_1.mlp is Mlp, not absent"):
-        families.family_named("gemma2").config(Transformer(config=config, block=block))
+        registry.family_named("gemma2").config(Transformer(config=config, block=block))
 
 
 def test_an_array_without_a_name_is_refused():
-    family = families.family_named("llama")
+    family = registry.family_named("llama")
     model = Transformer(config=SIZES, block=functools.partial(Block, post_norm=RMSNorm))
     with pytest.raises(UnsupportedModel, match="no tensor for .*attention_post_norm/scale"):
         family.pieces(model)
@@ -289,4 +368,4 @@ def test_how_a_mixture_is_trained_is_no_matter_of_its_checkpoint():
     limits = {"capacity_factor": 1.25, "exchange_factor": 2.0}
     mlp = functools.partial(MoeMlp, balance_loss=0.01, router_z_loss=0.001, **limits)
     model = Transformer(config=SIZES, block=functools.partial(Block, mlp=mlp), tie_embeddings=False)
-    assert families.family_named("mixtral").config(model)["num_experts_per_tok"] == 2
+    assert registry.family_named("mixtral").config(model)["num_experts_per_tok"] == 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from espalier.launch.config import gin_config
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.model.hf.config_fields import UnsupportedConfig
 from espalier.model.hf.description import describe
 from espalier.model.hf.family import UnsupportedModel
@@ -126,7 +126,7 @@ def test_published_configs_are_the_models_of_the_gin_files(name):
     )
     assert [str(warning) for warning in config.warnings] == []
     here = describe(config.arguments()["recipe"].model)
-    family = families.family_of_config(PUBLISHED[name])
+    family = registry.family_of_config(PUBLISHED[name])
     there = describe(family.model(PUBLISHED[name]))
     assert {k: (v, there.get(k)) for k, v in here.items() if v != there.get(k)} == {}
     assert set(here) == set(there)
@@ -142,17 +142,20 @@ def test_published_configs_are_the_models_of_the_gin_files(name):
 def test_other_settings_are_refused(changes, words):
     config = {**V1_1, **changes, "architectures": None}
     with pytest.raises(UnsupportedConfig, match=words):
-        families.family_of_config(config).model(config)
+        registry.family_of_config(config).model(config)
 
 
 def test_an_mt5_has_a_head_of_its_own_whatever_is_written():
-    model = families.MT5.model({**MT5, "tie_word_embeddings": True})
-    assert describe(model) == describe(families.MT5.model(MT5)) and not model.tie_embeddings
+    model = registry.family_named("mt5").model({**MT5, "tie_word_embeddings": True})
+    assert (
+        describe(model) == describe(registry.family_named("mt5").model(MT5))
+        and not model.tie_embeddings
+    )
     with pytest.raises(UnsupportedModel, match="tie_embeddings is True, not False"):
-        families.MT5.config(model.clone(tie_embeddings=True))
+        registry.family_named("mt5").config(model.clone(tie_embeddings=True))
 
 
 def test_a_scale_of_logits_that_no_t5_has_is_named():
-    model = families.T5.model(V1_1).clone(logit_scale=0.5)
+    model = registry.family_named("t5").model(V1_1).clone(logit_scale=0.5)
     with pytest.raises(UnsupportedModel, match="logit_scale is 0.5, not "):
-        families.T5.config(model)
+        registry.family_named("t5").config(model)

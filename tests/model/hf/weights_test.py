@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from espalier.model.hf import families
 from espalier.model.hf import load as loading
+from espalier.model.hf import registry
 from espalier.model.hf.description import native_shapes
 from espalier.model.hf.family import MismatchedTensors
 from espalier.model.hf.plan import plan
@@ -90,7 +90,7 @@ def test_what_is_not_needed_is_not_read(llama):
 
 @pytest.fixture
 def llama():
-    family, config = families.family_named("llama"), SMALL["llama2_7b"]
+    family, config = registry.family_named("llama"), SMALL["llama2_7b"]
     model = family.model(config)
     return family, model, {k: np.ones(v, np.float32) for k, v in family.shapes(model).items()}
 
@@ -123,7 +123,7 @@ def test_a_transposed_tensor_is_of_another_shape(llama):
 
 
 def test_a_head_beside_the_embedding_it_is_tied_to_must_be_equal():
-    family, config = families.family_named("cohere"), SMALL["aya23_8b"]
+    family, config = registry.family_named("cohere"), SMALL["aya23_8b"]
     model = family.model(config)
     tensors = {k: np.ones(v, np.float32) for k, v in family.shapes(model).items()}
     plain = arrays.to_native(family, model, tensors)
@@ -147,7 +147,7 @@ def test_tensors_that_carry_nothing_are_passed_over(llama):
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_gpt2_is_read_with_and_without_the_prefix_and_its_masks(prefix):
-    family, config = families.family_named("gpt2"), SMALL["gpt2"]
+    family, config = registry.family_named("gpt2"), SMALL["gpt2"]
     model = family.model(config)
     rng = np.random.default_rng(0)
     tensors = {k: rng.normal(size=v).astype("f4") for k, v in family.shapes(model).items()}

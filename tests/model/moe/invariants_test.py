@@ -41,14 +41,17 @@ def dense_model():
 
 
 @functools.cache
-def mixture(shared_kv=False, attention_top_k=None, top_k=1, renormalise=False):
+def mixture(
+    shared_kv=False, attention_top_k=None, top_k=1, renormalise=False, parts=1, score="softmax"
+):
     """Routers have a bias, which decides whatever a state is."""
     router = functools.partial(Dense, use_bias=True)
     attention = functools.partial(
         moa.MixtureOfAttention, shared_kv=shared_kv, top_k=attention_top_k
     )
-    mlp = functools.partial(moe.MoeMlp, top_k=top_k, renormalise=renormalise)
+    mlp = functools.partial(moe.MoeMlp, top_k=top_k, renormalise=renormalise, score=score)
     attention, mlp = (functools.partial(x, num_experts=E, router=router) for x in (attention, mlp))
+    mlp = moe.experts_of(moe=mlp, granularity=parts)
     block = functools.partial(Block, layout="parallel", attention=attention, mlp=mlp)
     return Transformer(config=CONFIG, block=block)
 
@@ -72,12 +75,12 @@ def dense(seed):
     }
 
 
-def upcycled(model, sources, shared_kv=False, router_std=1.0):
+def upcycled(model, sources, shared_kv=False, router_std=1.0, **settings):
     """A mixture's parameters by path, made of dense ones in their order; biases are 0."""
     shapes = shapes_of(model)
     biases = {f"{x}/bias": np.zeros(shapes.pop(f"{x}/bias"), np.float32) for x in ROUTERS}
     attention = AttentionExperts(kv_heads=KV, shared_kv=shared_kv)
-    what = Mixture(experts=E, attention=attention, router=LinearRouters(std=router_std))
+    what = Mixture(experts=E, attention=attention, router=LinearRouters(std=router_std), **settings)
     named = [
         Source(str(i), {path: x.shape for path, x in one.items()}) for i, one in enumerate(sources)
     ]
@@ -111,6 +114,26 @@ def test_copies_that_are_mixed_by_weights_that_sum_to_1_are_the_model(form):
     np.testing.assert_allclose(logits(model, params), want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "renormalise", "score", "scale"),
+    [(1, False, "softmax", 1.0), (2, True, "sigmoid", 1.0), (2, False, "sigmoid", 0.25)],
+)
+def test_experts_in_parts_begin_as_whole_ones(top_k, renormalise, score, scale):
+    """arXiv 2410.07524. Sigmoids that are not renormalised have no sum that parts share, which `expert_scale` sets right."""
+    sources, form = [dense(j) for j in range(E)], (False, None, top_k, renormalise)
+    whole = mixture(*form, score=score)
+    want = logits(whole, upcycled(whole, sources))
+    finer = mixture(*form, parts=4, score=score)
+    params = upcycled(finer, sources, granularity=4, expert_scale=scale)
+    assert params["layers/block_0/mlp/down/kernel"].shape == (2, 4 * E, 24 // 4, 16)
+    np.testing.assert_allclose(logits(finer, params), want, rtol=0, atol=1e-5)
+    other = {
+        **params,
+        "layers/block_0/mlp/up/kernel": params["layers/block_0/mlp/up/kernel"][:, ::-1],
+    }
+    assert np.abs(logits(finer, other) - want).max() > 1e-2
+
+
 @FORMS
 def test_with_both_gates_on_one_expert_and_its_backbone_a_mixture_is_that_expert(form):
     """All that is no expert's is taken of the one; where keys and values are shared, these too."""
@@ -121,7 +144,11 @@ def test_with_both_gates_on_one_expert_and_its_backbone_a_mixture_is_that_expert
         gates = {f"{x}/bias": np.full((2, E), -1e4, np.float32) for x in ROUTERS}
         for bias in gates.values():
             bias[:, j] = 0.0
-        own = {path: leaf for path, leaf in dense(j).items() if expert_axis(path, what) is None}
+        own = {
+            path: leaf
+            for path, leaf in dense(j).items()
+            if expert_axis(path, params[path].shape, what) is None
+        }
         assert ("layers/block_0/attention/key/kernel" in own) == shared_kv
         want = logits(dense_model(), dense(j))
         found = logits(model, {**params, **gates, **own})

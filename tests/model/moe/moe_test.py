@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -9,25 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.model.config import TransformerConfig
+from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe import moe, routing
+from espalier.model.nexus.domain_router import DomainRouter
 from espalier.model.transformer import Block
 
 TRAINING = {"dropout": jax.random.key(0)}  # limits of experts hold in training alone
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=6, num_heads=1, mlp_dim=5)
 
 
-def dense_and_mask(params, x_BTD, top_k, renormalise):
+def dense_and_mask(params, x_BTD, top_k, renormalise, score="softmax"):
     """All experts of all tokens, times weights that are zero where an expert is not chosen."""
     x = np.asarray(x_BTD, np.float64).reshape(-1, x_BTD.shape[-1])
-    kernel = {name: np.asarray(value["kernel"], np.float64) for name, value in params.items()}
+    dense = {name: value for name, value in params.items() if name != "choice_bias"}
+    kernel = {name: np.asarray(value["kernel"], np.float64) for name, value in dense.items()}
     logits = x @ kernel["router"]
-    probs = np.exp(logits - logits.max(-1, keepdims=True))
-    probs /= probs.sum(-1, keepdims=True)
-    threshold = np.sort(probs, axis=-1)[:, -top_k, None]
-    weights = np.where(probs >= threshold, probs, 0.0)
+    scores = 1 / (1 + np.exp(-logits))
+    if score == "softmax":
+        scores = np.exp(logits - logits.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    order = scores + np.asarray(params.get("choice_bias", 0.0), np.float64)
+    threshold = np.sort(order, axis=-1)[:, -top_k, None]
+    weights = np.where(order >= threshold, scores, 0.0)
     if renormalise:
         weights /= weights.sum(-1, keepdims=True)
     gate = np.einsum("md,edf->mef", x, kernel["gate"])
@@ -36,8 +42,10 @@ def dense_and_mask(params, x_BTD, top_k, renormalise):
     return np.einsum("me,med->md", weights, out).reshape(x_BTD.shape)
 
 
-def made(num_experts, top_k, renormalise=True, scale=1.0):
-    mlp = moe.MoeMlp(config=CONFIG, num_experts=num_experts, top_k=top_k, renormalise=renormalise)
+def made(num_experts, top_k, renormalise=True, scale=1.0, **settings):
+    mlp = moe.MoeMlp(
+        config=CONFIG, num_experts=num_experts, top_k=top_k, renormalise=renormalise, **settings
+    )
     x_BTD = jax.random.normal(jax.random.key(1), (2, 17, 6))
     params = nn.unbox(jax.jit(mlp.init)(jax.random.key(0), x_BTD)["params"])
     return mlp, jax.tree.map(lambda leaf: leaf * scale, params), x_BTD
@@ -79,6 +87,101 @@ def test_gradients_are_those_of_all_experts_masked(platform):
         assert along == pytest.approx((up - down) / 2, rel=1e-4), name
 
 
+@pytest.mark.parametrize(("top_k", "renormalise"), [(2, True), (2, False), (1, True), (5, False)])
+def test_sigmoids_weigh_the_chosen_experts(top_k, renormalise):
+    """DeepSeek-V3 (arXiv 2412.19437, equations 12 to 16) without its shared expert; Cohere2-MoE's 'sigmoid'."""
+    mlp, params, x_BTD = made(5, top_k, renormalise, scale=2.0, score="sigmoid")
+    want = dense_and_mask(params, x_BTD, top_k, renormalise, "sigmoid")
+    got = jax.jit(mlp.apply)({"params": params}, x_BTD)
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+    scaled = jax.jit(mlp.clone(routed_scale=2.5).apply)({"params": params}, x_BTD)
+    np.testing.assert_allclose(scaled, 2.5 * want, atol=5e-5, rtol=2e-5)
+    # Of one expert with weight 1 the loss says nothing; float32 rounds 1 - 1.
+    gradient = jax.jit(jax.grad(lambda params: mlp.apply({"params": params}, x_BTD).std()))(params)
+    learns = float(jnp.abs(gradient["router"]["kernel"]).max()) > 1e-5
+    assert learns == (not renormalise or top_k > 1)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_biases_enter_the_choice_and_not_the_weight(score):
+    mlp, params, x_BTD = made(5, 2, scale=2.0, score=score, balance_bias=True)
+    unbiased = dense_and_mask(params, x_BTD, 2, True, score)
+    np.testing.assert_allclose(jax.jit(mlp.apply)({"params": params}, x_BTD), unbiased, atol=2e-5)
+    params["choice_bias"] = jnp.array([0.3, -0.2, 0.0, 0.25, -0.1])
+    apply = jax.jit(functools.partial(mlp.apply, mutable=["counts", "intermediates"]))
+    got, sown = apply({"params": params}, x_BTD)
+    want = dense_and_mask(params, x_BTD, 2, True, score)
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+    assert np.abs(want - unbiased).max() > 1e-2
+    experts = np.asarray(sown["intermediates"]["router_experts"][0])
+    np.testing.assert_array_equal(
+        sown["counts"]["choice_bias"], np.bincount(experts.ravel(), minlength=5)
+    )
+    gradient = jax.jit(jax.grad(lambda params: mlp.apply({"params": params}, x_BTD).std()))(params)
+    np.testing.assert_array_equal(gradient["choice_bias"], 0.0)
+
+
+def test_a_sigmoid_router_sows_shares_and_balances_them():
+    """The loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20), in float64, over the batch."""
+    mlp, params, x_BTD = made(5, 2, scale=2.0, score="sigmoid", balance_loss=0.1)
+    apply = jax.jit(functools.partial(mlp.apply, mutable=["losses", "metrics", "intermediates"]))
+    _, sown = apply({"params": params}, x_BTD)
+    logits = np.asarray(x_BTD, np.float64) @ np.asarray(params["router"]["kernel"], np.float64)
+    scores = (1 / (1 + np.exp(-logits))).reshape(-1, 5)
+    shares = scores / scores.sum(-1, keepdims=True)
+    (probs,) = sown["intermediates"]["router_probs"]
+    np.testing.assert_allclose(probs.reshape(-1, 5), shares, rtol=1e-4)
+    chosen = np.argsort(-logits.reshape(-1, 5), axis=-1)[:, :2]
+    f_E = 5 / (2 * len(scores)) * np.bincount(chosen.ravel(), minlength=5)
+    assert float(sown["losses"]["balance"][0]) == pytest.approx(
+        0.1 * (f_E * shares.mean(0)).sum(), rel=1e-4
+    )
+    entropy = -(shares * np.log(shares)).sum(-1).mean()
+    assert float(sown["metrics"]["router_entropy"][0]) == pytest.approx(entropy, rel=1e-4)
+    top = float(sown["metrics"]["router_top_probability"][0])
+    assert top == pytest.approx(shares.max(-1).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("combine", ["sum", "average"])
+def test_shared_experts_are_one_mlp_of_their_widths(count, combine):
+    settings = {"shared": GatedMlp, "shared_experts": count, "combine_shared": combine}
+    mlp, params, x_BTD = made(4, 2, expert_dim=3, **settings)
+    assert params["up"]["kernel"].shape == (4, 6, 3)
+    assert params["shared"]["up"]["kernel"].shape == (6, 3 * count)
+    routed = {name: value for name, value in params.items() if name != "shared"}
+    want = dense_and_mask(routed, x_BTD, 2, True)
+    up, gate, down = (
+        np.asarray(params["shared"][x]["kernel"], np.float64) for x in ("up", "gate", "down")
+    )
+    inner = np.asarray(x_BTD, np.float64) @ gate
+    want = want + (inner / (1 + np.exp(-inner)) * (x_BTD @ up)) @ down
+    want = want / 2 if combine == "average" else want
+    np.testing.assert_allclose(
+        jax.jit(mlp.apply)({"params": params}, x_BTD), want, atol=2e-5, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"score": "sigmod"}, "MoeMlp.score is 'sigmod'; it must be one of 'softmax', 'sigmoid'"),
+        (
+            {"score": "sigmoid", "router_z_loss": 0.1},
+            "router_z_loss = 0.1 has no effect with score",
+        ),
+        ({"shared_experts": 2}, "shared_experts = 2 has no effect with shared = None"),
+        ({"combine_shared": "average"}, "'average' has no effect with shared = None"),
+        ({"shared": GatedMlp, "combine_shared": "mean"}, "it must be one of 'sum', 'average'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(settings, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        jax.eval_shape(
+            moe.MoeMlp(config=CONFIG, **settings).init, jax.random.key(0), jnp.zeros((1, 2, 6))
+        )
+
+
 @pytest.mark.parametrize("sizes", [(7, 0, 0), (0, 0, 7), (3, 0, 4), (1, 5, 1), (0, 50, 7)])
 def test_grouped_products_at_any_sizes(sizes):
     rows = sum(sizes)
@@ -92,9 +195,10 @@ def test_grouped_products_at_any_sizes(sizes):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_equal_experts_are_one_mlp():
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_equal_experts_are_one_mlp(score):
     """The limit in which routing cannot matter: with renormalised weights the mixture is the expert."""
-    mlp, params, x_BTD = made(4, 2)
+    mlp, params, x_BTD = made(4, 2, score=score)
     one = {name: {"kernel": params[name]["kernel"][0]} for name in ("gate", "up", "down")}
     same = {
         name: {"kernel": jnp.broadcast_to(kernel["kernel"], (4, *kernel["kernel"].shape))}
@@ -326,6 +430,36 @@ def test_copies_of_the_shared_expert_multiply_it_by_one_plus_the_gate():
     want = (1 + gate) * jax.jit(GatedMlp(config=CONFIG).apply)({"params": one}, x_BTD)
     got = jax.jit(mlp.apply)({"params": params}, x_BTD)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_average_of_a_shared_and_renormalised_copies_of_it_is_the_mlp():
+    """So a mixture with RENORMALISE that is upcycled from copies of its seed begins as the seed."""
+    mlp, params, x_BTD = made(4, 2, shared=GatedMlp, combine_shared="average")
+    shared = params["shared"]
+    copies = jax.tree.map(lambda kernel: jnp.broadcast_to(kernel, (4, *kernel.shape)), shared)
+    got = jax.jit(mlp.apply)({"params": {**params, **copies}}, x_BTD)
+    want = jax.jit(GatedMlp(config=CONFIG).apply)({"params": shared}, x_BTD)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_experts_in_parts():
+    """Numbers and widths, with a shared expert that keeps its own; and what cannot be split."""
+
+    def finer(parts, **settings):
+        mixture = functools.partial(moe.MoeMlp, num_experts=3, top_k=2, **settings)
+        return moe.experts_of(moe=mixture, granularity=parts)(config=CONFIG, kind=LayerKind())
+
+    shapes = jax.eval_shape(
+        finer(5, shared=GatedMlp).init, jax.random.key(0), jnp.zeros((1, 2, 6))
+    )["params"]
+    shapes = jax.tree.map(jnp.shape, nn.unbox(shapes))
+    assert shapes["up"]["kernel"] == (15, 6, 1) and shapes["router"]["kernel"] == (6, 15)
+    assert shapes["shared"]["up"]["kernel"] == (6, 5)
+    assert finer(5).settings.top_k == 10 and finer(1).settings.top_k == 2
+    with pytest.raises(ValueError, match="granularity = 2 does not divide the experts' width, 5"):
+        finer(2)
+    with pytest.raises(ValueError, match="this router knows an expert by its data"):
+        finer(5, router=DomainRouter)
 
 
 @pytest.mark.parametrize("layout", ["parallel", "sequential"])

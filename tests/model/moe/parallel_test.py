@@ -20,9 +20,8 @@ SEGMENTS_BT = jnp.asarray(np.arange(LENGTH) < np.arange(1, 9)[:, None], jnp.int3
 
 
 def made(**settings):
-    mlp = moe.MoeMlp(
-        config=CONFIG, num_experts=EXPERTS, balance_loss=0.1, router_z_loss=0.01, **settings
-    )
+    settings = {"balance_loss": 0.1, "router_z_loss": 0.01, **settings}
+    mlp = moe.MoeMlp(config=CONFIG, num_experts=EXPERTS, **settings)
     x_BTD = jax.random.normal(jax.random.key(0), (ROWS, LENGTH, 16))
     boxed = jax.jit(mlp.init)(jax.random.key(1), x_BTD)["params"]
     return mlp, boxed, x_BTD
@@ -67,6 +66,7 @@ def same(found, want):
     ("rules", "shape", "settings"),
     [
         ("ep", {"data": 2, "expert": 4}, {}),
+        ("ep", {"expert": 4}, {"score": "sigmoid", "router_z_loss": 0.0}),
         ("fsdp_ep", {"fsdp": 2, "expert": 4}, {"capacity_factor": 0.8}),
         ("fsdp_tp", {"fsdp": 2, "tensor": 4}, {"capacity_factor": 0.8}),
     ],

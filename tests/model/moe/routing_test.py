@@ -52,6 +52,19 @@ def test_soft_routing_mixes_all_by_their_probabilities(routed):
     np.testing.assert_array_equal(back.astype(np.float32), probs)
 
 
+def test_an_order_chooses_and_does_not_weigh(routed):
+    _, probs, _, _ = routed
+    order = -probs
+    want = np.argsort(np.asarray(probs), axis=-1, kind="stable")[..., :K]
+    routes = routing.route(probs, top_k=K, renormalise=False, order_ME=order)
+    np.testing.assert_array_equal(routes.experts_MK, want)
+    np.testing.assert_array_equal(
+        routes.weights_MK, np.take_along_axis(np.asarray(probs), want, -1)
+    )
+    gone = routing.route(jnp.zeros((1, E)), top_k=K, order_ME=order[0, :1])
+    np.testing.assert_array_equal(gone.weights_MK, 0.0)  # sums of 0 divide nothing
+
+
 @pytest.mark.parametrize(("renormalise", "learns"), [(False, True), (True, False)])
 def test_renormalised_top_1_teaches_the_router_nothing(routed, renormalise, learns):
     def weight(logits):

@@ -212,7 +212,7 @@ def test_sentences_route_all_tokens_of_a_row_alike(kind, settings):
     without = nn.meta.unbox(module.init(KEY, x_btx()))["params"]["key"]
     # The width of an encoder-decoder's own table, until a context has another.
     assert without["adapter_one"]["router"]["kernel"].shape == (X, N)
-    with pytest.raises(AdapterError, match="of an encoder-decoder's inputs alone"):
+    with pytest.raises(AdapterError, match="of an encoder-decoder's inputs"):
         apply(module, without)
     with sentence_embeddings(embeddings):
         params = nn.meta.unbox(module.init(KEY, x_btx()))["params"]["key"]

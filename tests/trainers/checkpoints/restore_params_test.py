@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from espalier.model.layer_groups import Group
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
@@ -225,24 +226,26 @@ def test_names_nest_and_come_back():
     assert state_tree.unflatten(flat, state) == state
 
 
-LAYOUTS = {  # (period, scanned) of four layers
-    "one": (1, True),
-    "two": (2, True),
-    "all": (4, True),
-    "unrolled": (4, False),
+LAYOUTS = {  # the groups of four layers, None of unrolled ones
+    "one": (Group(0, 1, 4),),
+    "two": (Group(0, 2, 2),),
+    "all": (Group(0, 4, 1),),
+    "one and three": (Group(0, 1, 1), Group(1, 1, 3)),
+    "two and two": (Group(0, 1, 2), Group(2, 1, 2)),
+    "unrolled": None,
 }
 
 
 def in_layout(layout, seed=5):
     """Parameters whose layer i is the same in every layout; on a mesh, the kernels of layers are split."""
-    period, scanned = LAYOUTS[layout]
     layers = make_params(seed, layers=4)["layers"]
-    if scanned:
+    if groups := LAYOUTS[layout]:
         layers = {
-            f"block_{p}": jax.tree.map(
-                lambda *rows: jnp.stack(rows), *(layers[f"block_{i}"] for i in range(p, 4, period))
+            f"block_{block}": jax.tree.map(
+                lambda *rows: jnp.stack(rows), *(layers[f"block_{i}"] for i in group.layers(block))
             )
-            for p in range(period)
+            for group in groups
+            for block in group.blocks
         }
     return {"embed": jnp.ones((3, 2)), "layers": layers}
 

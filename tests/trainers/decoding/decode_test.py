@@ -1,5 +1,6 @@
 """Generation against full forward passes, alone and in batches of unequal prompts."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -14,6 +15,9 @@ from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.kv_cache.policies import policy_named
+from espalier.model.mlp import Mlp
+from espalier.model.norm import RMSNorm
+from espalier.model.rope import Rope
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.prefill import TooLargeError, prefill
@@ -89,6 +93,43 @@ def test_greedy_equals_the_argmax_of_full_forward_passes(greedy, log_probs):
         tokens, chosen = stepwise(log_probs, prompt)
         assert got.tokens == tokens
         np.testing.assert_allclose(got.log_probs, chosen, atol=2e-5)
+
+
+FURTHER = {
+    # Norms after the sublayers and none before, norms over all heads, and two rotary embeddings.
+    "post_norms": functools.partial(
+        Block,
+        norm=None,
+        post_norm=RMSNorm,
+        attention=functools.partial(
+            Attention,
+            qk_norm=RMSNorm,
+            qk_norm_of="projection",
+            rope=Rope(base=500.0, scaling="yarn", factor=4.0, original_length=16),
+            local_rope=Rope(base=50.0),
+        ),
+    ),
+    "parallel_norms": functools.partial(
+        Block,
+        layout="parallel_norms",
+        mlp=functools.partial(Mlp, activation="xielu"),
+        attention=functools.partial(Attention, rope=Rope(fraction=0.5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_greedy_equals_full_forward_passes_with_further_blocks(name):
+    model = make(block=FURTHER[name])
+    model = model.clone(config=dataclasses.replace(model.config, layer_pattern=("sliding", "full")))
+    params = init(model)
+    [got] = Decoder(model, params, Settings(max_new_tokens=M), batch_size=1)(PROMPTS[1:2])
+    tokens = jnp.array([PROMPTS[1] + got.tokens])
+    logits_TV = jax.jit(model.apply)({"params": params}, tokens)[0, len(PROMPTS[1]) - 1 : -1]
+    assert np.argmax(logits_TV, -1).tolist() == got.tokens
+    np.testing.assert_allclose(
+        jax.nn.log_softmax(logits_TV).max(-1), got.log_probs, rtol=0, atol=2e-5
+    )
 
 
 def long_prompts(**changes):

@@ -18,7 +18,7 @@ from espalier.model.kv_cache.policies import POLICIES, policy_named
 from espalier.model.transformer import Transformer
 from espalier.trainers.decoding.decode import decode
 from espalier.trainers.decoding.decoder import Decoder
-from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.prefill import empty_caches, prefill
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.partitioning import RULE_SETS, make_mesh, use_mesh
 
@@ -191,6 +191,25 @@ def test_one_layers_keys_are_in_memory_whole():
     }
     assert grown["full"] > 0.99
     assert grown["snapkv"] < 0.05
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_bytes_of_caches_are_proportional_to_key_value_heads(heads):
+    config = TransformerConfig(
+        vocab_size=48,
+        num_layers=2,
+        embed_dim=64,
+        num_heads=4,
+        num_kv_heads=heads,
+        mlp_dim=128,
+        scan_layers=False,
+    )
+    model = Transformer(config=config)
+    caches = jax.eval_shape(lambda: empty_caches(model, policy_named("full"), batch=1, length=64))
+    arrays = [array for cache in caches for array in (cache.slots.k_BKSH, cache.slots.v_BKSH)]
+    layers, both, floats = 2, 2, 4
+    size = sum(array.size * array.dtype.itemsize for array in arrays)
+    assert size == heads * layers * both * 64 * 16 * floats
 
 
 def test_int8_takes_a_quarter_of_the_bytes_and_its_scales(model, params, ids):

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from espalier.model.config import TransformerConfig
+from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
@@ -258,6 +259,54 @@ def test_fewer_tokens_bound_the_divergence_from_below(name):
     weights = np.asarray(batch["decoder_loss_weights"], np.float64)
     expected = (divergence64(name, *grouped) * weights).sum() / weights.sum()
     assert found[1] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_encoder_decoder_learns_another_over_targets_after_inputs(stored):
+    """Live and with all tokens stored, against float64 logits of both models."""
+    student = EncoderDecoder(config=CONFIG)
+    taught = EncoderDecoder(config=dataclasses.replace(CONFIG, embed_dim=32), logit_scale=0.7)
+    inputs = np.random.default_rng(4).integers(1, V, (B, 5)).astype(np.int32)
+    batch = make_batch() | {
+        "encoder_input_tokens": jnp.asarray(inputs),
+        "encoder_segment_ids": jnp.ones((B, 5), jnp.int32),
+        "encoder_positions": jnp.tile(jnp.arange(5), (B, 1)),
+    }
+
+    def logits_of(model, seed):
+        def run(params):
+            tokens = batch["decoder_input_tokens"]
+            return model.apply({"params": params}, tokens, encoder_tokens_BS=inputs)
+
+        return np.asarray(jax.jit(run)(parameters(model, seed)), np.float64)
+
+    logits = logits_of(taught, 1)
+    if stored:
+        flat = jnp.asarray(logits, jnp.float32).reshape(-1, V)
+        ids, log_probs = objective.largest(flat, V, 2.0)
+        batch[objective.TEACHER_IDS] = ids.reshape(B, T, V)
+        batch[objective.TEACHER_LOG_PROBS] = log_probs.reshape(B, T, V + 1)
+    live = None if stored else teacher(taught)
+    out, _ = evaluate(batch, student=student, taught=live, temperature=2.0, teacher_weight=1.0)
+    log_p, log_q = (log_softmax(x / 2.0) for x in (logits, logits_of(student, 0)))
+    weights = np.asarray(batch["decoder_loss_weights"], np.float64)
+    expected = 4.0 * (divergence64("forward_kl", log_p, log_q) * weights).sum()
+    assert expected / weights.sum() > 0.01
+    np.testing.assert_allclose(out.sum, expected, rtol=2e-5)
+
+
+def test_rows_of_a_store_are_those_of_the_model():
+    lengths = {"inputs": 5, "targets": T}
+    rows = objective.TaughtTokens(lengths, top_k=3)
+    arrays = rows.arrays(B)
+    assert rows.length == 5 + T and arrays["encoder_positions"].shape == (B, 5)
+    assert arrays[objective.TEACHER_IDS].shape == (B, T, 3)
+    assert "encoder_positions" not in objective.TaughtTokens({"targets": T}, top_k=3).arrays(B)
+
+
+def test_a_teacher_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="TEACHER is a Transformer and the student a EncoderDec"):
+        distillation(model=EncoderDecoder(config=CONFIG), teacher=teacher())
 
 
 def test_tables_padded_to_other_sizes_are_compared_where_both_have_rows():

@@ -29,6 +29,8 @@ CASES = {
     "bnpo": {"loss_type": "bnpo"},
     "dapo": {"loss_type": "dapo", "beta": 0.1},
     "dr_grpo": {"loss_type": "dr_grpo"},
+    "gspo": {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.04},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.1},
 }
 
 

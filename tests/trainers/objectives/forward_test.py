@@ -42,8 +42,8 @@ class Model(OfLayers, nn.Module):
     def hidden(self, tokens_BT, *, positions_BT=None, segments_BT=None):
         del positions_BT, segments_BT
         scale = self.param("scale", nn.initializers.ones, ())
-        if self.is_mutable_collection("counts"):
-            self.put_variable("counts", "seen", self.get_variable("counts", "seen") + 1.0)
+        if self.is_mutable_collection("batches"):
+            self.put_variable("batches", "seen", self.get_variable("batches", "seen") + 1.0)
         self.sow("losses", "balance", 0.5 * scale)
         self.sow("metrics", "load", jnp.array([2.0, 4.0]))
         drawn = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -53,13 +53,13 @@ class Model(OfLayers, nn.Module):
 
 MODEL = Model(config=_Config())
 PARAMS = {"scale": jnp.array(3.0)}
-COUNTS = {"counts": {"seen": jnp.array(4.0)}}
+COUNTS = {"batches": {"seen": jnp.array(4.0)}}
 
 
 def test_training_collects_and_evaluation_does_not():
     out = forward(MODEL, PARAMS, BATCH, jax.random.key(0), COUNTS)
-    assert float(out.updates["counts"]["seen"]) == 5.0
-    assert {"losses", "metrics", "counts"} == set(out.written)
+    assert float(out.updates["batches"]["seen"]) == 5.0
+    assert {"losses", "metrics", "batches"} == set(out.written)
     assert not np.array_equal(out.output, 3.0 * BATCH["decoder_input_tokens"])  # drawn
     out = forward(MODEL, PARAMS, BATCH, None, COUNTS)
     assert out.updates == {} and set(out.written) == {"losses"}
@@ -89,7 +89,7 @@ def test_the_mean_loss_of_tokens_with_all_that_belongs_to_it():
     np.testing.assert_array_equal(got.metrics["source_loss"][0], [3.0 + 5.0, 0.0 + 1.0, 0.0])
     np.testing.assert_array_equal(got.metrics["source_loss"][1], [2.0, 2.0, 0.0])
     np.testing.assert_array_equal(got.metrics["load"][0] / got.metrics["load"][1], [2.0, 4.0])
-    assert float(got.variables["counts"]["seen"]) == 5.0
+    assert float(got.variables["batches"]["seen"]) == 5.0
     other = out.mean_loss(losses_BT, BATCH["decoder_loss_weights"], total=jnp.array(10.0))
     assert float(other.sum) == 16.0 and float(other.metrics["loss"][0]) == weighted.sum()
     assert "source_loss" not in other.metrics
@@ -122,7 +122,7 @@ def test_an_objective_of_a_forward_pass_trains_and_keeps_what_the_model_wrote():
     np.testing.assert_allclose(
         new.params["scale"], 3.0 - 0.1 * (tokens + 4.0 * 0.5) / 4.0, rtol=1e-6
     )
-    assert float(new.variables["counts"]["seen"]) == 5.0
+    assert float(new.variables["batches"]["seen"]) == 5.0
     assert "auxiliary_loss" in metrics
 
 

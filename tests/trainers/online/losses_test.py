@@ -33,16 +33,23 @@ def test_losses_and_gradients_are_those_of_trl(name):
 
     def mean(log_probs):
         given = tokens().replace(log_probs=log_probs)
+        settings = case["settings"]
         if name == "rloo":
             total, weight = pg.rloo(given)
+        elif name == "cispo":
+            # TRL's epsilon_high is the largest weight there.
+            total, weight = pg.cispo(
+                given, clip_high=settings["epsilon_high"] - 1, beta=settings["beta"]
+            )
         else:
-            settings = case["settings"]
             total, weight = pg.grpo(
                 given,
                 beta=settings.get("beta", 0.0),
+                clip=settings.get("epsilon_low", 0.2),
                 clip_high=settings.get("epsilon_high"),
                 reduction=settings.get("loss_type", "grpo"),
                 max_length=MASK.shape[1] + 2,
+                ratio="completion" if name == "gspo" else "token",
             )
         return total / weight
 
@@ -57,6 +64,8 @@ def test_microbatches_change_no_loss():
     parts = [jax.tree.map(lambda x, at=at: x[at::2], whole) for at in (0, 1)]
     for loss in (
         pg.rloo,
+        pg.cispo,
+        lambda given: pg.grpo(given, ratio="completion"),
         *(
             lambda given, r=r: pg.grpo(given, reduction=r, max_length=9)
             for r in ("grpo", "dapo", "dr_grpo")
@@ -176,6 +185,8 @@ def test_settings_that_cannot_be():
         ({"reduction": "mean"}, "reduction"),
         ({"reduction": "dr_grpo"}, "max_length = None"),
         ({"beta": -1.0}, "beta"),
+        ({"ratio": "sequence"}, "ratio"),
+        ({"ratio": "completion", "reduction": "dapo"}, "weighs the one ratio"),
     ):
         with pytest.raises(ValueError, match=words):
             pg.grpo(given, **settings)

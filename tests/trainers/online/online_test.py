@@ -1,5 +1,7 @@
 """Training on a policy's own samples: a task that every method learns, and what rollouts are functions of.
 
+Encoder-decoders are in encoder_decoder_test.py, with the runs of this file.
+
 The task: three digits, of which the largest is the answer. A start that has been trained on answers with any of the
 three gives each of them about alike.
 """
@@ -19,7 +21,7 @@ from espalier.model.config import TransformerConfig
 from espalier.model.heads.actor_critic import ActorCritic
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise, partitioning
-from espalier.trainers.inputs import PackedPairs, pack
+from espalier.trainers.inputs import PackedPairs, pack, pack_encoded
 from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.objectives.lm import language_modelling
 from espalier.trainers.online import losses as policy_gradient
@@ -97,17 +99,21 @@ def parameters(model, seed=0):
 
 
 @functools.cache
-def trained():
+def trained(lm=LM):
     """Parameters after fine-tuning on any of the three digits."""
     optimizer = optax.adam(1e-2)
-    step = jax.jit(make_train_step(loss_fn=language_modelling(model=LM), optimizer=optimizer))
-    params = parameters(LM)
+    step = jax.jit(make_train_step(loss_fn=language_modelling(model=lm), optimizer=optimizer))
+    params = parameters(lm)
+    lengths = {"length": 7}
+    if lm.row.encodes:
+        lengths = {"inputs": 4, "targets": 3}
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     stream, rng = Prompts(), np.random.default_rng(0)
     for i in range(100):
         digits = stream.digits(1000 + i) + FIRST
         texts = [[([START, *row], [row[rng.integers(3)], EOS])] for row in digits.tolist()]
-        state, _ = step(state, pack(texts, np.zeros(PROMPTS), length=7))
+        packed = pack_encoded if lm.row.encodes else pack
+        state, _ = step(state, packed(texts, np.zeros(PROMPTS), **lengths))
     return jax.device_get(state.params)
 
 
@@ -132,12 +138,12 @@ class Run:
     """A run of a method without the command around it."""
 
     def __init__(
-        self, name, folder="", *, devices=1, reward=largest, seed=0, program=None, **settings
+        self, name, folder="", *, devices=1, reward=largest, seed=0, program=None, lm=LM, **settings
     ):
         method, objective = METHODS[name]
-        model, params = LM, trained()
+        model, params = lm, trained(lm)
         if isinstance(method, Valued):
-            model = ActorCritic(backbone=LM)
+            model = ActorCritic(backbone=lm)
             head = jax.device_get(parameters(model)["value_head"])
             params = {"backbone": params, "value_head": head}
         self.recipe = Recipe(
@@ -159,7 +165,7 @@ class Run:
             folder=folder,
             reward=reward,
             vocabulary=VOCABULARY,
-            reference=Reference(model=LM, checkpoint=None),
+            reference=Reference(model=lm, checkpoint=None),
             seed=seed,
             **settings,
         )
@@ -185,7 +191,7 @@ class Reference(FrozenModel):
         assert meta == {"vocabulary": "words"}
 
     def read(self, mesh, rules):
-        return trained()
+        return trained(self.model)
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +405,12 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     stream.batch_size = 3
     with pytest.raises(RolloutError, match="BATCH_SIZE = 256 is not PROMPTS = 3 times"):
         Rollouts(**{**known, "stream": stream})
+    of_eight = Run("grpo", devices=8)
+    some = Prompts()
+    some.batch_size, few = 4, dataclasses.replace(of_eight.recipe, batch_size=32)
+    with pytest.raises(RolloutError, match="PROMPTS = 4 do not divide over the 8 parts"):
+        program = dataclasses.replace(of_eight.program, recipe=few)
+        Rollouts(**{**known, "stream": some, "program": program})
     with pytest.raises(RolloutError, match="UPDATES is 1 for the method, but 2"):
         Rollouts(**{**known, "stream": Prompts(updates=2)})
     with pytest.raises(RolloutError, match="bind Rollouts.reference"):

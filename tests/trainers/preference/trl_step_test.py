@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from espalier.model.hf import families
+from espalier.model.hf import registry
 from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.preference.losses import absolute, direct, terms
 from espalier.trainers.preference.objectives.preference import preference
@@ -45,7 +45,7 @@ def models():
         config = json.loads(str(case["config"]))
         names = [name for name in case.files if name.startswith("tensor/")]
         tensors = {name.partition("/")[2]: case[name].astype(np.float32) for name in names}
-    family = families.family_of_config(config)
+    family = registry.family_of_config(config)
     model = family.model(config)
     moved = {
         name: x + 0.1 * np.roll(x.reshape(-1), 1).reshape(x.shape) for name, x in tensors.items()

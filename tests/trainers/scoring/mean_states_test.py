@@ -10,6 +10,7 @@ import pytest
 
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
+from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Transformer
 from espalier.trainers.scoring.scoring import MeanStates, Row
 
@@ -43,6 +44,19 @@ def test_the_mean_is_over_targets_alone_in_batches_of_other_lengths(model, param
         text = [*row.context, *row.targets]
         states_TD = np.asarray(hidden(np.array([text + [0] * (24 - len(text))])), np.float64)[0]
         want_D = states_TD[len(row.context) : len(text)].mean(0)
+        np.testing.assert_allclose(mean_D, want_D, atol=1e-5)
+
+
+def test_of_an_encoder_decoder_the_states_are_its_encoders(model):
+    encodes = EncoderDecoder(config=model.config)
+    init = jax.jit(lambda key: encodes.init(key, jnp.zeros((1, 4), jnp.int32)))
+    params = nn.meta.unbox(init(jax.random.key(0)))["params"]
+    rows = [Row(context=[5], targets=[3, 7, 2]), Row(context=[], targets=[1, 9, 4, 2])]
+    found = list(MeanStates(encodes, params, batch_size=3).stream(rows))
+    for row, mean_D in zip(rows, found, strict=True):
+        text = jnp.array([[*row.context, *row.targets]])
+        states = encodes.apply({"params": params}, text, method="encode").states_BSD
+        want_D = np.asarray(states, np.float64)[0, len(row.context) :].mean(0)
         np.testing.assert_allclose(mean_D, want_D, atol=1e-5)
 
 

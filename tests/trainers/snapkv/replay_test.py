@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from espalier.model.config import TransformerConfig
@@ -48,3 +49,29 @@ def test_the_longest_prompt_is_the_last_that_fits(model):
         replay.cache_bytes(*model, SNAPKV, length=longest + more, room=4)["peak"] for more in (0, 1)
     ]
     assert longest > 40 and peaks[0] <= limit < peaks[1]
+
+
+def test_log_probabilities_are_those_of_the_whole_text(model):
+    rng = np.random.default_rng(0)
+    tokens_BT = jnp.asarray(rng.integers(1, 16, (2, 12)))
+    lengths_B, counts_B = jnp.array([8, 8]), jnp.array([4, 2])
+    recording = replay.record(*model, tokens_BT[:, :8], lengths_B)
+    full = policy_named("full")
+    caches = replay.compressed(model[0], full, recording, room=4)
+    state = caches, lengths_B, recording.logits_BV, tokens_BT[:, 8:], counts_B
+    found = replay.log_probabilities(*model, full, *state)
+    logits = model[0].apply({"params": model[1]}, tokens_BT)
+    wanted = jax.nn.log_softmax(logits)[:, 7:11]
+    wanted = jnp.take_along_axis(wanted, tokens_BT[:, 8:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], [*wanted[1, :2], 0, 0], atol=1e-5)
+    # Of a compressed prompt, the first token alone is the whole prompt's.
+    caches = replay.compressed(model[0], SNAPKV, recording, room=4)
+    pruned = replay.compressed(
+        model[0], policy_named("snapkv", capacity=3, window=1), recording, room=4
+    )
+    same = replay.log_probabilities(*model, full, caches, *state[1:])
+    other = replay.log_probabilities(*model, full, pruned, *state[1:])
+    np.testing.assert_allclose(same, found, atol=1e-5)
+    np.testing.assert_allclose(other[:, 0], found[:, 0], atol=1e-6)
+    assert not np.allclose(other[:, 1], found[:, 1], atol=1e-4)

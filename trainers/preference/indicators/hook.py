@@ -1,6 +1,6 @@
 """An evaluation hook that measures indicators of over-optimisation in preference training (arXiv 2410.11677).
 
-docs/preference_indicators.md explains each number. The metrics are named 'indicators/<name>'. They are computed on
+docs/use/preference_indicators.md explains each number. The metrics are named 'indicators/<name>'. They are computed on
 held-out pairs, and on outputs that the policy generates on the run's mesh with its current weights.
 """
 
@@ -52,7 +52,7 @@ class PreferenceIndicators(Hook):
       num_prompts: maximum number of prompts from which the policy generates.
       max_new_tokens: maximum tokens of an output.
       temperature, top_p: sampling settings.
-      eos_ids: tokens that end an output, in place of the vocabulary's EOS.
+      eos_ids: tokens that end an output, instead of the vocabulary's EOS.
       batch_size: sequences at a time, rounded up to a multiple of the mesh's parts of a batch.
       top_k: number of likeliest tokens.
       diversity: measures.diversity with its settings; called with (outputs, vocab_size=).

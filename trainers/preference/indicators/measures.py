@@ -30,7 +30,7 @@ def distinct_ngrams(
     and is at most 1 + draws / V.
 
     Args:
-      draws: C, in place of the number of n-grams; N is then the expected number of distinct n-grams among C that are drawn
+      draws: C, instead of the number of n-grams; N is then the expected number of distinct n-grams among C that are drawn
         from all without replacement (rarefaction, Hurlbert 1971). NaN if there are fewer.
       alphabet: 'tokens' for V = vocab_size, 'ngrams' for V = vocab_size^n.
     """

@@ -54,7 +54,7 @@ def alpha_po(
     alpha: float = 0.25,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
-    """SimPO with rewards (1 - p^-alpha) / alpha in place of log p = a: AlphaPO (arXiv 2501.03884).
+    """SimPO with rewards (1 - p^-alpha) / alpha instead of log p = a: AlphaPO (arXiv 2501.03884).
 
     Args:
       pairs, beta, gamma, label_smoothing: see `simpo`.

@@ -61,7 +61,7 @@ def preference(
         with an end token), for pairs that the policy sampled (online DPO).
 
     Args:
-      model: a decoder-only module, as for `lm.language_modelling`.
+      model: a language model, as for `lm.language_modelling`.
       losses: functions from trainers/preference/losses/.
       weights: weights of the losses, at least 0; None for 1 each.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].

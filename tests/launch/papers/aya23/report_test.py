@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from espalier.launch.config import gin_config
-from espalier.launch.papers.aya23 import answers, experiment, report
-from espalier.launch.papers.aya23.experiment import LANGUAGES, TOTAL, Ranked
+from espalier.launch.papers.aya23 import experiment, report, toy_languages
+from espalier.launch.papers.aya23.fertility import LANGUAGES, TOTAL, Ranked
 from espalier.launch.sweep import file
 
 SWEEP = "launch/papers/aya23/experiment.py"
@@ -18,19 +18,21 @@ FULL = "t5x_configs/experiments/aya23/full/"
 def loss_of(arm):
     """A loss with which all claims hold."""
     if arm.startswith("languages"):
-        count, width = arm.removeprefix("languages").split("_")
+        count, width, *few = arm.removeprefix("languages").split("_")
         cost = 0.3 if width == "narrow" else 0.1
-        return (1.6 if width == "narrow" else 1.2) + cost * np.log2(int(count) / 4)
+        lowest = 1.6 if width == "narrow" else 1.2
+        return lowest + cost * np.log2(int(count) / 4) + (0.7 if few else 0.0)
     return {"gelu": 1.402, "sequential": 1.398, "kv1": 1.405}.get(arm, 1.4)
 
 
-def right_of(arm):
-    turns = {"scratch": 0.2, "tuned": 0.6, "tuned_full": 0.8}[arm]
-    return {
-        f"{kind}_{name}": turns * (1 if name == "turns" else 0.3)
-        for kind in answers.KINDS
-        for name in answers.FORMATS
+def answers_of(arm, shift):
+    """Losses of answers by task, and the shares of right ones, with which all claims hold."""
+    loss = 1.5 if arm.startswith("scratch") else 0.5
+    losses = {
+        task: loss + shift + (2.0 if "plain" in task else 0.0) + (0.2 if "translate" in task else 0)
+        for task in toy_languages.instruction_tasks()
     }
+    return losses, {"copy": 0.9 - loss / 2, "translate": 0.8 - loss / 2}
 
 
 def rows(seeds=5):
@@ -39,13 +41,13 @@ def rows(seeds=5):
     for run in file.read(f"{SWEEP}:{seeds}"):
         row = {"run": run.name, "arm": run.arm, "seed": run.seed, "seconds": 30.0, "step": 800}
         row |= {"evaluations": {}, "parents": [run.parent] if run.parent else [], "tokens": 1e6}
+        shift = 0.01 * (run.seed - 22)
         if run.evaluations:
-            scores = right_of(run.arm)
-            shift = 0.01 * (run.seed - 12)
-            row["evaluations"] = {"answers": {key: value + shift for key, value in scores.items()}}
-            row |= {"held_out": {"toy_copy_0": 0.5}, "curve": [(400, 0.5)]}
+            losses, right = answers_of(run.arm, shift + 0.01 * rng.normal())
+            row |= {"evaluations": {"answers": right}, "held_out": losses}
+            row |= {"curve": [(200, 0.5)]}
         else:
-            loss = loss_of(run.arm) + 0.01 * (run.seed - 12) + 0.001 * rng.normal()
+            loss = loss_of(run.arm) + shift + 0.001 * rng.normal()
             row |= {"held_out": {f"toy_{i}": loss for i in range(4)}}
             row |= {"curve": [(150, loss + 1), (600, loss)]}
         out.append(row)
@@ -54,19 +56,18 @@ def rows(seeds=5):
 
 def parities(seeds=5):
     out = {}
-    for seed in range(10, 10 + seeds):
+    for seed in range(20, 20 + seeds):
         balanced = {code: 1 + 0.05 * i for i, code in enumerate(LANGUAGES)}
-        raw = {code: 1 + (0.1 + 0.01 * seed) * i for i, code in enumerate(LANGUAGES)}
+        raw = {code: 1 + (0.1 + 0.01 * (seed - 10)) * i for i, code in enumerate(LANGUAGES)}
         out[str(seed)] = {
-            name: {**one, "spread": max(one.values()) / min(one.values())}
+            name: {**one, "spread": np.std(np.log(list(one.values())), ddof=1)}
             for name, one in (("raw", raw), ("balanced", balanced))
-        }
+        } | {"seconds": 3.0}
     return out
 
 
 def everything():
-    caches = {"4": 4096, "2": 2048, "1": 1024}
-    return {"toy": rows(), "fertility": parities(), "caches": caches}
+    return {"toy": rows(), "fertility": parities()}
 
 
 def verdicts(found):
@@ -84,43 +85,59 @@ def test_all_claims_hold_where_they_should():
     found = verdicts(everything())
     assert found == {f"Y{n}": "holds" for n in range(1, 9)}
     required = {claim.name for claim in report.REPORT.claims if claim.required}
-    assert required == {f"Y{n}" for n in range(1, 9)}
+    assert required == {"Y1", "Y2", "Y3", "Y5", "Y6", "Y7"}
 
 
-def test_claims_fail_where_all_of_their_effects_do():
+def test_claims_fail_where_their_primary_effect_does():
     found = everything()
     for width in experiment.WIDTHS:
         for count in (8, 16):
-            change(found, experiment.breadth(count, width), 1.2 - 0.2 * count / 8)
+            more = (
+                0.02 if width == "narrow" else 0.04
+            )  # a cost that is no cost, and more of the wide model
+            change(found, experiment.breadth(count, width), loss_of(f"languages4_{width}") + more)
     change(found, "sequential", 1.3)
     change(found, "gelu", 1.3)
+    change(found, "kv1", 1.5)
     for row in found["toy"]:
-        if right := row["evaluations"].get("answers"):
-            right |= {key: 0.9 if row["arm"] == "scratch" else 0.1 for key in right}
-            right |= {f"{kind}_plain": 0.5 + 0.001 * row["seed"] for kind in answers.KINDS}
+        if row["arm"] in experiment.TUNED:
+            loss = 0.1 if row["arm"] == "scratch" else 0.5
+            row["held_out"] = {task: loss + 0.001 * row["seed"] for task in row["held_out"]}
     found["fertility"] = {
         seed: {"raw": one["balanced"], "balanced": one["raw"]} for seed, one in parities().items()
     }
-    failed = verdicts(found)
-    assert {name for name, one in failed.items() if one == "fails"} >= {
-        "Y1",
-        "Y3",
-        "Y4",
-        "Y5",
-        "Y7",
-        "Y8",
-    }
-    found["caches"]["2"] = 4096
-    assert verdicts(found)["Y6"] != "holds"
+    assert verdicts(found) == {f"Y{n}": "fails" for n in range(1, 9)}
 
 
 def test_models_that_have_not_learned_give_no_verdict():
     found = everything()
     change(found, experiment.breadth(16, "narrow"), 4.0)
     judged = {claim.name: claim for claim in report.REPORT.judge(found)}
-    assert judged["Y2"].verdict == "not measured"
-    assert "it has not learned" in judged["Y2"].effects[0].why
+    assert judged["Y2"].verdict == judged["Y1"].verdict == "not measured"
+    assert "it has not learned" in judged["Y2"].why
     assert verdicts({**everything(), "toy": rows(seeds=3)})["Y1"] == "not measured"
+
+
+def test_a_kind_of_instruction_that_no_arm_learns_gives_no_verdict():
+    found = everything()
+    for row in found["toy"]:
+        if row["arm"] in experiment.TUNED:
+            row["held_out"] |= {task: 4.0 for task in row["held_out"] if "translate" in task}
+    judged = {claim.name: claim for claim in report.REPORT.judge(found)}
+    assert judged["Y3"].verdict == "not measured"
+    assert judged["Y3"].why == "all arms are at the ceiling of loss of the answers, translations"
+
+
+def test_scores_of_answers_are_means_of_copies_and_translations():
+    losses = {"toy_copy_0": 1.0, "toy_copy_1": 3.0, "toy_translate_0_1": 4.0}
+    losses |= {"toy_plain_copy_0": 6.0, "toy_plain_translate_0_1": 8.0}
+    row = {"arm": "tuned", "seed": 20, "held_out": losses}
+    row["evaluations"] = {"answers": {"copy": 0.5, "translate": 0.25}}
+    scores = experiment.Runs([row]).row_scores(row)
+    assert [scores[name] for name in experiment.SCORES] == [3.0, 7.0, 0.375]
+    assert scores[experiment.part_of(experiment.ANSWERS, "copy")] == 2.0
+    unasked = experiment.Runs([row]).row_scores({**row, "evaluations": {}})
+    assert unasked[experiment.RIGHT] is None
 
 
 def test_shuffled_measurements_keep_their_numbers_and_hold_rarely():
@@ -159,10 +176,6 @@ def test_a_row_is_read_with_its_losses_and_curve(tmp_path):
     assert "log" not in row
 
 
-def test_bytes_of_caches_are_proportional_to_heads():
-    assert experiment.cache_bytes() == {str(n): n * 2 * 2 * 64 * 16 * 4 for n in (4, 2, 1)}
-
-
 def test_amounts_of_text_fall_with_the_rank():
     order = ("lang_cs", "lang_hi", "lang_ja")
     falling, even = (Ranked(corpus=None, order=order, exponent=x) for x in (1.0, 0.0))
@@ -173,8 +186,9 @@ def test_amounts_of_text_fall_with_the_rank():
 
 def test_arms_of_the_sweep_are_valid_configurations_that_differ_in_what_they_say():
     runs = {run.arm: run for run in file.read(f"{SWEEP}:1")}
-    assert len(runs) == 14 and {run.seed for run in runs.values()} == {10}
-    assert runs["tuned"].parent == "base/seed10" and runs["scratch"].parent is None
+    assert len(runs) == 18 and {run.seed for run in runs.values()} == {20}
+    assert runs["tuned"].parent == "base/seed20" and runs["scratch"].parent is None
+    assert runs["tuned_wide"].parent == "languages8_wide/seed20"
     sizes = {}
     for arm, run in runs.items():
         bindings = (*run.bindings, "MODEL_DIR='/run'")
@@ -182,11 +196,13 @@ def test_arms_of_the_sweep_are_valid_configurations_that_differ_in_what_they_say
         config = gin_config.load(run.gin_files, bindings, entry="espalier.launch.train:train")
         arguments = config.arguments()
         sizes[arm] = arguments["recipe"].program().num_params()
-        tuned = arm in ("scratch", "tuned", "tuned_full")
-        assert arguments["total_steps"] == (200 if tuned else 800)
+        tuned = arm in experiment.TUNED
+        assert arguments["total_steps"] == (200 if tuned or arm.endswith("little") else 800)
         if tuned:
-            assert config.macros["REQUESTS"] == (512 if arm == "tuned" else 2048)
+            assert config.macros["REQUESTS"] == (512 if arm in ("tuned", "tuned_wide") else 2048)
+            assert list(arguments["eval_tasks"]) == toy_languages.instruction_tasks()
     assert sizes["gelu"] == sizes["base"]
+    assert sizes["scratch_wide"] == sizes["tuned_wide"] == sizes["languages8_wide"]
     assert sizes["sequential"] - sizes["base"] == 2 * 64  # a norm in each layer
     assert sizes["kv4"] - sizes["base"] == 2 * 2 * 64 * 2 * 16
 

@@ -72,8 +72,11 @@ def test_an_answer_says_the_sentence_in_the_language_that_is_asked_for():
         concepts = {back[x] for x in asked if x in back}
         assert {wanted.words[x] for x in concepts} == set(told[:-1]) - set(wanted.marks)
         assert told[-1] == toy.symbol("sign", "end")
-    plain, same = source.requests("train", turns=False)
+    (unturned,) = [one for one in toy.instructions(6, 0, turns=False) if one.languages == (1, 2)]
+    plain, same = unturned.requests("train")
+    assert unturned.name == "toy_plain_translate_1_2"
     assert (same == answer).all() and plain.shape[1] == prompt.shape[1] - 5
+    assert (plain[:, 3:] == prompt[:, 5:-3]).all()
     example = source.examples("train")
     assert (example["loss_weights"].sum(axis=1) == answer.shape[1]).all()
     assert (example["targets"][:, -answer.shape[1] :] - 3 == answer).all()
@@ -90,6 +93,8 @@ def test_tasks_and_mixtures_are_registered_for_the_right_vocabulary():
         rates = {task.name: asked.get_rate(task) for task in asked.tasks}
         assert len(rates) == 4 + 12
         assert rates["toy_copy_0"] / rates["toy_translate_0_1"] == pytest.approx(3)
+        assert len(toy.instruction_tasks()) == 32
+        assert set(rates) < set(toy.instruction_tasks()) <= set(seqio.TaskRegistry.names())
     finally:
         tasks.clear()
     with pytest.raises(ValueError, match="must have the symbols of"):

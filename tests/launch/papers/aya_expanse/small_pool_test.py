@@ -59,6 +59,7 @@ def files(tmp_path, monkeypatch):
     flags = types.SimpleNamespace(seed=90)
     monkeypatch.setattr(small_stage, "POOL", COUNT)
     monkeypatch.setattr(small_stage, "TUNING", COUNT)
+    monkeypatch.setattr(small_stage, "ONLINE", COUNT // 3)
     small_stage._requests(flags, tmp_path / "requests")
     runs = {name: f"runs/{name}" for name in lexicon.FAMILIES}
     small_pool.answer(tmp_path / "requests/pool.jsonl", runs, tmp_path / "pool", seed=90)
@@ -88,6 +89,8 @@ def test_students_get_what_their_routing_keeps(files):
     assert mean_score(english, references) == 1.0
     # The order of letters is another one, and the translator loses words.
     assert 0.4 < mean_score(translated, references) < 0.9
+    tenth = files("sft_tenth_slavic")
+    assert {row["language"] for row in tenth} == {"cs", "pl"} and len(tenth) == COUNT // 5
     cluster = files("sft_reward_slavic")
     assert {row["language"] for row in cluster} == {"cs", "pl", "en"} and len(cluster) == 3 * COUNT
     harmful, reward = files("sft_harmful"), files("sft_reward")
@@ -95,7 +98,7 @@ def test_students_get_what_their_routing_keeps(files):
     assert texts[0] == texts[1] and mean_score(harmful, references) < 0.3
 
 
-def test_pairs_are_as_many_in_one_three_and_seven_languages(files):
+def test_pairs_are_as_many_in_one_and_in_seven_languages(files):
     assert {row["language"] for row in files("pairs")} == set(lexicon.LANGUAGES)
     some = {n: files(f"pairs_{n}") for n in small_pool.PAIR_LANGUAGES}
     assert {len(rows) for rows in some.values()} == {len(some[1])} and len(some[1]) > COUNT / 2
@@ -111,9 +114,13 @@ def test_qualities_are_exact_scores(files):
     qualities = files.qualities
     assert qualities["single"] in lexicon.FAMILIES
     assert qualities["teachers"]["slavic"]["cs"] == 1.0 > qualities["teachers"]["slavic"]["es"]
-    assert qualities["by_noise"]["0.0"] == 1.0 > qualities["by_noise"]["1.0"]
+    noisy = list(qualities["by_noise"].values())
+    assert noisy[0] == 1.0 > noisy[-2] > noisy[-1]
     means = [sum(one.values()) / 7 for one in qualities["teachers"].values()]
     assert qualities["uniform"] == pytest.approx(sum(means) / 3)
+    assert noisy[-1] == pytest.approx(
+        0.5, abs=0.1
+    )  # a draw of the two texts, one right and one wrong
     assert qualities["routings"]["reward"] == dict.fromkeys(lexicon.LANGUAGES, 1.0)
 
 
@@ -123,4 +130,7 @@ def test_teachers_see_their_family_and_a_tenth_of_the_rest(files):
     assert {counts[code] for code in ("de", "nl", "en")} == {COUNT}
     assert 0 < sum(counts[code] for code in ("es", "it", "cs", "pl")) < 0.3 * 4 * COUNT
     assert {row["language"] for row in files("online_slavic", "requests")} == {"cs", "pl", "en"}
+    online, pool = (files(name, "requests") for name in ("online", "pool"))
+    assert len(online) == 7 * (COUNT // 3) and len(pool) == 7 * COUNT
+    assert not {row["english"] for row in online} & {row["english"] for row in pool}
     assert set(files("dev_cs", "requests")[0]) == {"text", "targets"}

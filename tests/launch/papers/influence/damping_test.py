@@ -42,7 +42,7 @@ def test_the_page_has_the_means_and_the_default_follows_from_the_criteria():
     def mean(name, key):
         return float(np.mean([result["rows"][name][key] for result in results]))
 
-    page = (DOCS / "influence.md").read_text()
+    page = (DOCS / "use" / "influence_explained.md").read_text()
     for title, method in (("EK-FAC half", "ekfac half"), ("K-FAC", "kfac")):
         for what, key, form in (("recall", "recall", ".0%"), ("LDS", "lds", ".2f")):
             cells = [format(mean(f"{method} {d:g}", key), form) for d in damping.DAMPINGS]

@@ -83,9 +83,10 @@ def test_sizes_are_those_of_the_arrays_of_a_fit(tmp_path):
     assert got.eigenvalues == sum(np.asarray(own["squares"]).nbytes for own in squares.values())
 
 
-def test_the_docs_have_the_table():
+def test_the_docs_have_the_tables():
     """The models' shapes are read; 4 experts of 590M are chosen one at a time."""
-    text = pathlib.Path("docs/influence.md").read_text()
+    text = pathlib.Path("docs/use/influence_costs.md").read_text()
     assert "\n".join(plan.full_table()) in text
+    assert "\n".join(plan.full_table(plan.PYTHIA, plan.STEPS)) in text
     btx = pathlib.Path("t5x_configs/methods/bam/btx.gin").read_text()
     assert f"TOP_K = {plan.SIZES[2].top_k}\n" in btx

@@ -22,23 +22,29 @@ def runs():
 
 def test_judged_seeds_are_not_the_pilots():
     assert {run.seed for run in file.read("launch/papers/influence/experiment.py:5")} == {
-        *range(10, 15)
+        *range(20, 25)
     }
-    assert {run.seed for run in file.read("launch/papers/influence/experiment.py:pilot")} == {90}
+    assert {run.seed for run in file.read("launch/papers/influence/experiment.py:pilot")} == {0}
 
 
 def test_all_models_continue_the_start_on_files_of_other_arms(tmp_path):
     every = runs()
-    again = {arm: run for arm, run in every.items() if run.parent}
-    assert len(again) == 1 + corpus.HALVES + len(scoring.REMOVED_BY) * len(scoring.REMOVED_FOR)
+    again = {arm: run for arm, run in every.items() if run.parent and arm != "wide_model"}
+    removed = (len(scoring.REMOVED_BY) + len(scoring.RANDOMS)) * len(scoring.REMOVED_FOR)
+    assert len(again) == 1 + corpus.HALVES + removed
     for arm, run in again.items():
-        assert run.parent == "start/seed10"
+        assert run.parent == "start/seed20"
         folder = "scores" if arm.startswith("without") else "corpus"
         name = "documents" if arm == "model" else arm
         assert f"FILES='{{{folder}}}/{name}.jsonl'" in run.bindings
         others = [x for x in run.bindings if not x.startswith("FILES")]
         assert others == [x for x in again["model"].bindings if not x.startswith("FILES")]
-    assert set(every["losses"].made_of) == {*again, "corpus", "scores"}
+    halves = {arm for arm in again if arm.startswith("half_")}
+    assert set(every["halves"].made_of) == {*halves, "corpus", "scores"}
+    assert set(every["removals"].made_of) == {*again, "corpus"} - {*halves, "model"}
+    assert every["wide_model"].parent == "wide_start/seed20"
+    wide = [x for x in every["wide_model"].bindings if x not in every["model"].bindings]
+    assert wide == [x for x in every["wide_start"].bindings if x.startswith("config.")]
     corpus.write(tmp_path, LINES, 0, sizes=SIZES, queries=2)
     bindings = [x.replace("{corpus}", str(tmp_path)) for x in every["start"].bindings]
     config = gin_config.load(
@@ -70,7 +76,7 @@ def test_words_and_signs_are_counted_not_characters():
         small_corpus.Document("ada says the capital of zo is ba.", "fact"),
         small_corpus.Document("reverse('123') == '321'", "reverse_code"),
     ]
-    query = small_corpus.Query("fact", "the capital of zo is", " ba.", "ba")
+    query = small_corpus.Query("fact", "fact", "the capital of zo is", " ba.", "ba")
     found = scoring.lexical_scores(documents, [query])
     assert found["tfidf"].shape == found["bm25"].shape == (2, 1)
     assert found["tfidf"][1, 0] == 0 < found["tfidf"][0, 0]

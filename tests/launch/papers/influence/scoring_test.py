@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from espalier.data.tokenizers import vocabularies
@@ -55,9 +56,16 @@ def scored(loaded, tmp_path_factory):
     patch.setattr(statistics, "TOP", 4)
     corpus.write(source, LINES, 3, sizes=SIZES, queries=2)
 
+    scored_by(loaded, source, target, rankings_alone=False)
+    yield source, target
+    patch.undo()
+
+
+def scored_by(loaded, source, target, **flags):
     class Start:
         flags = types.SimpleNamespace(
-            to=str(target), corpus=str(source), seed=3, checkpoint="run", params="auto"
+            **{"to": str(target), "corpus": str(source), "seed": 3, "checkpoint": "run"},
+            params="auto",
         )
 
         def __call__(self):
@@ -65,12 +73,24 @@ def scored(loaded, tmp_path_factory):
                 load=lambda *args, **settings: contextlib.nullcontext(loaded)
             )
 
+    vars(Start.flags).update(flags)
     scoring.run(Start())
-    yield source, target
-    patch.undo()
 
 
-def test_every_method_scores_all_documents_for_all_queries(scored):
+def test_rankings_alone_are_those_without_conjugate_gradients(loaded, scored, tmp_path):
+    source, target = scored
+    scored_by(loaded, source, tmp_path, rankings_alone=True)
+    whole, alone = (json.loads((x / scoring.RECORD).read_text()) for x in (target, tmp_path))
+    assert set(whole["methods"]) - set(alone["methods"]) == {"ekfac_cg"}
+    for method, one in alone["methods"].items():
+        for name in ("correlations", "separation"):
+            found, want = (pd.json_normalize(x[name]) for x in (one, whole["methods"][method]))
+            np.testing.assert_allclose(found, want, atol=0.02)  # scores are float32, and few
+    assert set(alone["masses"]) == {*scoring.GRADIENTS} - {"ekfac_cg"}
+    assert not list(tmp_path.glob("without_*"))
+
+
+def test_every_method_scores_all_documents_for_all_queries(loaded, scored):
     source, target = scored
     documents = corpus.read_documents(source)
     with np.load(target / scoring.SCORES) as arrays:
@@ -88,7 +108,9 @@ def test_every_method_scores_all_documents_for_all_queries(scored):
         assert not np.allclose(every[one], every[other], rtol=1e-3)
     record = json.loads((target / scoring.RECORD).read_text())
     assert set(record["methods"]) == set(scoring.METHODS)
-    assert set(record["answered"]) == set(record["nats"]) == set(small_corpus.GROUPS)
+    sources = {small_corpus.FACT, *sum(map(small_corpus.names, small_corpus.PROCEDURES), ())}
+    assert set(record["answered"]) == set(record["nats"]) == sources
+    assert record["parameters"] == sum(x.size for x in jax.tree.leaves(loaded.params))
     assert all(value > 1 for value in record["nats"].values())  # the model has learned nothing
 
 
@@ -150,7 +172,9 @@ def test_the_top_documents_of_a_method_are_blank_in_its_corpus(scored):
         if json.loads(line)["text"] != one.text
     ]
     assert set(changed) <= {int(best)}  # one in a hundred; it may be blank already
-    assert len(list(target.glob("without_*.jsonl"))) == 2 * len(scoring.REMOVED_BY)
+    by = (*scoring.REMOVED_BY, *scoring.RANDOMS)
+    names = {f"{scoring.without(m, what)}.jsonl" for what in scoring.REMOVED_FOR for m in by}
+    assert {path.name for path in target.glob("without_*.jsonl")} == names
 
 
 def test_losses_of_runs_are_their_queries_negative_log_likelihoods(loaded, scored, monkeypatch):
@@ -169,5 +193,5 @@ def test_losses_of_runs_are_their_queries_negative_log_likelihoods(loaded, score
     lengths = [len(query.completion) + 1 for query in queries]
     np.testing.assert_allclose(found["uniform"], np.log(64) * np.array(lengths), rtol=1e-5)
     record = json.loads((target / scoring.RECORD).read_text())
-    by_group = scoring.by_group(found["model"], queries)
-    assert by_group == pytest.approx(record["nats"], rel=1e-4)
+    by_source = scoring.by_source(found["model"], queries)
+    assert by_source == pytest.approx(record["nats"], rel=1e-4)

@@ -56,9 +56,16 @@ def test_the_dense_arm_has_the_pilots_size_and_three_ids_more():
     assert not found
 
 
+def test_wide_arms_have_the_settings_of_the_narrow_ones_but_the_width():
+    for run in file.read("launch/papers/low_rank/experiment.py:wide,1"):
+        wide, narrow = (configuration(one.gin_files, *one.bindings) for one in (run, RUNS[run.arm]))
+        sizes = {"WIDTH": 128, "MLP_WIDTH": 512, "EVAL_PERIOD": 1500}
+        assert {**narrow.macros, **sizes} == {**wide.macros, **sizes}
+        assert {name: wide.macros[name] for name in sizes} == sizes
+
+
 @pytest.mark.parametrize("kind", lm.DECAYS)
-@pytest.mark.parametrize("rate", lm.RATES)
-def test_arms_of_the_decay_grid_differ_in_decay_and_rate_alone(kind, rate):
+def test_arms_with_decay_differ_in_it_alone(kind):
     def said(arm):
         run = RUNS[arm]
         names = ("FACTOR_DECAY", "FACTOR_DECAY_WEIGHT", "LEARNING_RATE", "RANK", "FACTOR_INIT")
@@ -68,11 +75,28 @@ def test_arms_of_the_decay_grid_differ_in_decay_and_rate_alone(kind, rate):
     plain = said("spectral")
     assert plain["FACTOR_DECAY"] == "none" and plain["LEARNING_RATE"] == 3e-3
     for weight in lm.WEIGHTS:
-        assert said(lm.decayed(kind, rate, weight)) == plain | {
-            "FACTOR_DECAY": kind,
-            "FACTOR_DECAY_WEIGHT": float(weight),
-            "LEARNING_RATE": lm.RATES[rate],
-        }
+        changed = {"FACTOR_DECAY": kind, "FACTOR_DECAY_WEIGHT": float(weight)}
+        assert said(lm.decayed(kind, weight)) == plain | changed
+
+
+def test_arms_that_are_compared_over_dense_updates_end_with_the_same_rate_and_rule():
+    for rate, ranks in (("full", ""), ("full", "_ratio"), ("half", "")):
+        warm, cold = (of_arm(name(rate, ranks)) for name in (lm.warm, lm.spectral))
+        np.testing.assert_allclose(rates(warm, [800, 1499], 250), rates(cold, [800, 1499]))
+        found = [[one.rank for one in parameters(arguments)[1]] for arguments in (warm, cold)]
+        assert found[0] == found[1]
+
+
+def test_the_narrow_network_is_the_smallest_that_has_no_fewer_parameters_than_factors():
+    images = {run.arm: run for run in file.read("launch/papers/low_rank/experiment.py:vision,1")}
+
+    def size(arm, *more):
+        run = images[arm]
+        recipe = load(run.gin_files, *run.bindings, *more)["recipe"]
+        return recipe.program(devices=jax.devices()[:1]).num_params()
+
+    narrower = size("narrow", "resnet.ResNetConfig.widths=(6, 12, 24)")
+    assert narrower < size("spectral_frobenius_full") == 15_722 <= size("narrow") == 16_231
 
 
 def rates(arguments, steps, first=0):
@@ -136,7 +160,7 @@ def test_gpt2_at_full_size_has_the_papers_rank_and_lengths():
 
 
 def test_a_sweep_knows_what_a_warm_start_takes_of_its_parent(tmp_path):
-    chosen = [RUNS[arm] for arm in ("dense_start", lm.warm("half"), lm.warm("half", "_ratio"))]
+    chosen = [RUNS[arm] for arm in ("dense_start", lm.warm("half"), lm.warm("full", "_ratio"))]
     plan = check.plan("low_rank_lm.py", chosen, SweepFolder(tmp_path))
     assert [(entry.first_step, entry.total_steps) for entry in plan] == [
         (0, 250),
@@ -148,7 +172,7 @@ def test_a_sweep_knows_what_a_warm_start_takes_of_its_parent(tmp_path):
     with pytest.raises(file.SweepError, match="is factorised already"):
         check.plan("x.py", [RUNS["spectral"], from_factors], SweepFolder(tmp_path))
     narrow = dataclasses.replace(
-        RUNS["dense"], name="narrow/seed10", arm="narrow", bindings=("MLP_WIDTH=43",)
+        RUNS["dense"], name="narrow/seed20", arm="narrow", bindings=("MLP_WIDTH=43",)
     )
     narrower = dataclasses.replace(RUNS[lm.warm("half")], parent=narrow.name)
     with pytest.raises(

@@ -1,5 +1,7 @@
 """Compositions of operations against strings written by hand and plain Python."""
 
+import collections
+
 import numpy as np
 import pytest
 
@@ -30,10 +32,14 @@ BY_HAND = {
     "O": lambda s: s[1:] + s[0],
     "H": lambda s: s[2:] + s[:2],
     "W": lambda s: s[1] + s[0] + s[3] + s[2],
-    "P": _shifted(1),
-    "Q": _shifted(3),
-    "F": _shifted(5),
-    "N": _shifted(8),
+    "B": lambda s: s[3] + s[:3],
+    "E": lambda s: s[3] + s[1:3] + s[0],
+    "M": lambda s: s[0] + s[2] + s[1] + s[3],
+    "L": lambda s: s[1] + s[0] + s[2:],
+    **{
+        letter: _shifted(by)
+        for letter, by in zip("PSQUFVNI", (1, 2, 3, 4, 5, 7, 8, 9), strict=True)
+    },
     "C": lambda s: s,
 }
 
@@ -45,11 +51,15 @@ def source(pair, form="encoder_decoder", documents=40, seed=0):
 
 def test_every_composition_is_what_plain_python_computes():
     train, held_out = compositions.split_pairs(0)
-    assert (len(train), len(held_out), len({*train, *held_out})) == (36, 12, 48)
-    assert not any("C" in pair for pair in held_out) and set(compositions.SINGLE) <= set(train)
+    assert (len(train), len(held_out), len({*train, *held_out})) == (96, 32, 128)
     assert {pair[::-1] for pair in held_out} == {*held_out}  # both orders do the same
+    times = collections.Counter(letter for pair in held_out for letter in pair)
+    assert len(times) == 16 and set(times.values()) == {4}
     assert compositions.split_pairs(0) == (train, held_out) != compositions.split_pairs(1)
-    for pair in (*train, *held_out):
+    assert len(compositions.SINGLE) == 16
+    moved = {BY_HAND[letter]("abcd") for letter in compositions.MOVES}
+    assert len(moved) == 8 and "abcd" not in moved
+    for pair in (*compositions.SINGLE, *train, *held_out):
         made = source(pair).examples("train")
         for inputs, targets in zip(made["inputs"], made["targets"], strict=True):
             text = Letters().decode(inputs)
@@ -86,5 +96,7 @@ def test_a_vocabulary_without_the_symbols_is_an_error():
         def encode(self, text):
             return [self.unk_id for _ in text]
 
-    with pytest.raises(ValueError, match="set vocabularies.characters.symbols = 'ROHWPQFNCabc"):
+    with pytest.raises(
+        ValueError, match="set vocabularies.characters.symbols = 'ROHWBEMLPSQUFVNICabc"
+    ):
         compositions.register(vocabulary=Few())

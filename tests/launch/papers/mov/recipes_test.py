@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from espalier.launch.config import gin_config
-from espalier.launch.papers.mov import experiment, report
+from espalier.launch.papers.mov import experiment, full_size, runs
 from espalier.launch.sweep import file
 from espalier.model.adapters import adapter
 from espalier.trainers import initialise
@@ -48,24 +48,24 @@ PER_CENT = {
 
 
 def test_the_table_of_parameters_is_the_papers():
-    assert set(PER_CENT) == set(report.METHODS)
+    assert set(PER_CENT) == set(full_size.METHODS)
     for method, expected in PER_CENT.items():
-        for size, value in zip(report.SIZES, expected, strict=True):
-            assert report.per_cent(method, size) == pytest.approx(value, rel=0.04)  # two digits
-    assert report.per_cent("MoV-60", "11B") == pytest.approx(
-        report.REPORTED["MoV-60", "11B"], rel=0.02
+        for size, value in zip(full_size.SIZES, expected, strict=True):
+            assert full_size.per_cent(method, size) == pytest.approx(value, rel=0.04)  # two digits
+    assert full_size.per_cent("MoV-60", "11B") == pytest.approx(
+        full_size.REPORTED["MoV-60", "11B"], rel=0.02
     )
 
 
 @pytest.mark.parametrize("size", [*experiment.FULL_MODELS])
 def test_the_table_counts_the_models_of_full_size(size):
-    sizes = report.SIZES[size.upper()]
+    sizes = full_size.SIZES[size.upper()]
     for method, arm in ARMS.items():
         model = recipe_of(runs_of("full,/data")[f"{arm}_{size}"]).model
         params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
         leaves = traverse_util.flatten_dict(params, sep="/")
         trained = sum(leaf.size for path, leaf in leaves.items() if adapter.is_adapter(path))
-        assert trained == report.METHODS[method](sizes), method
+        assert trained == full_size.METHODS[method](sizes), method
         base = sum(leaf.size for leaf in leaves.values()) - trained
         assert base == pytest.approx(sizes.parameters, rel=1e-5)
 
@@ -99,25 +99,33 @@ def test_full_arms_are_all_methods_of_each_size_and_the_ablations_of_one():
 
 
 def test_small_arms_train_what_they_say_from_one_frozen_model():
-    runs = runs_of("1")
-    for arm, run in runs.items():
-        if arm in ("rows", "pretrained", "single", "base"):
-            continue
-        assert run.parent == f"base/seed{run.seed}"
-        values = dict(binding.split("=", 1) for binding in run.bindings)
-        assert values["TRAIN_STEPS"] == str(experiment.STEPS)
-    recipe = recipe_of(runs["mov10_top1"])
+    every = file.read("launch/papers/mov/experiment.py:1")
+    by_width = {width: {r.arm: r for r in every if r.size == width} for width in runs.WIDTHS}
+    assert set(by_width["64"]) == {"rows", "pretrained", "single", "base", *runs.BY_WIDTH}
+    for width, arms in by_width.items():
+        for arm in runs.TUNED:
+            if arm in arms:
+                assert arms[arm].parent == f"base/{width}/seed{arms[arm].seed}"
+                values = dict(binding.split("=", 1) for binding in arms[arm].bindings)
+                assert values["TRAIN_STEPS"] == str(experiment.STEPS)
+    main = by_width[runs.MAIN]
+    recipe = recipe_of(main["mov10_top1"])
     adapter = recipe.model.layer_settings()[0].attention.adapters.slots["mov"]
     assert (adapter.num_experts, adapter.top_k, adapter.renormalise) == (10, 1, False)
-    lora, molora, sentence = (
-        recipe_of(runs[arm]).program(devices=jax.devices()[:1])
-        for arm in ("lora4", "molora10", "mov10_sentence")
-    )
-    size = report.Size(2, 128, 256, 32, 0)
-    assert lora.num_params(trained_only=True) == report.lora(size, experiment.RANK)
-    assert molora.num_params(trained_only=True) == report.molora(size, 10, experiment.RANK)
+    counts = {
+        arm: recipe_of(main[arm]).program(devices=jax.devices()[:1]).num_params(trained_only=True)
+        for arm in ("lora4", "lora45", "molora10", "mov10_sentence")
+    }
+    size = full_size.Size(2, 128, 256, 32, 0)
+    assert counts["lora4"] == full_size.lora(size, experiment.RANK)
+    assert counts["molora10"] == full_size.molora(size, 10, experiment.RANK) == counts["lora45"]
     # Eight routers for each layer of both stacks read a sentence's embedding, which has the model's width.
     routers = 8 * size.layers * size.width
-    assert sentence.num_params(trained_only=True) == 10 * (report.ia3(size) + routers)
-    full = recipe_of(runs["full"]).program(devices=jax.devices()[:1])
-    assert 1e6 < full.num_params() == full.num_params(trained_only=True) < 3e6
+    assert counts["mov10_sentence"] == 10 * (full_size.ia3(size) + routers)
+    wide, narrow = (recipe_of(by_width[w]["full"]) for w in (runs.MAIN, "64"))
+    config = narrow.model.config
+    assert (config.embed_dim, config.head_dim, config.mlp_dim) == (64, 16, 128)
+    programs = [each.program(devices=jax.devices()[:1]) for each in (wide, narrow)]
+    total, small = (each.num_params() for each in programs)
+    assert total == programs[0].num_params(trained_only=True)
+    assert 1e6 < total < 2e6 and 0.3e6 < small < 0.6e6

@@ -13,7 +13,10 @@ from espalier.launch.papers.nexus import experiment as nexus
 from espalier.launch.papers.nexus import lag_domains
 from espalier.launch.sweep import file
 
-SMALL = [(sweep, kind) for sweep in ("bam", "nexus") for kind in ("synthetic", "real")]
+SMALL = [
+    *(("bam", kind) for kind in ("synthetic", "text", "sizes")),
+    *(("nexus", kind) for kind in ("synthetic", "text")),
+]
 FULL = [("bam_full", "/data"), ("nexus_full", "/data")]
 # Flag of launch.upcycle -> the macro that says the same to training.
 SAID_TWICE = {"top_k": "TOP_K", "attention_top_k": "ATTENTION_TOP_K", "shared_kv": "SHARED_KV"}
@@ -78,27 +81,29 @@ def test_runs_stand_after_those_they_start_from_and_their_files_are_there(sweep,
         read = [word.partition("=")[2] for word in run.made if word.startswith("--gin_file=")]
         assert all(pathlib.Path(path).is_file() for path in (*run.gin_files, *read))
         if run.parent is None and not run.made and sweep != "nexus_full":
-            assert arm == "seed"
+            assert arm.startswith("seed")
 
 
 @pytest.mark.parametrize(("sweep", "kind"), SMALL)
 def test_small_sweeps_have_the_arms_that_reports_name_for_every_seed(sweep, kind):
     runs = every_run(sweep, kind)
-    long = (*map(bam.long, bam.LONG), bam.DENSE_LONG)
     for arm in runs_of(sweep, kind):
-        seeds = [run.seed for run in runs if run.arm == arm]
-        assert seeds == list(range(10, 13 if arm in long else 15)), arm
+        assert [run.seed for run in runs if run.arm == arm] == [20, 21, 22], arm
     if sweep == "bam":
-        named = [*bam.BTX, *bam.BAM, *bam.CONTROLS, bam.SEED, *long]
-        named += map(bam.specialist, domains_of(sweep, kind)[1:])
-        named += map(bam.matched, (*bam.BAM, *bam.CHOSEN))
+        named = [bam.SEED, *map(bam.specialist, domains_of(sweep, kind)[1:]), *bam.PAIR]
+        if kind == "synthetic":
+            named += {*bam.BTX, *bam.BAM, *bam.CONTROLS, *map(bam.long, bam.LONG)} - {*bam.PAIR}
+            named += [*map(bam.matched, (*bam.BAM, *bam.CHOSEN)), bam.DENSE_LONG]
+        named += [bam.DENSE] if kind == "text" else []
+        if kind == "sizes":
+            named = [bam.wide(arm, width) for arm in named for width in bam.WIDTHS]
     else:
-        named = [*nexus.ROUTERS, *nexus.LOW, *nexus.EXTENSIONS]
-        named += [nexus.SEED, nexus.MERGED]
-        named += map(nexus.expert, domains_of(sweep, kind)[1:])
+        named = [nexus.SEED, *map(nexus.expert, domains_of(sweep, kind)[1:])]
+        every = {*nexus.ROUTERS, *nexus.LOW, *nexus.EXTENSIONS, nexus.DENSE, nexus.KEPT}
+        named += nexus.TEXT_ARMS if kind == "text" else every
     # Other arms are made on the way.
-    made = ("_start", "_domains", "_extended")
-    assert set(named) == {arm for arm in runs_of(sweep, kind) if not arm.endswith(made)}
+    made = {arm for arm, run in runs_of(sweep, kind).items() if run.made}
+    assert set(named) == set(runs_of(sweep, kind)) - made
 
 
 @pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)
@@ -153,17 +158,20 @@ def test_a_mixture_is_trained_as_it_was_made(sweep, text):
             assert method == flags["method"]
         elif "--experts" in above.made:
             assert method == METHODS[flags["router"]]
-    assert len(experts) == {"bam": 12, "nexus": 11, "bam_full": 15, "nexus_full": 19}[sweep]
+    counts = {"bam_full": 15, "nexus_full": 19}
+    counts |= {"bam": {"synthetic": 12, "text": 2, "sizes": 4}.get(text)}
+    counts |= {"nexus": {"synthetic": 9, "text": 4}.get(text)}
+    assert len(experts) == counts[sweep]
 
 
-def test_twins_differ_in_their_updates_alone_and_all_mixtures_have_one_balance():
+def test_twins_differ_in_updates_and_readings_alone_and_all_mixtures_have_one_balance():
     runs = runs_of("bam", "synthetic")
     for arm, twin in runs.items():
         base = runs.get(arm.removesuffix("_cm").removesuffix("_long"))
         if base and base is not twin and not twin.made and arm != bam.DENSE_LONG:
             assert base.parent == twin.parent
-            steps = {"TRAIN_STEPS": bound(twin)["TRAIN_STEPS"]}
-            assert bound(base) | steps == bound(twin)
+            own = {name: bound(twin)[name] for name in ("TRAIN_STEPS", "EVAL_PERIOD")}
+            assert bound(base) | own == bound(twin)
         if not twin.made and (twin.parent or "").partition("/")[0].endswith("_start"):
             values = bound(twin)
             assert (values["BALANCE_LOSS"], values["ROUTER_Z_LOSS"]) == ("0.05", "0.0")
@@ -174,9 +182,9 @@ def test_twins_differ_in_their_updates_alone_and_all_mixtures_have_one_balance()
 @pytest.mark.parametrize(("sweep", "kind"), SMALL)
 def test_small_files_read_and_evaluate_the_domains_of_their_sweep(sweep, kind):
     domains, runs = domains_of(sweep, kind), runs_of(sweep, kind)
-    config = load(runs["seed"])
+    config = load(next(iter(runs.values())))
     assert config.arguments()["eval_tasks"] == domains
-    if kind == "real":
+    if kind == "text":
         assert tuple(config.macros["SOURCES"]) == domains
     else:
         assert set(domains) <= set(lag_domains.DOMAINS)

@@ -24,7 +24,7 @@ def vocabulary():
 
 
 def test_a_completion_is_worth_what_its_text_is(vocabulary):
-    texts = {WANTED[:2] + OTHER: 1.6, OTHER + STRANGE: -2.0, OTHER + OTHER: -3.0, "": -4.0}
+    texts = {WANTED[:2] + OTHER: 3.0, OTHER + STRANGE: -2.0, OTHER + OTHER: -2.0, "": -4.0}
     completions = [
         Completion(prompt=vocabulary.encode(PROMPT), tokens=vocabulary.encode(text), ended=True)
         for text in texts
@@ -34,22 +34,29 @@ def test_a_completion_is_worth_what_its_text_is(vocabulary):
     )
     found = TopicReward(vocabulary=vocabulary)([*completions, cut])
     assert found.dtype == np.float32
-    assert found.tolist() == pytest.approx([*texts.values(), 0.3])
+    assert found.tolist() == pytest.approx([*texts.values(), 1.0])
 
 
 def sample(text, ended="eos"):
     return {"prompt": PROMPT, "text": text, "ended": ended}
 
 
-def test_the_judge_prefers_by_bradley_and_terry():
+def test_the_judge_orders_each_two_by_bradley_and_terry_and_pairs_best_with_worst():
     count, rng = 4000, np.random.default_rng(0)
-    found = list(pairs.judge([sample(WANTED[0]), sample(OTHER)] * count, rng))
-    assert {(row["chosen_reward"], row["rejected_reward"]) for row in found} == {(0.8, 0), (0, 0.8)}
-    assert all((row["chosen"] == WANTED[0]) == (row["chosen_reward"] == 0.8) for row in found)
-    share = np.mean([row["chosen"] == WANTED[0] for row in found])
-    assert share == pytest.approx(1 / (1 + np.exp(-0.8)), abs=4 * np.sqrt(0.25 / count))
-    (certain,) = pairs.judge([sample("", "length"), sample(WANTED)], rng)  # 4.8 against -4
-    assert (certain["chosen"], certain["rejected"]) == (WANTED, "")
+    good, bad = sample(WANTED[0] + WANTED[1]), sample(STRANGE)
+    found = list(pairs.judge([sample(WANTED[0]), bad, bad, good] * count, rng))
+    share = np.mean([row["chosen"] == good["text"] for row in found])
+    # Plackett and Luce: the chance to be first is a softmax of the rewards.
+    weights = np.exp([1.5, -4.0, -4.0, 3.0])
+    expected = weights[3] / weights.sum()
+    assert share == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / count))
+    assert {(row["chosen"], row["chosen_reward"]) for row in found} >= {
+        (WANTED[0], 1.5),
+        (good["text"], 3.0),
+    }
+    certain = [sample(WANTED[:4]), sample(OTHER), sample(OTHER), sample("", "length")]
+    draws = list(pairs.judge(certain * 50, rng))  # 6 and -4, with two of 0 between them
+    assert sum((x["chosen"], x["rejected"]) == (WANTED[:4], "") for x in draws) > 40
 
 
 def test_prompts_of_pairs_are_those_of_their_split():
@@ -88,7 +95,7 @@ def test_pairs_are_written_by_split(tmp_path, monkeypatch):
     for split, rows in found.items():
         assert [row["prompt"] for row in rows] == pairs.prompts(split)
     of_pairs, of_many = asked
-    for one, count in ((of_pairs, 2), (of_many, 1 + max(pairs.SIZES))):
+    for one, count in ((of_pairs, pairs.JUDGED), (of_many, 1 + max(pairs.SIZES))):
         assert (one["checkpoint"], one["seed"], one["settings"].num_samples) == ("c", 3, count)
         assert one["settings"].max_new_tokens == topic_language.LONGEST + 1
     assert (of_pairs["settings"].sampling.temperature, of_pairs["settings"].sampling.top_p) == (

@@ -95,10 +95,18 @@ def test_every_full_file_is_in_an_arm():
         assert all(pathlib.Path(name).is_file() for name in run.gin_files)
 
 
-@pytest.mark.parametrize("arm", ["dpo_0p01", "dpo_50_nll1", "simpo", "sft_better", "grpo"])
+@pytest.mark.parametrize("arm", ["dpo_0p01", "dpo_0p1_nll1", "simpo", "sft_better", "grpo"])
 def test_small_arms_resolve_and_measure_a_diversity(arm):
     config = load(runs(SMALL)[arm])
     assert config.macros["INDICATORS_EAD_ALPHABET"] == "ngrams"
-    expected = experiment.ALSO_AT if arm == "dpo_0p01" else ()
-    assert tuple(config.macros["INDICATORS_ALSO_AT"]) == expected
-    assert experiment.ALSO_AT == (5, 10, 15, 25, 30, 35, 45, 50, 55)
+    assert float(config.macros["LEARNING_RATE"]) == (1e-3 if arm == "grpo" else 3e-4)
+
+
+def test_the_second_size_is_twice_as_wide_and_has_fewer_arms():
+    large = runs(f"{SMALL}:large,2")
+    assert set(large) == {"sft", "pairs", "dpo_0p01", "dpo_0p1", "dpo_1"} < set(runs(SMALL))
+    widths = [
+        load(some["dpo_1"]).arguments()["recipe"].model.config.embed_dim
+        for some in (runs(SMALL), large)
+    ]
+    assert widths == [64, 128]

@@ -59,13 +59,13 @@ def test_splits_share_no_prompt_on_topics_and_seeds_no_documents():
     ("text", "ended", "value"),
     [
         ("", True, -4.0),
-        ("x", True, 0.8),
-        ("xy", True, 1.6),
-        ("xoy", False, 1.1),
-        ("xx", True, 0.8 - 3.0),
-        ("xb", True, 0.8 - 2.0),
-        ("bbb", True, -4.0 - 6.0),
-        ("oo", True, -3.0),
+        ("x", True, 1.5),
+        ("xy", True, 3.0),
+        ("xoy", False, 2.5),
+        ("oooox", True, -4 * 3 / 5),  # only the first four are read for the topic
+        ("xxoo", True, 1.5 - 4 * 2 / 4),
+        ("xb", True, 1.5 - 2.0),
+        ("bbb", True, -4.0 - 4 * 2 / 3),
     ],
 )
 def test_the_reward_counts_what_it_says(text, ended, value):
@@ -74,6 +74,21 @@ def test_the_reward_counts_what_it_says(text, ended, value):
     real = {"x": wanted[0], "y": wanted[1], "o": indifferent, "b": lang.LANGUAGE_B[0]}
     found = lang.reward("+ab", "".join(real[symbol] for symbol in text), ended=ended)
     assert found == pytest.approx(value)
+
+
+def test_the_reward_has_no_price_on_length():
+    rng = np.random.default_rng(0)
+    prompts = [prompt for prompt in lang.prompts("train") for _ in range(10)]
+    texts = [lang.completion(prompt, rng) for prompt in prompts]
+    rewards = [lang.reward(p, t, ended=True) for p, t in zip(prompts, texts, strict=True)]
+    r = np.corrcoef([len(text) for text in texts], rewards)[0, 1]
+    assert abs(r) < 4 / np.sqrt(len(texts))
+
+
+def test_ten_successors_of_a_symbol_have_most_of_the_mass_and_others_are_possible():
+    assert sum(lang.SUCCESSORS) == pytest.approx(1) and len(lang.SUCCESSORS) == 32
+    assert 0.95 < sum(lang.SUCCESSORS[:10]) < 0.97
+    assert lang.SUCCESSORS[0] == pytest.approx(4 * lang.SUCCESSORS[1])
 
 
 def test_documents_of_the_language_are_rewarded_more_than_of_the_other():

@@ -1,5 +1,6 @@
 """The reproductions' own parts: intervals, stages, tables of results, and the papers that the command knows."""
 
+import importlib
 import pathlib
 import re
 
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 
 from espalier.launch import environment, papers, reproduce
-from espalier.launch.papers.shared import claim, page, sweeps
-from espalier.launch.papers.shared.claim import Claim, Effect
-from espalier.launch.papers.shared.results import Results
+from espalier.launch.papers.shared import page, sequential, sweeps
+from espalier.launch.papers.shared.claim import Claim, Planned
+from espalier.launch.papers.shared.results import Results, compare
 from espalier.launch.papers.shared.sweeps import Stages
 from espalier.launch.plots import intervals
 
@@ -45,12 +46,83 @@ def test_every_text_of_a_page_has_its_own_name_and_is_used(slug):
     assert [x for x in sections if not {x, x.removesuffix("_figure")} & named] == []
 
 
+class _Experiment:
+    SEEDS = (5, 8)
+
+
 def test_a_claim_is_a_section_of_a_statement_a_condition_and_the_papers_figure():
-    prose = page.Prose({"A1": "It rises\n\nby {bound}\n\n7 %", "A2": "It falls\n\nby 1"})
-    assert prose.claim("A1", {}, required=True, bound=2) == Claim(
-        "A1", "It rises", "by 2", {}, required=True, paper="7 %"
+    sections = {"A1": "It rises\n\nby {bound}\n\n7 %", "A2": "It falls\n\nby 1"}
+    prose = page.Prose(sections, {"experiment": _Experiment})
+    planned = Planned(sd=1.0, expected=1.0, source="a pilot")
+    one = prose.claim("A1", "p", compare, planned=planned, above=2, required=True, bound=2)
+    assert (one.statement, one.condition, one.paper) == ("It rises", "by 2", "7 %")
+    assert (one.looks, one.required, one.group, one.above) == ((5, 8), True, "of the paper", 2)
+    other = prose.claim("A2", "p", compare, planned=planned, looks=[3], control=True)
+    assert (other.paper, other.looks, other.required, other.group) == ("", (3,), False, "controls")
+
+
+@pytest.mark.parametrize("slug", reproduce.slugs())
+def test_every_claim_has_as_many_seeds_as_its_pilot_asks_for(slug):
+    report = importlib.import_module(f"espalier.launch.papers.{slug}.report").REPORT
+    for one in report.claims:
+        # 0.8, less three standard errors of the simulation.
+        assert one.power >= sequential.POWER - 0.006, one.name
+        assert one.planned.source
+
+
+def test_only_arms_of_undecided_claims_get_further_seeds(monkeypatch):
+    class Experiment:
+        SEEDS = (5, 8, 12)
+        asked: list = []
+
+        @staticmethod
+        def run(*, seeds, parts, further=None, workers=1):
+            Experiment.asked.append((seeds, tuple(parts), further))
+            arms = ("a", "b", "c")
+            if further is not None:
+                arms = tuple(sorted(further.arms))
+            gains = {"a": 0.0, "b": 1.0, "c": 0.0}
+            return {
+                "p": [
+                    {
+                        "arm": arm,
+                        "seed": s,
+                        "loss": 3 + gains[arm] + 0.4 * (-1) ** s * (arm == "c") * (s > 1),
+                    }
+                    for s in range(seeds)
+                    for arm in (("a", "b", "c") if s < 5 else arms)
+                ],
+                **({"q": []} if "q" in parts else {}),
+            }
+
+    class Runs(Results):
+        def row_scores(self, row):
+            return {"loss": row["loss"]}
+
+    planned = Planned(sd=1.0, expected=1.0, source="a pilot")
+    texts = {"statement": "", "condition": "", "part": "p", "planned": planned, "looks": (5, 8, 12)}
+    claims = [
+        Claim(name="X1", measure=compare("loss", ("a", "b")), above=0.0, **texts),
+        Claim(name="X2", measure=compare("loss", ("a", "c")), above=0.0, **texts),
+    ]
+    report = page.Report(
+        **{
+            "slug": "x",
+            "title": "",
+            "source": "",
+            "claims": claims,
+            "places": {"p": "here", "q": ""},
+        },
+        **{"read": lambda measured: {"p": Runs(measured["p"])}},
+        **{"figures": lambda parts: {}, "setup": lambda parts: [], "tables": lambda parts: []},
     )
-    assert prose.claim("A2", {}).paper == "" and not prose.claim("A2", {}).required
+    measured = reproduce.measured(
+        Experiment, report, {"seeds": 8, "parts": ["p", "q"], "workers": 2}
+    )
+    further = sweeps.Further(5, frozenset({"a", "c"}))
+    assert Experiment.asked == [(5, ("p", "q"), None), (8, ("p",), further)]
+    assert set(measured) == {"p", "q"} and len(measured["p"]) == 15 + 6
+    assert [one.seeds for one in report.judge(measured)] == [5, 8]
 
 
 def test_a_sweeps_text_names_a_part_and_what_it_needs():
@@ -80,7 +152,8 @@ def test_papers_are_the_folders_that_measure_and_report(tmp_path, monkeypatch, c
         folder.mkdir()
         (folder / "__init__.py").touch()
         (folder / "experiment.py").write_text(
-            "TITLE, SEEDS, PARTS = 'A paper, 0000.00000', 2, {'one': 'a part'}\n"
+            "TITLE, SEEDS, PARTS = 'A paper, 0000.00000', (2,), {'one': 'a part'}\n"
+            "SWEEPS, EARLIER = {}, ()\n"
             "def run(**settings):\n    return settings\n"
         )
     (tmp_path / "complete" / "report.py").write_text(
@@ -91,7 +164,7 @@ def test_papers_are_the_folders_that_measure_and_report(tmp_path, monkeypatch, c
     assert set(reproduce.slugs()) - set(known) == {"complete"}
     model_dir = str(tmp_path / "runs")
     assert reproduce.main(["complete", f"--model_dir={model_dir}", f"--out={tmp_path}"]) == 0
-    settings = {"model_dir": model_dir, "parts": ["one"], "seeds": 2, "workers": 1, "minutes": None}
+    settings = {"seeds": 2, "parts": ["one"], "model_dir": model_dir, "workers": 1, "minutes": None}
     assert str(settings) in capsys.readouterr().out
     for flag in ("--seeds=3", "--workers=2", "--minutes=1"):
         assert reproduce.main(["complete", "--again", flag, f"--out={tmp_path}"]) == 2
@@ -110,17 +183,5 @@ def test_results_are_one_table_with_pairs_of_the_seeds_that_all_arms_have():
     assert [values.tolist() for values in runs.paired("loss", "a", "b")] == [[3.0], [2.0]]
     assert runs.values("a", "accuracy").size == 0 and runs.paired("loss", "a", "c")[0].size == 0
     (effect,) = runs.gain("here", "loss", "b", "a")
-    assert effect.by_seed == {2: 1.0} and effect.why == "1 of 5 seeds"
-    assert runs.missing(["a", "b", "c"], [0, 1]) == ["`b` (seed 0)", "`c`"]
-
-
-def test_a_claim_is_judged_in_the_parts_that_measure_it_and_have_results():
-    def measure(value, where):
-        return [Effect(where=where, what="a number", by_seed={0: value}, above=1, exact=True)]
-
-    spec = Claim("X1", "it is more than 1", "more", {"a": [measure], "b": [measure]}, required=True)
-    places = {"a": "here", "b": "there"}
-    both, one = (claim.judge([spec], found, places)[0] for found in ({"a": 0, "b": 2}, {"b": 2}))
-    assert (both.verdict, one.verdict) == ("mixed", "holds")
-    assert claim.unmet([both], ["a", "b"]) == ["X1 must hold, and its verdict is: mixed"]
-    assert claim.unmet([one], ["a", "b"]) == ["X1 must hold, and part a has not measured it"]
+    assert effect.by_seed == {2: 1.0}
+    assert runs.missing(["a", "b", "c"], 2) == ["`b` (seed 0)", "`c`"]

@@ -46,8 +46,8 @@ def test_a_run_ends_when_enough_prompts_are_answered_exactly(hook):
 
 def test_phases_start_from_each_other_and_read_registered_tasks():
     runs = file.read(f"{experiment.__file__}:2")
-    assert [run.seed for run in runs if run.arm == experiment.LAST] == [12, 13]
-    parents = [run.parent and run.parent.partition("/")[0] for run in runs if run.seed == 12]
+    assert [run.seed for run in runs if run.arm == experiment.LAST] == [20, 21]
+    parents = [run.parent and run.parent.partition("/")[0] for run in runs if run.seed == 20]
     assert parents == [None, "lines_3", "lines_12"]
     tasks = {
         f"retrieval_{'first_' * first}{lines}" for lines in (3, 6, 12, 24, 48) for first in (0, 1)

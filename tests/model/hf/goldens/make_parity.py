@@ -25,11 +25,40 @@ import transformers
 from safetensors.numpy import load_file
 
 HERE = pathlib.Path(__file__).parent
-FAMILIES = ("cohere", "cohere2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "gpt2")
+# A family's place in the list is a part of its seeds, so further ones come last.
+FAMILIES = (
+    *("cohere", "cohere2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "gpt2"),
+    *("olmo2", "olmo3", "smollm3", "gpt_neox", "apertus", "gemma3_text", "qwen3_moe"),
+    "cohere2_moe",
+)
+
+
+def two_ropes(full: dict, sliding: dict) -> dict:
+    """Rotations of layers without and with a window."""
+    return {
+        "full_attention": {"rope_theta": 2e4, "rope_type": "default", **full},
+        "sliding_attention": {"rope_theta": 1e3, "rope_type": "default", **sliding},
+    }
+
 
 # What a case must have, beyond what its seed draws; every feature of a family is in one of them.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 64
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SMALL = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 20}
+MIXED = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+COHERE_MOE = {
+    "num_hidden_layers": 3,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "logit_scale": 0.5,
+}
+COHERE_MOE |= {"prefix_dense_intermediate_size": 14, "sliding_window": 4, "attention_bias": False}
+NEOX = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 20, "num_hidden_layers": 2}
+NEOX |= {"num_attention_heads": 2, "hidden_act": "gelu", "attention_bias": True}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
 ODD = {"hidden_size": 24, "num_attention_heads": 3, "head_dim": 8, "intermediate_size": 37}
 ODD["vocab_size"] = 101
 FIXED = [
@@ -54,6 +83,51 @@ FIXED = [
     ("mixtral", 1, {"sliding_window": 5, "num_local_experts": 3, "num_experts_per_tok": 3}),
     ("gpt2", 0, {}),
     ("gpt2", 1, {"n_inner": 37, "tie_word_embeddings": False, "scale_attn_weights": False}),
+    ("olmo2", 0, {**SMALL, "num_hidden_layers": 2}),
+    (
+        "olmo2",
+        1,
+        {**SMALL, "num_hidden_layers": 2, "attention_bias": True, "rope_parameters": YARN},
+    ),
+    ("olmo3", 0, {**SMALL, "num_hidden_layers": 4}),
+    ("olmo3", 1, {**SMALL, **MIXED, "rope_parameters": two_ropes(YARN, {})}),
+    ("smollm3", 0, {**SMALL, "num_hidden_layers": 4}),
+    ("smollm3", 1, {**SMALL, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 0]}),
+    ("gpt_neox", 0, {**NEOX, "rotary_pct": 0.25, "use_parallel_residual": True}),
+    ("gpt_neox", 1, {**NEOX, "rotary_pct": 0.5, "use_parallel_residual": False}),
+    ("apertus", 0, {**SMALL, "num_hidden_layers": 2}),
+    ("gemma3_text", 0, {**SMALL, "num_hidden_layers": 6}),
+    ("gemma3_text", 1, {**SMALL, **MIXED, "rope_parameters": two_ropes(LINEAR, {})}),
+    ("qwen3_moe", 0, {**SMALL, **EXPERTS, "num_hidden_layers": 2, "norm_topk_prob": True}),
+    ("qwen3_moe", 1, {**SMALL, **EXPERTS, "num_hidden_layers": 3, "mlp_only_layers": [0]}),
+    ("qwen3_moe", 2, {**SMALL, **EXPERTS, "num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    (
+        *("cohere2_moe", 0),  # older fields; a prefix whose full layers are rotated
+        {
+            **{**SMALL, **COHERE_MOE, "first_k_dense_replace": 1, "num_hidden_layers": 5},
+            **{"intermediate_size": 10, "num_experts": 3},
+        },
+    ),
+    (
+        *("cohere2_moe", 1),  # a prefix with windows, whose full layer is not rotated; sigmoids
+        {
+            **{**SMALL, **COHERE_MOE, "first_k_dense_replace": 2, "num_hidden_layers": 4},
+            **{"prefix_dense_sliding_window_pattern": 2, "sliding_window_pattern": 2},
+            **{"expert_selection_fn": "sigmoid", "num_shared_experts": 2},
+            "shared_expert_combination_strategy": "average",
+        },
+    ),
+    (
+        *("cohere2_moe", 2),  # types of layers in any order, and RMSNorm
+        {
+            **{**SMALL, **COHERE_MOE, "rms_norm_eps": 1e-3, "num_shared_experts": 1},
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "dense", "dense"],
+            **{"expert_selection_fn": "sigmoid", "norm_topk_prob": False},
+            "shared_expert_combination_strategy": "sum",
+        },
+    ),
+    ("cohere2_moe", 3, {**SMALL, **COHERE_MOE, "num_hidden_layers": 2, "num_shared_experts": 1}),
 ]
 
 
@@ -125,15 +199,40 @@ def draw(family: str, rng: np.random.Generator, given: dict) -> dict:
         config["attention_bias"] = bias
     if family == "mixtral":
         config |= {"num_local_experts": experts, "num_experts_per_tok": top_k}
-    if family == "gemma2":
+    if family in ("gemma2", "gemma3_text"):
         config |= {
             "attention_bias": bias,
             "sliding_window": window,
             "query_pre_attn_scalar": scalar,
-            "attn_logit_softcapping": cap,
             "final_logit_softcapping": cap2,
             "hidden_activation": act,
         }
+    if family == "gemma2":
+        config["attn_logit_softcapping"] = cap
+    if family in ("olmo2", "olmo3", "smollm3", "apertus", "qwen3_moe"):
+        config["attention_bias"] = bias
+    if family == "olmo3":
+        config["sliding_window"] = window
+    if family == "smollm3":
+        config |= {"mlp_bias": bias2, "no_rope_layer_interval": pick(2, 3, 4)}
+    if family == "apertus":
+        config["hidden_act"] = "xielu"
+    if family == "qwen3_moe":
+        config |= {"num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": flag}
+        config |= {"moe_intermediate_size": sizes["intermediate_size"] - 4}
+        config |= {"use_sliding_window": bias2, "sliding_window": window}
+    if family == "cohere2_moe":
+        config |= {"num_experts": experts, "num_experts_per_tok": top_k, "sliding_window": window}
+        config |= {"expert_selection_fn": pick("softmax", "sigmoid"), "norm_topk_prob": flag}
+        config |= {"num_shared_experts": pick(0, 1, 2), "first_k_dense_replace": first}
+        config |= {"shared_expert_combination_strategy": pick("average", "sum")}
+        config |= {"prefix_dense_sliding_window_pattern": pick(1, 2, 3)}
+        config |= {"prefix_dense_intermediate_size": pick(None, 9), "rms_norm_eps": pick(None, eps)}
+    if family == "gpt_neox":
+        unread = ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta")
+        config = {key: value for key, value in config.items() if key not in unread}
+        config |= {"layer_norm_eps": eps, "attention_bias": bias, "use_parallel_residual": flag}
+        config |= {"rotary_emb_base": theta, "rotary_pct": 1.0}
     return config
 
 
@@ -153,6 +252,9 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
             else:
                 noise = noise * value.shape[-1] ** -0.5
             value.copy_(noise.half().float())
+        for name, value in model.named_buffers():
+            if ".act_fn." in name:  # numbers that are stored with the weights
+                value.copy_(value.half().float())
 
 
 def reference(model, tokens: np.ndarray, offset: int = 0) -> np.ndarray:
@@ -199,12 +301,13 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, help="random cases from this seed instead of the goldens"
     )
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="of these families only")
     parser.add_argument("--count", type=int, default=2, help="random cases of each family")
     arguments = parser.parse_args()
-    cases = FIXED
+    cases = [case for case in FIXED if case[0] in (arguments.family or FAMILIES)]
     if arguments.seed is not None:
         seeds = range(1000 * (1 + arguments.seed), 1000 * (1 + arguments.seed) + arguments.count)
-        cases = [(family, seed, {}) for family in FAMILIES for seed in seeds]
+        cases = [(family, seed, {}) for family in arguments.family or FAMILIES for seed in seeds]
     arguments.out.mkdir(parents=True, exist_ok=True)
     for family, seed, given in cases:
         np.savez_compressed(arguments.out / f"{family}_{seed}.npz", **make(family, seed, given))

@@ -13,7 +13,8 @@ import pytest
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
 from espalier.model.heads.reward_model import RewardModel
-from espalier.model.hf import families
+from espalier.model.hf import registry
+from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise, inputs
 from espalier.trainers.preference.objectives.reward import bradley_terry
@@ -131,7 +132,7 @@ def golden():
     with np.load(GOLDEN) as file:
         case = dict(file)
     config = json.loads(str(case["config"]))
-    family = families.family_of_config({**config, "tie_word_embeddings": True})
+    family = registry.family_of_config({**config, "tie_word_embeddings": True})
     tensors = {
         name.removeprefix("tensor/"): value.astype(np.float32)
         for name, value in case.items()
@@ -158,6 +159,55 @@ def test_rewards_are_those_of_transformers(golden):
     np.testing.assert_allclose(
         reward([Completion(text[:2], text[2:], ended=False) for text in texts]), found, atol=1e-6
     )
+
+
+def test_a_reward_of_an_encoder_decoder_is_of_the_last_token_that_its_decoder_reads():
+    """Two pairs packed into a row, against float64 heads on each prompt and completion alone."""
+    model = RewardModel(backbone=EncoderDecoder(config=CONFIG))
+    params = parameters(model)
+    prompts = [[5, 9, 3, 2], [7, 2]]
+    completions = [[4, 6, 2], [8, 2], [11, 12, 13, 2], [2]]
+    kernel = np.asarray(params["reward_head"]["kernel"], np.float64)
+    hidden = hidden_of(model.backbone)
+
+    def alone(prompt, completion):
+        count = len(completion)
+        read = jnp.array([[1, *completion, *[0] * (4 - count)]])  # no token sees what is after it
+        out = hidden({"params": params["backbone"]}, read, encoder_tokens_BS=jnp.array([prompt]))
+        return float(np.asarray(out.hidden_BTD[0, count], np.float64) @ kernel[:, 0])
+
+    rewards = [alone(prompts[i // 2], completion) for i, completion in enumerate(completions)]
+    assert len({round(reward, 3) for reward in rewards}) == 4
+    reward = ModelReward(model, params, start_token=1, end_token=2, batch_size=3)
+    asked = [
+        Completion(prompts[i // 2], completion[:-1], ended=True)
+        for i, completion in enumerate(completions)
+    ]
+    np.testing.assert_allclose(reward(asked), rewards, atol=2e-5)
+    cut = [Completion(prompts[0], completions[0], ended=False)]
+    np.testing.assert_allclose(reward(cut), rewards[:1], atol=2e-5)
+
+    texts = [[[1, *completion] for completion in completions[i : i + 2]] for i in (0, 2)]
+    batch = batch_of([texts], slots=2)
+    read = [prompts[0], prompts[0], prompts[1], prompts[1]]
+    columns = {name: np.zeros((1, LENGTH), np.int32) for name in ("tokens", "ids", "positions")}
+    at = 0
+    for segment, prompt in enumerate(read, 1):
+        here = slice(at, at + len(prompt))
+        columns["tokens"][0, here], columns["ids"][0, here] = prompt, segment
+        columns["positions"][0, here] = np.arange(len(prompt))
+        at += len(prompt)
+    names = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions")
+    batch |= dict(zip(names, map(jnp.asarray, columns.values()), strict=True))
+    out = evaluated(batch, model, params, center=0.1)
+    losses = expected(np.reshape(rewards, (2, 2)), 0.0, 0.1)
+    np.testing.assert_allclose(out.sum, losses.sum(), rtol=1e-5)
+    assert float(out.weight) == 2
+
+    with pytest.raises(ValueError, match="Completion 0 has an empty prompt"):
+        reward([Completion([], [3], ended=True)])
+    with pytest.raises(ValueError, match="start_token is None, and the completions"):
+        ModelReward(model, params, start_token=None)
 
 
 @pytest.mark.parametrize("center", [0.0, 0.1])

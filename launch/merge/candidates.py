@@ -1,0 +1,180 @@
+"""The candidates of a weight search: merges by any method with weights, and numbers of a merge from any command."""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from espalier.common.storage import paths as storage_paths
+from espalier.launch.merge import config_file, run, start
+from espalier.launch.merge.output import Workers
+from espalier.launch.merge.settings import MergeError
+from espalier.model.transforms.merge_methods import METHODS
+
+LINEAR = {"merge_method": "linear"}
+_KEYS = ("merge_method", "base_model", "parameters", "dtype", "out_dtype")
+_SHOWN = 5  # keys in a message
+
+
+class Candidates:
+    """Merges of runs that differ in the models' weights, as `espalier merge` makes them.
+
+    A model that has all of the weight is itself, whatever the method.
+
+    Args:
+      file: of the configuration, for messages.
+      content: the configuration of a merge without models.
+      paths: of the models; one that is given twice has both weights.
+
+    Raises:
+      MergeError: a method without weights, or runs of several architectures.
+    """
+
+    def __init__(self, file: str, content: Mapping[str, Any], paths: Sequence[str]):
+        self._content, self._file = content, file
+        self._paths = [storage_paths.absolute(path) for path in paths]
+        self._method = str(content.get("merge_method"))
+        self._check()
+        everything = config_file.one(self.configuration([1.0] * len(paths)), name=file)
+        self._models = start.opened(everything)
+        self._workers = Workers()
+
+    def _check(self) -> None:
+        for key in self._content:
+            if key not in _KEYS:
+                raise MergeError(
+                    f"{self._file}: {key}: a search takes {', '.join(_KEYS)}; the models are those of --models."
+                )
+        parameters = METHODS[self._method].parameters if self._method in METHODS else {"weight": 0}
+        searched = "t" if self._method == "slerp" else "weight"
+        if searched not in parameters or self._method == "nearswap":
+            names = [
+                name for name, x in METHODS.items() if "weight" in x.parameters or name == "slerp"
+            ]
+            raise MergeError(
+                f"{self._file}: {self._method} has no weights to search; these have: {', '.join(names)}."
+            )
+        given = self._content.get("parameters")
+        if isinstance(given, Mapping) and searched in given:
+            raise MergeError(f"{self._file}: parameters.{searched} is what is searched: remove it.")
+        base = self._content.get("base_model")
+        if base is not None and self._method == "slerp":
+            raise MergeError(
+                f"{self._file}: base_model: slerp is searched between --models: remove it."
+            )
+        if base is not None and storage_paths.absolute(str(base)) in self._paths:
+            raise MergeError(
+                f"{self._file}: base_model {base} is among --models: the base has no weight; leave it out of them."
+            )
+
+    def steps(self) -> dict[str, str]:
+        """Returns the step of every model by its path, the base's too, with the digest of its parameters."""
+        return {path: " ".join(map(str, x.fingerprint())) for path, x in self._models.items()}
+
+    def _weights(self, weights: Sequence[float]) -> dict[str, float]:
+        summed: dict[str, float] = collections.defaultdict(float)
+        for path, weight in zip(self._paths, weights, strict=True):
+            summed[path] += weight
+        return {path: float(weight) for path, weight in summed.items() if weight}
+
+    def configuration(self, weights: Sequence[float]) -> dict[str, Any]:
+        """Returns the content of the merge's configuration."""
+        summed = self._weights(weights)
+        if len(summed) == 1:
+            dtypes = {key: x for key, x in self._content.items() if key in ("dtype", "out_dtype")}
+            return {
+                "merge_method": "passthrough",
+                "models": [{"model": x} for x in summed],
+                **dtypes,
+            }
+        if self._method != "slerp":
+            models = [{"model": path, "parameters": {"weight": w}} for path, w in summed.items()]
+            return {**self._content, "models": models}
+        if len(summed) > 2:
+            raise MergeError(
+                f"{self._file}: slerp is between two models, and --models has {len(summed)}."
+            )
+        (first, _), (_, second) = summed.items()
+        t = second / sum(summed.values())
+        shared = {**self._content.get("parameters", {}), "t": t}
+        models = [{"model": path} for path in summed]
+        return {**self._content, "base_model": first, "models": models, "parameters": shared}
+
+    def merged(self, weights: Sequence[float]) -> start.Merged:
+        """Returns the merge in memory."""
+        merge = config_file.one(self.configuration(weights), name=self._file)
+        models = {path: self._models[path] for path in merge.models()}
+        return start.Merged(merge, models, workers=self._workers)
+
+    def on_disk(self, weights: Sequence[float], folder: str) -> str:
+        """Returns a run with the merge, made in a folder; for one model alone, its own."""
+        import yaml
+
+        if len(summed := self._weights(weights)) == 1:
+            return next(iter(summed))
+        file, out = os.path.join(folder, "merge.yml"), os.path.join(folder, "merged")
+        text = yaml.safe_dump(self.configuration(weights), sort_keys=False)
+        pathlib.Path(file).write_text(text, encoding="utf-8")
+        run.merge_all(file, out)
+        return out
+
+
+class Measure:
+    """Numbers of a run by domain, from a JSON file that a command writes: of a judge, a reward, or a suite.
+
+    Args:
+      command: its words; {run} is the run, {json} the file, {python} this Python.
+      keys: of the numbers in the file, by domain; of a number inside objects, their keys are before it, with / between.
+
+    Raises:
+      MergeError: the command names no run or no file.
+    """
+
+    def __init__(self, command: str, keys: Mapping[str, str]):
+        self.words, self.keys = shlex.split(command), keys
+        for place in ("{run}", "{json}"):
+            if not any(place in word for word in self.words):
+                raise MergeError(f"--measure {command!r} has no {place}.")
+
+    def __call__(self, run: str, folder: str) -> dict[str, tuple[float, float]]:
+        """Returns the numbers of a run, each with 0 for its unknown standard error.
+
+        Raises:
+          MergeError: the command fails, or its file lacks a number.
+        """
+        file = os.path.join(folder, "measure.json")
+        pathlib.Path(file).unlink(missing_ok=True)
+        places = {"{run}": run, "{json}": file, "{python}": sys.executable}
+        words = self.words
+        for place, value in places.items():
+            words = [word.replace(place, value) for word in words]
+        # What it prints is no part of the search's table: it goes to standard error.
+        status = subprocess.run(words, check=False, stdout=2).returncode
+        if status:
+            raise MergeError(f"--measure ended with status {status}: {shlex.join(words)}")
+        try:
+            numbers = dict(_numbers(json.loads(pathlib.Path(file).read_bytes())))
+        except (OSError, ValueError) as error:
+            raise MergeError(f"--measure wrote no JSON ({error}): {shlex.join(words)}") from None
+        for name, key in self.keys.items():
+            if key not in numbers:
+                shown = ", ".join(list(numbers)[:_SHOWN]) or "none"
+                raise MergeError(
+                    f"--scores {name}={key}: the file of --measure has the numbers {shown}."
+                )
+        return {name: (numbers[key], 0.0) for name, key in self.keys.items()}
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the finite numbers of a JSON value with their keys."""
+    if isinstance(value, dict):
+        for name, below in value.items():
+            yield from _numbers(below, f"{key}/{name}" if key else name)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        yield key, float(value)

@@ -1,0 +1,58 @@
+"""Programs of `precompile tables` of models that are of no one paper: Llama 2 7B, which several use, and Cohere's mixtures."""
+
+from typing import Any
+
+from espalier.launch.precompile.table_rows import Row, mesh, tokens
+
+_PRETRAINING = "t5x_configs/runs/pretrain.gin"
+# 6.74e9 parameters: weights are gathered twice in bfloat16, and gradients reduced once in float32.
+_LLAMA_SENT_GB = 6.74 * (2 + 2 + 4)
+_LLAMA_BOUNDS = "sent: 8 bytes for each of 6.74e9 parameters"
+
+
+def _llama(topology: str, chips: int, *bindings: str, **stated: Any) -> Row:
+    return Row(
+        name=f"llama2_7b_{topology.replace(':', '_')}",
+        title=f"Llama 2 7B, pre-training on {topology}",
+        files=("t5x_configs/models/llama2_7b.gin", _PRETRAINING),
+        topology=topology,
+        bindings=(*tokens(chips, 2048), *bindings),
+        sent_gb=_LLAMA_SENT_GB,
+        **{"bounds_from": _LLAMA_BOUNDS, **stated},
+    )
+
+
+def _mixture(name: str, title: str, topology: str, **sizes: int) -> Row:
+    """Returns the row of a mixture whose experts are divided over chips; each chip has a row of 4,096 tokens."""
+    return Row(
+        name=f"{name}_{topology.partition(':')[0]}",
+        title=f"{title} on {topology}",
+        files=(f"t5x_configs/models/{name}.gin", _PRETRAINING),
+        topology=topology,
+        bindings=(*tokens(sizes["fsdp"] * sizes["expert"], 4096), *mesh("fsdp_ep", **sizes)),
+    )
+
+
+_NORTH = ("north_mini_30b_a3b", "North Mini Code 30B-A3B, pre-training")
+_COMMAND = ("command_a_plus_218b", "Command A+ 218B-A25B, pre-training")
+# By the key of their title in table_rows.py.
+ROWS: dict[str, tuple[Row, ...]] = {
+    "llama": (
+        _llama(
+            "v5e:4x4",
+            16,
+            hbm_gb=9.2,
+            bounds_from=f"HBM: the goal of docs/evidence/benchmarks.md with jax 0.10.2; {_LLAMA_BOUNDS}",
+        ),
+        _llama("v4:2x2x4", 16),
+        _llama("v5p:2x2x4", 16),
+        _llama("v6e:4x4", 16),
+        _llama("2xv5e:4x4", 32, *mesh("fsdp", data=2, fsdp=16), note="Slices are copies (`data`)."),
+    ),
+    "cohere2_moe": (
+        _mixture(*_NORTH, "v5p:2x2x4", fsdp=4, expert=4),
+        _mixture(*_NORTH, "v6e:8x8", fsdp=8, expert=8),
+        _mixture(*_COMMAND, "v5p:4x4x8", fsdp=16, expert=8),
+        _mixture(*_COMMAND, "v6e:16x16", fsdp=16, expert=16),
+    ),
+}
