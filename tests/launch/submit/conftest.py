@@ -93,10 +93,13 @@ def slurm():
     finally:
         _output("scancel", "--signal=KILL", "--full", "--user=root")
         _output("scancel", "--user=root")
-        for daemon in reversed(daemons):
+        for daemon in reversed(daemons):  # one after another: slurmd waits for those that it talks to
             daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(timeout=60)
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
         log.close()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
