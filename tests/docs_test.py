@@ -60,6 +60,18 @@ def test_names_of_the_api_have_docstrings(site):
         assert value.__doc__ and value.__module__ == f"espalier.{module}", (module, name)
 
 
+def test_each_metric_that_a_recorded_run_logs_has_a_row(site, monkeypatch):
+    generated_pages, metric_names = map(
+        importlib.import_module, ("generated_pages", "metric_names")
+    )
+    assert "| `LAYER/router_load/EXPERT` | share |" in generated_pages.metrics()
+    monkeypatch.delitem(metric_names.METRICS["Every run"], "grad_norm")
+    with pytest.raises(ValueError, match="grad_norm to docs/metric_names.py"):
+        generated_pages.metrics()
+    read = {"eval/a/loss": "loss", "mlp/router_load/3": "LAYER/router_load/EXPERT", "losses": None}
+    assert {name: metric_names.general(name) for name in read} == read
+
+
 def test_the_picture_of_the_architecture_shows_the_code(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     architecture = importlib.import_module("architecture")

@@ -5,6 +5,7 @@
 
 import atexit
 import functools
+import importlib
 import itertools
 import pathlib
 import re
@@ -407,7 +408,9 @@ def kinds(pair: tuple[str, str]) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("both", sorted({kinds(pair) for pair in PAIRS}), ids=" and ".join)
 def test_two_methods_of_each_two_kinds_take_a_step(both, monkeypatch, tmp_path):
-    """One step on tiny shapes changes the parameters and has a finite loss; hooks read its state."""
+    """One step on tiny shapes changes the parameters and has a finite loss; hooks read its state, and docs its metrics."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    metric_names = importlib.import_module("metric_names")
     pairs = [pair for pair in PAIRS if kinds(pair) == both]
     pair = next((pair for pair in pairs if refusal(*pair) is None), None)
     if pair is None:
@@ -430,6 +433,7 @@ def test_two_methods_of_each_two_kinds_take_a_step(both, monkeypatch, tmp_path):
         before = jax.device_get(state.params)
         monkeypatch.setattr(FrozenModel, "read", constant_params)
         state, metrics = program.steps(1).train(state, batch_of(recipe))
+        assert metric_names.unexplained(metrics) == []
         total, weight = metrics["loss"]
         assert np.isfinite(total / weight)
         after = jax.device_get(state.params)

@@ -98,7 +98,7 @@ def colours(arms: Sequence[str]) -> dict[str, Any]:
 
 
 def draw(shown: Sequence[Dots | Curves], arms: Mapping[str, Any]) -> Any:
-    """Returns a figure of panels; `arms` are arms with their colours."""
+    """Returns a figure of panels, where dots of one unit share their x-axis; `arms` are arms with their colours."""
     columns = panels.columns(len(shown))
     rows = -(-len(shown) // columns)
     here = [arm for arm in arms if any(arm in _arms(panel) for panel in shown)]
@@ -112,6 +112,7 @@ def draw(shown: Sequence[Dots | Curves], arms: Mapping[str, Any]) -> Any:
             _draw_dots(one, panel, {arm: arms[arm] for arm in here}, named=at % columns == 0)
         else:
             _draw_curves(one, panel, arms)
+    _share_ranges(shown, axes)
     for one in axes[len(shown) :]:
         one.set_axis_off()
     if any(isinstance(panel, Curves) for panel in shown) and len(here) > 1:
@@ -125,6 +126,18 @@ def draw(shown: Sequence[Dots | Curves], arms: Mapping[str, Any]) -> Any:
             loc="outside lower center",
         )
     return figure
+
+
+def _share_ranges(shown: Sequence[Dots | Curves], axes: Sequence[Any]) -> None:
+    """Gives the panels of dots that have one unit the same x-axis, so that equal distances are equal differences."""
+    by_unit: dict[str, list[Any]] = {}
+    for panel, one in zip(shown, axes, strict=False):
+        if isinstance(panel, Dots) and panel.unit:
+            by_unit.setdefault(panel.unit, []).append(one)
+    for same in by_unit.values():
+        limits = np.array([one.get_xlim() for one in same])
+        for one in same:
+            one.set_xlim(limits[:, 0].min(), limits[:, 1].max())
 
 
 def _arms(panel: Dots | Curves) -> set[str]:
