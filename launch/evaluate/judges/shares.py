@@ -255,7 +255,7 @@ def by_language(
     """Summarises the outcomes of the pairs of two systems by language.
 
     Args:
-      pairs, outcomes: as of `pair_summary`.
+      pairs, outcomes: the compared answers of two systems, and what the judge said of each pair.
       languages: of each pair, as codes.
 
     Returns:

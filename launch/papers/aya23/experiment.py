@@ -263,7 +263,7 @@ def run(
       model_dir: parent of the sweep's folder and of other measurements.
       seeds: number of seeds.
       parts: of PARTS.
-      **options: as of `sweeps.rows`.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
     """
     measured: dict[str, Any] = {}
     if "toy" in parts:
