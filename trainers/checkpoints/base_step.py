@@ -218,7 +218,7 @@ def _base(step: epath.Path, record: Mapping[str, Any]) -> Part:
         path = step_dir.resolve(moved)
     except FileNotFoundError:
         raise BaseModelError(
-            f"checkpoint {step} has adapters alone, and their base model {moved} is missing: write the directory where it is "
+            f"checkpoint {step} has only adapters, and their base model {moved} is missing: write the directory where it is "
             f'now into {os.fspath(file)}, as {{"path": "DIR"}}.'
         ) from None
     recorded = step_dir.read_manifest(path)
