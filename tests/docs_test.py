@@ -81,6 +81,19 @@ def test_the_picture_of_the_architecture_shows_the_code(monkeypatch):
         assert any(architecture.uses(paper, seam) for paper in architecture.papers()), seam
 
 
+SECTIONS = ["Claim", "Equations", "Files", "Commands", "Design", "Result", "Deviations"]
+SECTIONS += ["Beyond the paper", "Status"]
+
+
+@pytest.mark.parametrize("paper", reproduce.slugs())
+def test_pages_of_papers_have_one_order(paper):
+    text = (ROOT / "launch" / "papers" / paper / "README.md").read_text("utf-8")
+    shown = re.findall("^## (.*)", text, re.MULTILINE)
+    assert shown == [name for name in SECTIONS if name in shown]
+    assert {*SECTIONS} - {*shown} <= {"Design", "Beyond the paper"}
+    assert re.match(r"# .*\n\n\[arXiv [\d.]+\]\(https://arxiv.org/abs/", text)
+
+
 def expanded(pattern):
     """The alternatives of a path with {a,b}."""
     if not (braces := re.search(r"\{(.*?)\}", pattern)):
