@@ -185,7 +185,7 @@ def run_command(
 
 
 def gin_command(doc: str, entry: str, **options: Any) -> Main:
-    """Returns the function `main` of a module whose command gin configures; arguments as of `main`."""
+    """Returns the function `main` of a module whose command gin configures; `main` describes the arguments."""
 
     def run(argv: Sequence[str] | None = None) -> int:
         return main(doc, entry, argv=argv, **options)

@@ -71,7 +71,7 @@ class Teacher(FrozenModel):
 
 
 def check_student(teacher: Teacher, student: Any) -> None:
-    """Raises ValueError if one of both is an encoder-decoder, and the other reads inputs and targets as one text."""
+    """Raises ValueError if only one of teacher and student is an encoder-decoder: the other reads inputs and targets as one text."""
     if teacher.model.row.encodes != student.row.encodes:
         raise ValueError(
             f"TEACHER is a {type(teacher.model).__name__} and the student a {type(student).__name__}, which read different rows: "

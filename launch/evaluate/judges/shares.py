@@ -284,7 +284,7 @@ def by_language(
 
 
 def system_summary(system: System) -> dict[str, Any]:
-    """Returns lengths of a system's answers, because a judge may prefer longer ones for their length alone."""
+    """Returns lengths of a system's answers, because a judge may prefer longer ones only for their length."""
 
     def lengths(size: Callable[[str], int]) -> dict[str, float]:
         sizes = [size(answer.text) for answer in system.answers]
