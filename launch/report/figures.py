@@ -36,6 +36,7 @@ _LABELS = (
 )
 _POINTS = 300  # of a drawn curve
 _TOOLTIPS = 40  # of a drawn curve
+_MARGIN = 0.14  # of the range of dots on both sides: room for their numbers
 
 
 def label(metric: str, loss_unit: str) -> tuple[str, str]:
@@ -135,9 +136,10 @@ def _share_ranges(shown: Sequence[Dots | Curves], axes: Sequence[Any]) -> None:
         if isinstance(panel, Dots) and panel.unit:
             by_unit.setdefault(panel.unit, []).append(one)
     for same in by_unit.values():
-        limits = np.array([one.get_xlim() for one in same])
-        for one in same:
-            one.set_xlim(limits[:, 0].min(), limits[:, 1].max())
+        ends = [x for one in same for x in one.dataLim.intervalx if math.isfinite(x)]
+        low, high = min(ends, default=0.0), max(ends, default=0.0)
+        for one in same if low < high else ():
+            one.set_xlim(low - _MARGIN * (high - low), high + _MARGIN * (high - low))
 
 
 def _arms(panel: Dots | Curves) -> set[str]:
@@ -165,7 +167,7 @@ def _draw_dots(axes: Any, panel: Dots, arms: Mapping[str, Any], *, named: bool) 
     axes.set_ylim(len(arms) - 0.4, -0.7)
     axes.set_xlabel(panel.unit, fontsize=9)
     axes.grid(visible=True, axis="x", alpha=0.25)
-    axes.margins(x=0.14)  # room for the numbers
+    axes.margins(x=_MARGIN)
     panels.room(axes, "x")
 
 
