@@ -25,7 +25,7 @@ from espalier.data.cache import pool
 
 @contextlib.contextmanager
 def used(options: Sequence[str], cache_dir: str | os.PathLike | None = None) -> Iterator[None]:
-    """Context manager: what `pool.run` is given is done by pipelines with these options; without options, as ever.
+    """Context manager: pipelines with these options do the work of `pool.run`; without options, processes do it.
 
     Args:
       options: see `pipelines.parsed_options`.
@@ -119,7 +119,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Returns the result of which `to_json` made this.
+    """Returns the result from the JSON that `to_json` made of it.
 
     Raises:
       PipelineError: it names a class that is not one of this project's containers.

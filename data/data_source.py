@@ -137,7 +137,7 @@ class FileSource(ReadByPieces, Counted, DataSource):
         data_root: str | None,
         **fields: Any,
     ) -> Self:
-        """Returns the source of the files that match patterns, with `fields` as for `of`.
+        """Returns the source of the files that match patterns; `fields` are the fields of the source, as in `of`.
 
         `data.text.document_files.find` describes the arguments and errors.
         """
@@ -316,7 +316,7 @@ class FileSource(ReadByPieces, Counted, DataSource):
 def named_sets(
     name: str, files: Files, validation_files: Files | None
 ) -> dict[str, tuple[Patterns, Patterns | None]]:
-    """Returns {set: its patterns and those of its held-out files}; one set has the given name.
+    """Returns {set: (patterns of its files, patterns of its held-out files)}; a single set has the given name.
 
     Raises:
       ValueError: `files` and `validation_files` name different sets.

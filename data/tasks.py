@@ -93,7 +93,7 @@ def register_rows(
     """Registers a task over a source whose features need no preprocessing.
 
     Args:
-      source: as of `data.data_source`, with a `digest` and the `name` of the task.
+      source: one of `data.data_source`, with a `digest` and the `name` of the task.
       origin: name of the registering function; a later call of the same function replaces the task.
       features: feature -> vocabulary of its ids; None for a float32 feature.
       facts: recorded with a run.

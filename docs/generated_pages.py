@@ -19,6 +19,7 @@ import runpy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+import metric_names
 from api_names import API, SHAPES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -247,47 +248,36 @@ def families() -> str:
 
 
 def metrics() -> str:
-    """Returns the page of metrics that runs write, with their titles and units in reports."""
-    from espalier.launch.report import figures
+    """Returns the page of the metrics of docs/metric_names.py and of indicators.
 
-    paths = sorted(RECORDED.glob("*/metrics.jsonl"))
-    kinds: dict[str, list[str]] = collections.defaultdict(list)
-    for path in paths:
+    Raises:
+      ValueError: a recorded run has a metric without a row.
+    """
+    for path in sorted(RECORDED.glob("*/metrics.jsonl")):
         names = {name for line in path.read_text("utf-8").splitlines() for name in json.loads(line)}
-        # Names with a layer, a source or the number of an expert have one row for all of them.
-        general = [re.sub(r"^.*/(router_[a-z_]+)", r"LAYER/\1", name) for name in names]
-        general = [re.sub(r"^(epochs|source_loss)/.*", r"\1/SOURCE", name) for name in general]
-        general = [re.sub(r"^eval/[^/]+", "eval/TASK", name) for name in general]
-        for name in {re.sub(r"/\d+$", "/EXPERT", name) for name in general} - {"step", "time"}:
-            kinds[name].append(path.parent.name)
-    rows = []
-    for name, runs in sorted(kinds.items()):
-        bare = re.sub(r"^eval/TASK/", "", name)
-        title, unit = figures.label(bare, "unit of the objective")
-        where = "all" if len(runs) == len(paths) else ", ".join(runs)
-        title = "" if title == bare.replace("/", ": ").replace("_", " ") else title
-        rows.append([_code(name), title, unit, where])
+        if lost := metric_names.unexplained(sorted(names)):
+            raise ValueError(f"{path}: add {', '.join(lost)} to docs/metric_names.py.")
+    parts = [
+        "# Metrics",
+        "`metrics.jsonl` has a row for each period. A metric is the mean since the row before, unless its meaning says otherwise. A word in "
+        "capitals stands for any text: `eval/TASK/NAME` is a metric of held-out data, with the name and unit that it has in training.",
+    ]
+    for title, metrics_of in metric_names.METRICS.items():
+        rows = [[_code(name), unit, _plain(says)] for name, (unit, says) in metrics_of.items()]
+        parts += [f"## {title}", _table(("name", "unit", "meaning"), rows)]
     text = (ROOT / "docs/use/preference_indicators.md").read_text("utf-8")
     numbers = [
         row
         for part in re.findall(r"^\| `indicators/` .*\n.*\n((?:\|.*\n)+)", text, re.MULTILINE)
         for row in re.findall(r"^\| (.*?) \| (.*?) \| .*\|$", part, re.MULTILINE)
     ]
-    return "\n\n".join(
-        [
-            "# Metrics",
-            "`metrics.jsonl` has a row for each period, with these names. The table is of the small runs that the tests continue; the "
-            "unit of a loss is that of its objective, such as nats per token.",
-            _table(("name", "title in reports", "unit", "runs"), rows),
-            "Their methods explain further metrics: [preferences](../use/preferences.md#logged-metrics), "
-            "[online runs](../use/online.md#logged-metrics), [mixtures of adapters](../use/adapters.md#mixtures), "
-            "[low-rank training](../use/low_rank.md#from-the-start).",
-            "## Indicators",
-            "With `methods/preference/indicators.gin`, below `indicators/`: [their page](../use/preference_indicators.md) has notes on each.",
-            _table(("name", "meaning"), numbers),
-            "",
-        ]
-    )
+    parts += [
+        "## Indicators",
+        "With `methods/preference/indicators.gin`, below `indicators/`: [their page](../use/preference_indicators.md) has notes on each.",
+        _table(("name", "meaning"), numbers),
+        "",
+    ]
+    return "\n\n".join(parts)
 
 
 def refusals() -> str:

@@ -185,7 +185,7 @@ def run_command(
 
 
 def gin_command(doc: str, entry: str, **options: Any) -> Main:
-    """Returns the function `main` of a module whose command gin configures; arguments as of `main`."""
+    """Returns the function `main` of a module whose command gin configures; `main` describes the arguments."""
 
     def run(argv: Sequence[str] | None = None) -> int:
         return main(doc, entry, argv=argv, **options)
@@ -202,7 +202,7 @@ def command(
     addresses: Sequence[str] = (),
     **options: Any,
 ) -> Main:
-    """Returns the function `main` of a module whose command has no gin configuration; arguments as of `run_command`.
+    """Returns the function `main` of a module whose command has no gin configuration; `run_command` describes the arguments.
 
     Without `add_flags`, `work` is a keyword-only function, and its parameters are the flags (launch/config/setting_flags.py);
     `addresses` names those that may be addresses of object stores.

@@ -36,7 +36,7 @@ class PositionBias(Protocol):
     by_index_1NTS: jax.Array
 
     def at(self, q_positions_BT: jax.Array, kv_positions_BS: jax.Array) -> jax.Array:
-        """Returns the bias [B, N, T, S] between positions; kv_positions is as in attention_ops."""
+        """Returns the bias [B, N, T, S] between positions of queries and keys; a key at position -1 is an empty slot."""
         ...
 
 
@@ -291,7 +291,9 @@ class Attention(Counted):
 
 @recordable
 class CrossAttention(Attention):
-    """Attention of a decoder's tokens over an encoder's output, without positions.
+    """Attention of a decoder's tokens [B, T, D] over an encoder's output [B, S, D], without positions.
+
+    `Attention` describes the attributes.
 
     Raises:
       ValueError: there is a rotary embedding, which would have no effect.

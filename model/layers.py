@@ -17,7 +17,7 @@ from espalier.model.layer_groups import Group
 
 
 class Layers(nn.Module):
-    """Blocks `block_i`: if scanned, those of all groups, otherwise all L layers."""
+    """Blocks `block_i`: if scanned, the blocks of all groups, otherwise all L layers."""
 
     config: TransformerConfig
     block: Callable[..., nn.Module]

@@ -66,7 +66,7 @@ def like(
 
 
 def copied(classes: Iterable[type], made: type, own: Iterable[str]) -> set[str]:
-    """Returns the fields that `like` copies from modules of `classes` to those of the class `made`."""
+    """Returns the names of the fields that `like` copies from modules of `classes` to modules of the class `made`."""
     names = {field.name for one in classes for field in dataclasses.fields(one) if field.init}
     return (names & {field.name for field in dataclasses.fields(made)}) - {*own, *OWN}
 

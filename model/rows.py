@@ -88,7 +88,7 @@ IMAGES = RowKind(())
 
 
 def encoder_arguments(batch: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Returns the arguments of an encoder-decoder's `hidden` for a batch's inputs; none if the batch has no inputs."""
+    """Returns the keyword arguments for a batch's inputs of an encoder-decoder's `hidden`; {} for a batch without inputs."""
     if "encoder_input_tokens" not in batch:
         return {}
     return {

@@ -60,6 +60,18 @@ def test_names_of_the_api_have_docstrings(site):
         assert value.__doc__ and value.__module__ == f"espalier.{module}", (module, name)
 
 
+def test_each_metric_that_a_recorded_run_logs_has_a_row(site, monkeypatch):
+    generated_pages, metric_names = map(
+        importlib.import_module, ("generated_pages", "metric_names")
+    )
+    assert "| `LAYER/router_load/EXPERT` | share |" in generated_pages.metrics()
+    monkeypatch.delitem(metric_names.METRICS["Every run"], "grad_norm")
+    with pytest.raises(ValueError, match="grad_norm to docs/metric_names.py"):
+        generated_pages.metrics()
+    read = {"eval/a/loss": "loss", "mlp/router_load/3": "LAYER/router_load/EXPERT", "losses": None}
+    assert {name: metric_names.general(name) for name in read} == read
+
+
 def test_the_picture_of_the_architecture_shows_the_code(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     architecture = importlib.import_module("architecture")
@@ -67,6 +79,19 @@ def test_the_picture_of_the_architecture_shows_the_code(monkeypatch):
     assert shown == architecture.draw(), "run python docs/architecture.py"
     for seam in (seam for seams in architecture.SEAMS.values() for seam in seams):
         assert any(architecture.uses(paper, seam) for paper in architecture.papers()), seam
+
+
+SECTIONS = ["Claim", "Equations", "Files", "Commands", "Design", "Result", "Deviations"]
+SECTIONS += ["Beyond the paper", "Status"]
+
+
+@pytest.mark.parametrize("paper", reproduce.slugs())
+def test_pages_of_papers_have_one_order(paper):
+    text = (ROOT / "launch" / "papers" / paper / "README.md").read_text("utf-8")
+    shown = re.findall("^## (.*)", text, re.MULTILINE)
+    assert shown == [name for name in SECTIONS if name in shown]
+    assert {*SECTIONS} - {*shown} <= {"Design", "Beyond the paper"}
+    assert re.match(r"# .*\n\n\[arXiv [\d.]+\]\(https://arxiv.org/abs/", text)
 
 
 def expanded(pattern):

@@ -5,6 +5,7 @@
 
 import atexit
 import functools
+import importlib
 import itertools
 import pathlib
 import re
@@ -30,6 +31,7 @@ from espalier.trainers.hooks import RunContext
 from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.optim import schedules
 from espalier.trainers.recipe import Recipe
+from espalier.trainers.telemetry.metrics import divide
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "reference" / "methods_together.md"
@@ -407,7 +409,9 @@ def kinds(pair: tuple[str, str]) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("both", sorted({kinds(pair) for pair in PAIRS}), ids=" and ".join)
 def test_two_methods_of_each_two_kinds_take_a_step(both, monkeypatch, tmp_path):
-    """One step on tiny shapes changes the parameters and has a finite loss; hooks read its state."""
+    """One step on tiny shapes changes the parameters and has a finite loss; hooks read its state, and docs its metrics."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    metric_names = importlib.import_module("metric_names")
     pairs = [pair for pair in PAIRS if kinds(pair) == both]
     pair = next((pair for pair in pairs if refusal(*pair) is None), None)
     if pair is None:
@@ -430,6 +434,7 @@ def test_two_methods_of_each_two_kinds_take_a_step(both, monkeypatch, tmp_path):
         before = jax.device_get(state.params)
         monkeypatch.setattr(FrozenModel, "read", constant_params)
         state, metrics = program.steps(1).train(state, batch_of(recipe))
+        assert metric_names.unexplained(divide(jax.device_get(metrics))) == []
         total, weight = metrics["loss"]
         assert np.isfinite(total / weight)
         after = jax.device_get(state.params)

@@ -33,6 +33,7 @@ PROMPT = "$ "
 # Names of devices, axes, stages, splits, arms and ends of runs, which are values and also words of messages.
 VALUES = {"done", "cpu", "data", "fsdp", "expert", "tensor", "init", "compile", "full"}
 VALUES |= {"text", "english", "code", "then", "balanced", "files", "generated", "starts"}
+VALUES |= {"N"}  # a rate or time that a page does not promise
 UNITS = {"s", "min", "h", "GB", "per", "pair", "pairs", "image", "images", "mean"}
 OMITTED = "..."  # a line of a transcript, for lines that are not shown
 

@@ -94,7 +94,7 @@ class StepExtension:
 
 
 def named(**slots: StepExtension | None) -> tuple[StepExtension, ...]:
-    """Returns the extensions in the order of their slots' names, without those that are None.
+    """Returns the extensions in the order of their slots' names, without slots that are None.
 
     Each method binds its own slot, so that one run can use several: `extensions.named.mine = @mine.Mine()`.
     """
@@ -127,7 +127,7 @@ def with_constants(extensions: Sequence[StepExtension], update: Update) -> Updat
 
 
 def of_model(extensions: Iterable[StepExtension], variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the collections of a state that are the model's: those of no extension."""
+    """Returns the collections of a state that belong to the model and not to an extension."""
     names = {extension.name for extension in extensions}
     return {name: tree for name, tree in variables.items() if name not in names}
 

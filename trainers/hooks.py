@@ -103,7 +103,7 @@ def checked(made: object) -> Hook:
 
 
 def named(**slots: HookFactory | None) -> tuple[HookFactory, ...]:
-    """Returns the hook factories in the order of their slots' names, without those that are None.
+    """Returns the hook factories in the order of their slots' names, without slots that are None.
 
     Each method fills a slot of its own (`hooks.named.spectrum = @spectrum.Spectrum`), so that several
     can be in one run.

@@ -72,9 +72,15 @@ def mesh_sizes(
     count: int,
     accepts: Callable[[Mapping[str, int]], bool] = lambda shape: True,
 ) -> tuple[int, ...]:
-    """Returns the sizes of MESH_AXES for a number of devices; arguments and errors are those of `make_mesh`.
+    """Returns the sizes of MESH_AXES for `count` devices.
 
-    The error of a shape that does not cover the devices names one that does and that `accepts` is true of.
+    Args:
+      shape: sizes by axis name; missing axes are 1, and one may be -1 for all remaining devices. None is all on `data`.
+      count: number of devices.
+      accepts: whether an error may propose a shape.
+
+    Raises:
+      ValueError: an unknown axis, or a shape that does not cover the devices; the message proposes one that does.
     """
     shape = dict(shape or {"data": -1})
     unknown = set(shape) - set(MESH_AXES)

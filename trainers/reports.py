@@ -8,5 +8,5 @@ Report = Callable[[Any], Sequence[str]]
 
 
 def named(**slots: Report | None) -> tuple[Report, ...]:
-    """Returns the reports in the order of their slots' names, without those that are None."""
+    """Returns the reports in the order of their slots' names, without slots that are None."""
     return tuple(report for _, report in sorted(slots.items()) if report is not None)

@@ -114,9 +114,9 @@ def make_eval_step(
 
     Args:
       loss_fn: the objective, which gets no rng.
-      microbatches: parts as in training, so that evaluation needs no more memory; for a batch of another size, the greatest
-        common divisor of both.
-      extensions: as in training.
+      microbatches: parts in which training processes a batch. Evaluation uses as many, or their greatest common divisor
+        with the rows of a batch, so that it needs no more memory.
+      extensions: what else the state holds, see trainers/extensions.py.
     """
     objective = Objective.of(loss_fn)
 

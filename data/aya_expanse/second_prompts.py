@@ -24,7 +24,7 @@ _TRANSLATION = """Translate this text from English into {language}. Write nothin
 
 
 def fusion(prompt: Prompt, texts: Mapping[str, str]) -> Prompt:
-    """Returns the prompt that asks for one answer out of those of several teachers.
+    """Returns the prompt that asks for one answer made from the answers of several teachers.
 
     Args:
       prompt: the request.

@@ -95,7 +95,7 @@ class Starts:
 
 @dataclasses.dataclass(frozen=True)
 class RangedColumn(Column):
-    """A column whose values and lengths are read by ranges; its fields are read like those of `Column`."""
+    """A column whose values and lengths are read by ranges; its fields are used like the fields of `Column`."""
 
     all_values: RangedArray
 

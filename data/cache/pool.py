@@ -52,7 +52,7 @@ class WorkerError(RuntimeError):
 
 
 class Bar(Protocol):
-    """A progress bar, as of espalier/common/bars.py."""
+    """A progress bar; tqdm's and that of espalier/common/bars.py are such."""
 
     n: float
 

@@ -49,7 +49,7 @@ def buckets(keys: np.ndarray) -> list[np.ndarray]:
 
 
 def pairs_of(sketches: np.ndarray, band: int, *, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the similar pairs of documents of a bucket, and those that are copies.
+    """Returns the pairs of similar documents of a bucket, and the pairs of copies.
 
     All buckets of all bands together return a pair once, for the first band that it shares. Of documents with equal sketches, all
     but the first are copies, which are in no pair: whatever becomes of the first, they are duplicates. The time is quadratic in

@@ -50,7 +50,7 @@ def base(targets: Sequence[Option]) -> dict[str, float]:
     """Returns 'rows', their number, and BASE_RATE: the accuracy of whoever always gives the best single choice, by its number.
 
     Args:
-      targets: as of `accuracies`.
+      targets: the choices of all rows.
     """
     rows: dict[str, list[bool]] = {}
     for each in targets:

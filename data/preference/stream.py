@@ -209,7 +209,7 @@ def make_eval_stream(
 ) -> PairEvalStream:
     """Returns the evaluation stream of one task: every held-out pair once, in a fixed arbitrary order.
 
-    Arguments as for `make_stream`.
+    `make_stream` of this module describes the arguments.
 
     Raises:
         data.stream.stream.NoSplitError: the task has no split of this name.

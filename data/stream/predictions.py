@@ -77,7 +77,7 @@ class PredictionStore:
         root: str | os.PathLike,
         **settings: Any,
     ) -> "PredictionStore":
-        """Returns the store that this process has open already, or a new one; arguments as for the class.
+        """Returns the store of a model in a root folder that this process has open, or a new one with these settings.
 
         The training stream and the held-out streams of a run share one store.
         """

@@ -114,7 +114,7 @@ def _media(feature: Any) -> str | None:
 
 
 def decoder(feature: Any) -> Callable[[Any], Any] | None:
-    """Returns what makes the value that `datasets` gives of a stored one; None where they are the same."""
+    """Returns a function that converts a stored value to the value that `datasets` returns; None if both are the same."""
     if not isinstance(feature, Mapping):
         if isinstance(feature, list) and feature:
             return _each(decoder(feature[0]))

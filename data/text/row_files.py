@@ -47,7 +47,7 @@ class BadRow(NamedTuple):
 
 
 def bad_rows_text(counted: Mapping[str, Any]) -> str:
-    """Returns a message about the bad rows of a source, of which `counted` has number, first ones and the file of all."""
+    """Returns a message about the bad rows of a source; `counted` has their number, the first ones and the file that lists all."""
     return f"{counted['rows']:,} rows cannot be used and are left out, the first is {counted['first'][0]} (all: {counted['all']})"
 
 
@@ -90,7 +90,7 @@ def refuse(
 
 
 def check_number(number: int, first: BadRow) -> None:
-    """Raises DataError if so many rows are bad that the files are not what the settings say; all are held in memory."""
+    """Raises DataError if so many rows are bad that the files cannot be what the settings say. All rows are held in memory."""
     if number > MAX_BAD_ROWS:
         raise DataError(
             f"{first.path}: more than {MAX_BAD_ROWS:,} rows cannot be used, the first is {first}: {first.reason}. The files "

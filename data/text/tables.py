@@ -71,7 +71,7 @@ def _opened(piece: Piece) -> Iterator[str | BinaryIO]:
 
 
 def rows(piece: Piece, arguments: Mapping[str, str] | None) -> Iterator[Row]:
-    """Yields the rows of a columnar file or a piece of it, with the columns that arguments name, or all for None."""
+    """Yields the rows of a columnar file or of a piece of it, with the columns that are named; None for all columns."""
     number = piece.first - 1
     with _opened(piece) as source:
         batches = (_parquet if _is_parquet(piece) else _arrow)(source, piece, arguments)

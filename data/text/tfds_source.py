@@ -147,7 +147,7 @@ class TfdsSource(DataSource):
         )
 
     def as_dataset(self, split: str, shuffle=True, seed=None, shard_info=None):
-        """Returns the examples of a split with all features and `tfds_id`; errors as of `get_dataset`."""
+        """Returns the examples of a split with all features and `tfds_id`; raises the errors of `get_dataset`."""
         import tensorflow as tf
         import tensorflow_datasets as tfds
 

@@ -99,13 +99,14 @@ def register_files(
 
     Args:
       name: name of the task, or of the mixture.
+      files: one or several globs of training files, or several sets, {name of the set: its globs}.
       vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
       shares: of several sets: set -> its share of the tokens, normalised; None: the bytes of its training text, so that
         all are read about equally often.
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
 
-    `data.text.document_files.find` describes the other arguments.
+    `data.text.document_files.find` describes how documents are found, held out and filtered: the other arguments.
 
     Raises:
       FileNotFoundError: a pattern matches no file.

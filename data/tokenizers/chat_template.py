@@ -253,7 +253,7 @@ def read(
 
 
 def write(folder: str | os.PathLike, template: ChatTemplate) -> None:
-    """Writes the templates of a tokenizer into its directory, instead of those that are there."""
+    """Writes the templates of a tokenizer into its directory, and removes the templates that are there."""
     folder = pathlib.Path(folder)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     (folder / FILE).write_text(template.templates[DEFAULT], encoding="utf-8")

@@ -207,7 +207,11 @@ def _try_out(model: bytes, path: pathlib.Path) -> None:
 
 
 def byte(*, extra_ids: Count = 0):
-    """Returns a vocabulary of UTF-8 bytes: 259 ids and `extra_ids`, without training."""
+    """Returns a vocabulary of UTF-8 bytes after pad, EOS and unknown, as ByT5 has it (arXiv 2105.13626), without training.
+
+    Args:
+      extra_ids: number of sentinels after the 259 ids, for T5's span corruption.
+    """
     return vocabulary.ByteVocabulary(extra_ids)
 
 

@@ -178,7 +178,7 @@ class Configuration:
         return bound.value.target.value
 
     def bound_to(self, called: Any, *names: str) -> dict[str, Any]:
-        """Returns the values of those of these arguments of a function or class that are bound without a scope."""
+        """Returns {argument: value} for these arguments of a function or class, if they are bound without a scope."""
         known = [target for target in self.tree.targets.values() if target.value is called]
         bound = self._bound(known[0], "") if known else {}
         return self._values({name: bound[name] for name in names if name in bound}, "")

@@ -485,7 +485,7 @@ def prefixes(scope: str) -> list[str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns a remedy with those of some names that are close to a wrong one; '' without any."""
+    """Returns a remedy with the names that are close to a wrong name; '' if none is."""
     return listed(difflib.get_close_matches(name, list(names)))
 
 

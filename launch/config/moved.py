@@ -33,7 +33,7 @@ MOVED = {
 
 
 def today(statement: "ImportStatement") -> "ImportStatement":
-    """Returns an import of a module by its name of today; it binds the same name."""
+    """Returns the import statement of a module under its present name; it binds the same name as the former import."""
     module = name_of_today(statement.module)
     if not statement.is_from or module == statement.module:
         return statement
@@ -56,7 +56,7 @@ def name_of_today(module: str) -> str:
 
 
 def as_before(text: str) -> str:
-    """Returns a text with modules by their former names, of which digests from before a move are made."""
+    """Returns a text with modules under their former names, so that its digest equals one from before a move."""
     for former, now in MOVED.items():
         text = re.sub(rf"\b{re.escape(now)}\b", former, text)
     return re.sub(rf"\bespalier\.(?=(?:{'|'.join(environment.EARLIER_PACKAGES)})\b)", "", text)

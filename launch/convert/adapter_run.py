@@ -74,7 +74,7 @@ def find_base(path: str, digest: str) -> Part | None:
 def write(
     target: str, config: str, arrays: Mapping[str, Any], base: Part, source: SourceModel
 ) -> str:
-    """Writes a run directory of adapters alone, and returns a description of them.
+    """Writes a run directory that has only adapters, and returns a description of them.
 
     Args:
       target: run directory, which must not exist.

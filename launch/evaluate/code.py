@@ -243,7 +243,7 @@ def file_samples(
 def model_samples(
     flags: argparse.Namespace, start: cli.Start, problems: code_problems.Problems
 ) -> Samples:
-    """Returns the completions of the checkpoint's model; arguments as of `run`."""
+    """Returns the completions that the model of --checkpoint samples for the problems."""
     from espalier.launch.inference.generate import generate
     from espalier.trainers.decoding.settings import Sampling, Settings
 

@@ -118,7 +118,13 @@ def open_streams(
     tasks: Sequence[str] | None,
     mixture_or_task_name: str,
 ) -> "Sequence[EvalStream]":
-    """Returns the held-out splits of tasks, or of a mixture's tasks; arguments as of `evaluate`.
+    """Returns the held-out splits of tasks, or of a mixture's tasks.
+
+    Args:
+      stream: opens the split of one task, called with (task=).
+      register: functions that register SeqIO tasks.
+      tasks: names; None for the tasks of `mixture_or_task_name`.
+      mixture_or_task_name: a registered name.
 
     Raises:
       ValueError: no task has a held-out split.

@@ -128,7 +128,7 @@ class EncoderAnswers:
 def answers_of(
     run: LoadedRun, max_new_tokens: int, earlier: Answers | EncoderAnswers | None = None
 ) -> Answers | EncoderAnswers:
-    """Returns what computes a run's predictions and scores; see `Answers`. `earlier`, if it is of the same model."""
+    """Returns the `Answers` that computes a run's predictions and scores: `earlier`, if it is of the same model."""
     if earlier is not None and earlier.model is run.model:
         earlier.use(run)
         return earlier

@@ -206,7 +206,8 @@ class Pipeline:
 
     Attributes:
       options: of the pipeline.
-      scorer, words: as of `Work`; the words name the step that all workers read, though the run may write newer ones.
+      scorer: see `Work`.
+      words: the command line of the scorer, with the step that all workers read, though the run may write newer ones.
       checkpoint: this step, or a Hugging Face directory.
       record: what the rows of every command depend on.
     """

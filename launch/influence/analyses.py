@@ -29,7 +29,7 @@ def compared(
     *,
     top: int,
 ) -> list[dict[str, Any]]:
-    """Returns a row for each method, whose rankings are compared with those of the first, and one for random rankings.
+    """Returns a row for each method, which compares its rankings with the first method's, and a row for random rankings.
 
     Args:
       scores: scores [N, Q] by method.

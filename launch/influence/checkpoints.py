@@ -95,7 +95,7 @@ def score_each(
     """Scores documents by each checkpoint, and then adds the scores up.
 
     Args:
-      score: `score` of launch/influence/score.py with all arguments but those of a checkpoint.
+      score: `score` of launch/influence/score.py, called with the arguments that name a checkpoint and its files.
       several: the checkpoints.
       factors: folder that `fit` wrote for them; None without.
       out, top: see `add_up`.
@@ -124,7 +124,7 @@ def add_up(
     top: int,
     texts: Callable[[Collection[int]], Iterable[Mapping[str, Any]]],
 ) -> int:
-    """Writes the sums of the checkpoints' scores to `out`, as `score` writes those of one, and returns their number.
+    """Writes the sums of the checkpoints' scores to `out`, in the form of `score`, and returns the number of documents.
 
     A row also has `by_checkpoint` [K, Q], the scores before they are multiplied by the weights.
 

@@ -316,7 +316,7 @@ def source(row: Mapping[str, Any]) -> str:
 
 
 def groups(queries: Sequence[Query]) -> dict[str, list[int]]:
-    """Returns the queries by kind; all together without kinds, and beside several ones."""
+    """Returns {kind: its queries}; with no kind or several kinds, all queries together too."""
     kinds: dict[str, list[int]] = {}
     for q, one in enumerate(queries):
         if one.kind:

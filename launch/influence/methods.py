@@ -111,7 +111,7 @@ class Gradients(Method):
     """Gradients of queries and documents.
 
     Attributes:
-      modules: layers, as in `fit`; by default those of the factors.
+      modules: layers whose gradients count: mlp, attention, adapters, head, all, or patterns of paths; those of the factors if not set.
       query_checkpoint: model of the queries' gradients, such as a fine-tuned one, if it is another.
       rank: rank of the queries' gradients in memory; 0 for whole matrices in float32.
       query_dtype: dtype of the queries' low-rank factors; each column of int8 has a scale.

@@ -86,7 +86,7 @@ def opened(
 
 
 def begin(folder: pathlib.Path, record: Mapping[str, Any], *, out: str) -> None:
-    """Writes the record of new factors, or checks that the folder's factors have the same one; `out` is for messages.
+    """Writes the record of new factors, or checks that the folder's factors have the same record; messages name `out`.
 
     Raises:
       LoadError: the folder has factors of other settings, documents or parameters.
@@ -173,7 +173,7 @@ def texts_file(scores: str) -> str:
 
 
 def local_scores(scores: str) -> str:
-    """Returns a file of scores with what is beside it, or for an address a copy; raises RowFileError if there is none."""
+    """Returns the path of a file of scores with its accompanying files, of an address a local copy; raises RowFileError without a file."""
     if not paths.is_remote(scores):
         return scores
     for of in (queries_folder, top_file, tokens_file, texts_file):

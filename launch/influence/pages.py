@@ -26,7 +26,7 @@ MOST_TEXT = 20_000  # characters of a document in the viewer
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Returns the HTML of the viewer; `data` are those of `shown`."""
+    """Returns the HTML of the viewer of `data`, which `shown` makes."""
     files = importlib.resources.files("espalier.launch.influence") / "page"
     style, script, body = (
         (files / name).read_text(encoding="utf-8")

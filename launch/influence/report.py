@@ -93,9 +93,7 @@ def report(
     rank_by: str = "score",
     within: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the report as JSON values, and the data of the viewer.
-
-    Arguments are those of `run`.
+    """Returns the report as JSON values, and the data of the viewer; `run` describes the arguments.
 
     Raises:
       RowFileError: scores that are not complete or not comparable, or a file that is missing or has changed.

@@ -110,9 +110,10 @@ def command(
     """Returns the function `main` of a command that reads a model: its `Start` makes the `RunConfig`.
 
     Args:
-      doc, name: help text and name, as of `cli.run_command`.
-      run, add_flags: as `run` and `extra_flags` of `cli.main`.
-      files: as `default_files` of `cli.main`.
+      doc, name: help text and name of the command.
+      run: does the work, from flags and a `Start`.
+      add_flags: adds the command's own flags to a parser.
+      files: returns the gin files that are read by default, from flags.
       without_model: whether the command may need no model.
     """
     unused = {**_UNUSED, **({"MODEL": "None"} if without_model else {})}
@@ -156,7 +157,7 @@ def trusting_command(
     """Returns the function `main` of a command that reads a run's data too, from config.gin with --trust_config.
 
     Args:
-      doc, name, run, add_flags: as of `command`.
+      doc, name, run, add_flags: see `command`.
       entry: function that gin configures.
       own: gin file of the command.
     """

@@ -83,7 +83,7 @@ def _interrupted(folder: str, fingerprint: str) -> tuple[Journal, Interrupted]:
 
 
 def facts_of(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
-    """Returns the facts of the result: those of the first model that hold for a merge, and the record of the merge."""
+    """Returns the facts of the result: the first model's facts that hold for a merge, and the record of the merge."""
     # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
     hf = {} if changed else donor.source.hf_meta()
     facts = {key: value for key, value in record.items() if key != "made_of"}
@@ -91,7 +91,7 @@ def facts_of(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) ->
 
 
 def changed_fields(planner: Planner, planned: Sequence[Planned]) -> dict[str, Any]:
-    """Returns the fields of the result's TransformerConfig, a depth or dtypes, that are not those of the first model.
+    """Returns the fields of the result's TransformerConfig, a depth or dtypes, that differ from the first model's.
 
     Raises:
       MergeError: layers of other kinds, or another depth of an encoder-decoder.

@@ -125,13 +125,13 @@ class Trials:
 
 
 def best_single(alone: Sequence[Trial]) -> Losses:
-    """Returns the lowest loss of a model alone, by domain; the highest of scores."""
+    """Returns the lowest loss of a single model, by domain; of scores, the highest."""
     best = max if alone[0].higher else min
     return {name: best(trial.losses[name] for trial in alone) for name in alone[0].losses}
 
 
 def begin(trials: Trials, count: int) -> tuple[Trial, list[Trial]]:
-    """Returns the trials of equal weights and of each model alone, which are beyond the budget."""
+    """Returns the trials of equal weights and of each single model, which do not count against the budget."""
     trials.budget += count + 1
     first, *alone = (trials(row) for row in [[1.0] * count, *np.eye(count).tolist()])
     assert first is not None  # the budget has room

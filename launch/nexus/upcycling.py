@@ -20,7 +20,7 @@ _SUFFIXES = {"projection": "", "linear": "_linear", "mlp": "_mlp"}  # of the met
 
 
 class Nexus(Method):
-    """Experts beside the seed model's FFNs, behind a projection of embeddings of their data or, to compare, another router."""
+    """Experts in addition to the seed model's FFNs; their router projects embeddings of their data or, to compare, is another one."""
 
     flags: ClassVar[tuple[str, ...]] = ("seed_model", "domains", "router", "attention_experts")
 

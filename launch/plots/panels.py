@@ -113,7 +113,7 @@ def paired(
 
 
 def dots(axes: Any, at: float, values: np.ndarray, colour: Any, label: str = "") -> None:
-    """Draws a dot for each seed beside each other, and a line at their mean."""
+    """Draws a dot for each seed, side by side, and a line at their mean."""
     spread = np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(1)
     axes.plot(at + spread, values, ls="", marker="o", ms=4, color=colour, alpha=0.55, mew=0)
     axes.plot([at - 0.12, at + 0.12], [values.mean()] * 2, color=colour, lw=2.5, label=label)

@@ -73,7 +73,7 @@ def work(kind: Kind, program: Program, policy: CachePolicy, options: Options) ->
 
 
 def train(program: Program) -> Work:
-    """Returns one update. Losses by data source would need the data; they cost next to nothing."""
+    """Returns the work of one update, without losses by data source: they need the data, and cost next to nothing."""
     recipe = program.recipe
     return Work(
         function=program.steps(0).train,

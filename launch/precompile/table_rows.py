@@ -137,7 +137,7 @@ def mesh(rules: str, **sizes: int) -> tuple[str, str]:
 
 
 def rows() -> dict[str, tuple[Row, ...]]:
-    """Returns the rows of each paper by its name, and those of models by the models' name.
+    """Returns {paper or model: its rows}.
 
     Raises:
       ValueError: a name that two rows have.

@@ -25,10 +25,27 @@ EXAMPLE = '{"inputs": "...", "targets": "..."}'
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     group = parser.add_argument_group("rows")
-    group.add_argument("--inputs", required=True, metavar="FILE", help="JSON lines")
-    group.add_argument("--output", required=True, metavar="FILE", help="the rows with embeddings")
-    group.add_argument("--key", metavar="NAME", help="key of the text (default: see above)")
-    group.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows at a time")
+    group.add_argument(
+        "--inputs", required=True, metavar="FILE", help="read texts from this file of JSON lines"
+    )
+    group.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="write the rows with embeddings to this file",
+    )
+    group.add_argument(
+        "--key",
+        metavar="NAME",
+        help="key of the text in a row (default: inputs, prompt, messages or text)",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="number of rows in a batch (default 32)",
+    )
 
 
 def _run(start: cli.Start) -> None:

@@ -28,7 +28,7 @@ def _count(text: str) -> int:
 
 
 def used(run: Callable[[cli.Start], Any]) -> Callable[[cli.Start], Any]:
-    """Returns a command's `run` that keeps to these flags, also while gin makes what the command is given."""
+    """Returns a command's `run` that uses these flags, also while gin makes the objects that the command is given."""
 
     def kept(start: cli.Start) -> Any:
         options = start.flags.beam_pipeline_options

@@ -102,7 +102,7 @@ def shell_status(code: int) -> int:
 
 @contextlib.contextmanager
 def handled(numbers: Iterable[int], handle: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Context manager: these signals call `handle`; afterwards the handlers are those of before."""
+    """Context manager: these signals call `handle` inside it; the earlier handlers are restored after it."""
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

@@ -36,6 +36,7 @@ _LABELS = (
 )
 _POINTS = 300  # of a drawn curve
 _TOOLTIPS = 40  # of a drawn curve
+_MARGIN = 0.14  # of the range of dots on both sides: room for their numbers
 
 
 def label(metric: str, loss_unit: str) -> tuple[str, str]:
@@ -98,7 +99,7 @@ def colours(arms: Sequence[str]) -> dict[str, Any]:
 
 
 def draw(shown: Sequence[Dots | Curves], arms: Mapping[str, Any]) -> Any:
-    """Returns a figure of panels; `arms` are arms with their colours."""
+    """Returns a figure of panels, where dots of one unit share their x-axis; `arms` are arms with their colours."""
     columns = panels.columns(len(shown))
     rows = -(-len(shown) // columns)
     here = [arm for arm in arms if any(arm in _arms(panel) for panel in shown)]
@@ -112,6 +113,7 @@ def draw(shown: Sequence[Dots | Curves], arms: Mapping[str, Any]) -> Any:
             _draw_dots(one, panel, {arm: arms[arm] for arm in here}, named=at % columns == 0)
         else:
             _draw_curves(one, panel, arms)
+    _share_ranges(shown, axes)
     for one in axes[len(shown) :]:
         one.set_axis_off()
     if any(isinstance(panel, Curves) for panel in shown) and len(here) > 1:
@@ -125,6 +127,19 @@ def draw(shown: Sequence[Dots | Curves], arms: Mapping[str, Any]) -> Any:
             loc="outside lower center",
         )
     return figure
+
+
+def _share_ranges(shown: Sequence[Dots | Curves], axes: Sequence[Any]) -> None:
+    """Gives the panels of dots that have one unit the same x-axis, so that equal distances are equal differences."""
+    by_unit: dict[str, list[Any]] = {}
+    for panel, one in zip(shown, axes, strict=False):
+        if isinstance(panel, Dots) and panel.unit:
+            by_unit.setdefault(panel.unit, []).append(one)
+    for same in by_unit.values():
+        ends = [x for one in same for x in one.dataLim.intervalx if math.isfinite(x)]
+        low, high = min(ends, default=0.0), max(ends, default=0.0)
+        for one in same if low < high else ():
+            one.set_xlim(low - _MARGIN * (high - low), high + _MARGIN * (high - low))
 
 
 def _arms(panel: Dots | Curves) -> set[str]:
@@ -152,7 +167,7 @@ def _draw_dots(axes: Any, panel: Dots, arms: Mapping[str, Any], *, named: bool) 
     axes.set_ylim(len(arms) - 0.4, -0.7)
     axes.set_xlabel(panel.unit, fontsize=9)
     axes.grid(visible=True, axis="x", alpha=0.25)
-    axes.margins(x=0.14)  # room for the numbers
+    axes.margins(x=_MARGIN)
     panels.room(axes, "x")
 
 

@@ -115,6 +115,7 @@ def _domains(runs: Sequence[Run]) -> list[str]:
 def _last_values(runs: Sequence[Run], metric: str) -> list[Dots]:
     """Returns a panel of a held-out metric for each domain that has it."""
     _, unit = figures.label(metric, runs[0].kind[1])
+    unit += " (lower is better)" if metric == "bits_per_byte" else ""
     panels = []
     for domain in _domains(runs):
         values = {

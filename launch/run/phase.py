@@ -159,7 +159,7 @@ def start_token(
 def add_bos(
     *, model_dir: str | os.PathLike | None = None, checkpoint: str | os.PathLike | None = None
 ) -> bool:
-    """Returns whether texts begin with BOS; arguments as for `start_token`. A model without a record has False."""
+    """Returns whether texts of a run, or of the checkpoint it starts from, begin with BOS; False for a model without a record."""
     return bool(_recorded_meta(model_dir, checkpoint).get("add_bos", False))
 
 

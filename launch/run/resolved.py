@@ -125,7 +125,7 @@ def resolve(
     total_epochs: float | None,
     of_prompts: bool,
 ) -> ResolvedRun:
-    """Registers the tasks, opens the streams and checks them; for the other arguments see `launch.train.train`.
+    """Registers the tasks, opens the streams and checks them; `launch.train.train` describes the other arguments.
 
     Args:
       program: the program that will read the data.

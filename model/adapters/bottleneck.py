@@ -21,7 +21,9 @@ from espalier.model.moe.moe import ExpertDense
 
 @recordable
 class Bottleneck(Adapter):
-    """y + up(act(down(y))), where y is the output of a projection; `up` is zero at the start. Each stacked expert has its own.
+    """y + up(act(down(y))) (Houlsby et al., arXiv 1902.00751), where y [..., Y] is the output of a projection.
+
+    `up` is zero at the start, so the model is then the base model. Each stacked expert has a bottleneck of its own.
 
     Attributes:
       layers: patterns of the projections; the last ones of attention and MLP by default.

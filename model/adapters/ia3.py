@@ -47,7 +47,17 @@ class Rescaling(Adapter):
 
 @recordable
 class Ia3(Rescaling):
-    """y = l * (x W0 + b), or y = (l * x) W0 + b; l is ones at the start. At experts, each has its own l."""
+    """(IA)3 (arXiv 2205.05638): y = l * (x W0 + b) at `outputs`, y = (l * x) W0 + b at `inputs`; l is ones at the start.
+
+    l [X] is as wide as the tensor that it rescales. Each stacked expert has its own.
+
+    Attributes:
+      outputs: patterns of the projections whose output is rescaled; keys and values by default.
+      inputs: patterns of the projections whose input is rescaled; the last one of MLPs by default.
+
+    Raises:
+      AdapterError: a path matches both.
+    """
 
     @property
     def of_experts(self) -> bool:

@@ -31,9 +31,9 @@ def uniform_fan_in(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float3
 
 @recordable
 class Lora(Adapter):
-    """y + s x A B, where y is the projection's output.
+    """LoRA (arXiv 2106.09685): y + s x A B for the projection's input x [..., X] and output y [..., Y].
 
-    At stacked experts, each expert has factors of its own.
+    A is [X, rank], B [rank, Y]. At stacked experts, each expert has factors of its own.
 
     Attributes:
       layers: patterns of the projections.

@@ -24,10 +24,12 @@ SLOT = "prompt"  # of adapter.named
 
 @recordable
 class Prompt(Adapter):
-    """Embeddings of the ids `first_id`, `first_id` + 1, ...; the change of each is learned, and zero at the start.
+    """Prompt tuning (arXiv 2104.08691): learned embeddings [P, D] of the ids `first_id`, `first_id` + 1, ...
+
+    What is learned is the change of each embedding, which is zero at the start.
 
     Attributes:
-      length: P.
+      length: P, the number of virtual tokens.
       first_id: the first virtual token.
       starts: P ids with whose embeddings the virtual tokens begin, such as a text's; none for their own embeddings.
 

@@ -49,7 +49,7 @@ class FoldedRouter:
 
 
 def folded(model: Any) -> tuple[Any, dict[str, FoldedRouter]]:
-    """Returns the model with linear routers instead of all that amount to them, and these by the path of the kernel."""
+    """Returns the model with each router that equals a linear one replaced by it, and {path of its kernel: that router}."""
     if not isinstance(model, Transformer):
         return model, {}
     foldable = {i: _foldable(_mlp(model, i)) for i in range(model.config.num_layers)}

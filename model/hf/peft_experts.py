@@ -55,7 +55,7 @@ class Parameter:
 def parameters(
     pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Parameter]:
-    """Returns the stacked parameters of a model's experts by name, those of one module in their order.
+    """Returns the stacked parameters of a model's experts by name; parameters of one module are in its order.
 
     Weight files may have other names: Mixtral's have a tensor for each expert, below `block_sparse_moe`. In transformers 5 all
     of these families call the module `mlp.experts`.
@@ -83,7 +83,7 @@ def parameters(
 
 
 def names(adapted: Iterable[Parameter]) -> dict[str, Parameter]:
-    """Returns adapted parameters by the beginnings of their tensors' names; those of a module are wrapped in order."""
+    """Returns adapted parameters by the beginnings of their tensors' names; parameters of a module are wrapped in order."""
     modules: dict[str, list[Parameter]] = {}
     for parameter in adapted:
         modules.setdefault(parameter.module, []).append(parameter)
@@ -196,7 +196,7 @@ def write(
     alpha: float,
     stabilised: bool,
 ) -> Written:
-    """Returns the adapter of one parameter, from those of its projections, which compute the same.
+    """Returns the adapter of one parameter that computes the same as the adapters of its projections.
 
     Args:
       parameter: the parameter.

@@ -46,7 +46,16 @@ def blocked_attention(
     softcap: float | None = None,
     causal: bool = True,
 ) -> jax.Array:
-    """Returns attention on one device, masked by index; arguments as in attention_ops, with one bias for all rows."""
+    """Returns attention [B, T, N, H] on one device, in blocks of queries; positions of tokens are their indices.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: queries, keys and values; K divides N.
+      q_segments_BT, kv_segments_BS: tokens see only equal segments; None for one document per row.
+      bias_1NTS: added to the logits of all rows.
+      window: keys that a query sees, itself included; None for all earlier ones.
+      scale, softcap: logits are softcap * tanh(scale * q k / softcap); a softcap of None only scales them.
+      causal: whether a query sees only keys up to itself.
+    """
     k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
     segments = None if q_segments_BT is None else (q_segments_BT, kv_segments_BS)
     form = _Form(window, scale, softcap, causal)

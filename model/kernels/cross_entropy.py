@@ -87,9 +87,9 @@ def token_log_probs(
     implementation: str = "auto",
     chunk: int = 512,
 ) -> jax.Array:
-    """Returns log p(target) of every token, float32, differentiable; arguments as above.
+    """Returns log p(target) [T] of every token in nats, float32, differentiable.
 
-    'auto' stores the logits of all tokens if they fit in one chunk. 'chunked' computes the logits twice here: the
+    `weighted_cross_entropy` describes the arguments. 'auto' stores the logits of all tokens if they fit in one chunk. 'chunked' computes the logits twice here: the
     cotangent of each token is only known in the backward pass.
     """
     few = h_TD.shape[0] * head_VD.shape[0] <= CHUNK_LOGITS

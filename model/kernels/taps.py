@@ -19,10 +19,10 @@ class Tap(Protocol):
     def projection(
         self, module: nn.Module, name: str, x: Any, y: Any, *, bias: bool, sizes: Any, rows: Any
     ) -> jax.Array:
-        """Returns y; see `projection` of this module. `rows` are the tokens of experts' rows."""
+        """Returns an array equal to y; the function `projection` describes the arguments. `rows` are the tokens of experts' rows."""
 
     def lookup(self, module: nn.Module, name: str, ids: Any, y: Any) -> jax.Array:
-        """Returns y; see `lookup` of this module."""
+        """Returns an array equal to the rows y [..., D] of a table at `ids`."""
 
 
 # Part of JAX's trace cache key, like the settings of model/kernels/platform.py.
@@ -37,14 +37,17 @@ def is_active() -> bool:
 
 @contextlib.contextmanager
 def installed(tap: Tap) -> Iterator[None]:
-    """Context manager: models that are traced inside call the tap."""
+    """Context manager that installs a tap: models that are traced inside it call the tap at every projection and table."""
     with _tap(tap):
         yield
 
 
 @contextlib.contextmanager
 def expert_rows(choices_R: jax.Array, top_k: int) -> Iterator[None]:
-    """Context manager: row r inside experts is choice choices_R[r], of the token of index choices_R[r] // top_k."""
+    """Context manager around experts that tells the tap which token each of their rows belongs to.
+
+    Row r is the choice of number choices_R[r], and so belongs to the token of index choices_R[r] // top_k.
+    """
     if not is_active():
         yield
         return
@@ -64,7 +67,7 @@ def projection(
     bias: bool = False,
     sizes: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the output y = x @ matrix (+ bias) of a projection, as the tap has it.
+    """Returns the output y = x @ matrix (+ bias) of a projection: what the tap returns for it, or y without a tap.
 
     Args:
       module, name: the module and its parameter that is the matrix.
@@ -80,6 +83,6 @@ def projection(
 
 
 def lookup(module: nn.Module, name: str, ids: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the rows y [..., D] of a table at `ids`, as the tap has them."""
+    """Returns the rows y [..., D] of a table at `ids`: what the tap returns for them, or y without a tap."""
     tap = _tap.value
     return y if tap is None else tap.lookup(module, name, ids, y)

@@ -33,12 +33,13 @@ def small_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32)
 class MoLora(Routed, Lora):
     """LoRA with `num_experts` pairs of factors, mixed for each token by a router (MoLORA, arXiv 2309.05444).
 
-    Each stacked expert of a mixture model has its own.
-
+    The input [..., X] gives an output [..., Y]. Each stacked expert of a mixture model has factors and a router of its own.
     The default layers are the paper's: attention and, of a gated MLP, the branch with the activation and the last projection.
+    `Lora` describes the attributes of the factors, `Routed` in model/mov/router.py those of the router.
 
     Raises:
-      AdapterError: `dora` with several experts.
+      AdapterError: `dora` with several experts, a rank above the matrix's smaller side, or settings of the router that
+        contradict each other.
     """
 
     layers: Sequence[str] = (r"(.*/)?\w*attention/(query|key|value|out)", r"(.*/)?mlp/(gate|down)")

@@ -27,7 +27,14 @@ from espalier.model.mov.router import Routed
 
 @recordable
 class Mov(Routed, Ia3):
-    """(IA)3 with `num_experts` vectors, mixed for each token, and at keys and values for each head."""
+    """MoV (arXiv 2309.05444): (IA)3 with `num_experts` vectors per site, of which a router makes a weighted sum for each token.
+
+    The rescaled tensor is [..., X]. At keys and values each head has router weights of its own. `outputs` and `inputs` are
+    those of `Ia3`; `Routed` in model/mov/router.py describes the router's attributes.
+
+    Raises:
+      AdapterError: a path matches both `outputs` and `inputs`, or the router's settings contradict each other.
+    """
 
     MATRICES: ClassVar[tuple[str, ...]] = ("input_scales", "output_scales")
 

@@ -41,7 +41,7 @@ class OfTokens(NamedTuple):
 def sentence_embeddings(
     embeddings: jax.Array | OfTokens | None,
 ) -> contextlib.AbstractContextManager[None]:
-    """Context manager: models that are applied inside read these embeddings, [B, S] or of tokens; None for none."""
+    """Context manager: models that are applied inside it read these embeddings, one per row [B, S] or per token; None for none."""
     return rows.given({COLUMN: embeddings})
 
 

@@ -108,7 +108,7 @@ class DomainRouter(GatedRouter):
 
 
 def level(experts_ED: jax.Array, first: int) -> jax.Array:
-    """Returns experts' vectors with those after the `first` ones levelled to these, which do not change.
+    """Returns experts' vectors; the vectors after the `first` ones are levelled to them, and the first ones do not change.
 
     With m the mean of the first vectors, a later one becomes m + r u: u is the direction of its difference from m,
     projected to the span of the first ones' differences from m, and r the mean length of these. Its logit is then an

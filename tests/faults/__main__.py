@@ -32,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.make_parser(__doc__, PROGRAM)
     parser.add_argument("--out", required=True, metavar="DIR", help="work folder, with all results")
     parser.add_argument("--rows", metavar="1,2,5", help="rows to run (default: all)")
-    parser.add_argument("--case", metavar="NAME", help="runs this case alone, again if it is done")
+    parser.add_argument("--case", metavar="NAME", help="run only this case, again if it is done")
     parser.add_argument("--sample", action="store_true", help="runs a few cases of each row")
-    parser.add_argument("--seed", type=int, default=0, help="of all random choices (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of all choices (default 0)"
+    )
     parser.add_argument(
         "--workers", type=int, default=1, help="cases that run at the same time (1)"
     )

@@ -233,7 +233,7 @@ def _raise(error: Exception) -> None:
 ROWS = (
     Row(
         6,
-        "a run goes on on another mesh of 1, 2, 4 or 8 devices",
+        "a run continues on another mesh of 1, 2, 4 or 8 devices",
         "the saved state is exact; losses agree to 1e-6",
         _meshes,
         sample=0,

@@ -324,7 +324,7 @@ ROWS = (
     Row(
         1,
         "SIGTERM or SIGINT at each stage",
-        "the same command goes on and ends bit-equal, metrics too",
+        "the same command continues and ends bit-equal, metrics too",
         _stops,
         sample=1,
     ),

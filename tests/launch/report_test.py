@@ -129,6 +129,18 @@ def test_runs_of_different_objectives_have_their_own_units_and_axes(tmp_path, ca
         assert (panel.title, panel.unit, list(panel.values)) == ("x", unit, ["dpo"])
 
 
+def test_dots_of_one_unit_share_their_axis(tmp_path):
+    directories = [
+        write_run(tmp_path / name, {"text": x, "code": 9.0}) for name, x in (("a", 3.0), ("b", 3.1))
+    ]
+    read = list(reported.from_directories(metric_rows.named(directories)).values())
+    dots = page._last_values(read, "loss")
+    other = figures.Dots("score", "", {"a": (read[0], 0.5), "b": (read[1], 0.6)})
+    axes = figures.draw([*dots, other], {"a": "k", "b": "r"}).axes
+    assert axes[0].get_xlim() == axes[1].get_xlim() != axes[2].get_xlim()
+    assert axes[0].get_xlim()[0] < 3.0 and axes[0].get_xlim()[1] > 9.0
+
+
 def write_sweep(folder, arms, seeds=2):
     rows = []
     for number, arm in enumerate(arms):

@@ -26,7 +26,7 @@ FILE = "base.json"  # {"path": run or step directory}
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """The parameters that a model has beside its base's, by the beginning of the names of their modules.
+    """The parameters that a model adds to its base's, by the beginning of the names of their modules.
 
     Without them, the model computes its base. The beginning is no regular expression, because records of strangers are read.
     """
@@ -72,7 +72,7 @@ class Part:
 
 
 def parts(step: epath.Path, recorded: Manifest, params: str) -> list[Part]:
-    """Returns the steps that a checkpoint's parameters are in: its own, and for adapters alone their base's.
+    """Returns the steps that a checkpoint's parameters are in: its own, and for a checkpoint of adapters also its base's.
 
     Args:
       step: the step directory.
@@ -218,7 +218,7 @@ def _base(step: epath.Path, record: Mapping[str, Any]) -> Part:
         path = step_dir.resolve(moved)
     except FileNotFoundError:
         raise BaseModelError(
-            f"checkpoint {step} has adapters alone, and their base model {moved} is missing: write the directory where it is "
+            f"checkpoint {step} has only adapters, and their base model {moved} is missing: write the directory where it is "
             f'now into {os.fspath(file)}, as {{"path": "DIR"}}.'
         ) from None
     recorded = step_dir.read_manifest(path)

@@ -75,9 +75,12 @@ class Checkpointer(contextlib.AbstractContextManager):
 
         Args:
           directory: directory of the steps; shared by all processes.
-          keep_last, keep_best, best_metric, best_mode: see `Retention`.
+          keep_last: number of latest steps to keep; None for all.
+          keep_best: number of best steps to keep, among the steps saved with `best_metric`.
+          best_metric: a key of the metrics saved with a step.
+          best_mode: 'min' or 'max', what is best; NaN never is.
           asynchronous: whether a thread finishes saves; otherwise `save` does.
-          local: the tier on a disk of each host; None for shared steps alone.
+          local: the tier on a disk of each host; None for only shared steps.
         """
         self._retention = Retention(keep_last, keep_best, best_metric, best_mode)
         self._directory = step_dir.absolute(directory)

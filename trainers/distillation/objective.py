@@ -71,7 +71,7 @@ class Teacher(FrozenModel):
 
 
 def check_student(teacher: Teacher, student: Any) -> None:
-    """Raises ValueError if one of both is an encoder-decoder, and the other reads inputs and targets as one text."""
+    """Raises ValueError if only one of teacher and student is an encoder-decoder: the other reads inputs and targets as one text."""
     if teacher.model.row.encodes != student.row.encodes:
         raise ValueError(
             f"TEACHER is a {type(teacher.model).__name__} and the student a {type(student).__name__}, which read different rows: "
@@ -114,7 +114,10 @@ def distillation(
     teacher_weight: Fraction = 0.9,
     chunk: Size = 512,
 ) -> Objective:
-    """The loss at the top of this file, averaged over the data's tokens.
+    """A student learns a teacher's next-token distribution (Hinton et al., arXiv 1503.02531); a mean over the data's tokens.
+
+    The loss of a token is teacher_weight * temperature^2 * divergence(p, q) + (1 - teacher_weight) * cross-entropy of the
+    data's token, with p of the teacher and q of the student, both softmax(logits / temperature).
 
     Metrics, means over tokens: 'loss', the student's cross-entropy in nats as in pre-training, so that perplexities stay
     comparable; 'divergence', without its factors; 'distillation_loss', the minimised sum without auxiliary losses.

@@ -81,7 +81,7 @@ def sum_of_squares(d_BXY: jax.Array) -> jax.Array:
 
 
 class Consumer(Protocol):
-    """Computes results of one site; those of all layers of a scanned site are stacked.
+    """Computes the results of one site; the results of all layers of a scanned site are stacked.
 
     Attributes:
       squares: whether results are not sums over the uses of a matrix.

@@ -37,7 +37,7 @@ class StageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of an open stage, of which an index reads its own values alone.
+    """A tensor of an open stage; indexing it reads only the values at the index.
 
     An index has whole numbers and slices without steps for the first dimensions.
     """
@@ -158,7 +158,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 @contextlib.contextmanager
 def opened(folder: pathlib.Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Yields the tensors by name, of which nothing is read yet, and the record.
+    """Yields the record and the tensors by name; a tensor's values are read when it is indexed.
 
     Raises:
       StageError: the folder is missing or damaged.
@@ -179,7 +179,7 @@ def opened(folder: pathlib.Path) -> Iterator[tuple[dict[str, Tensor], dict[str, 
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the record alone; raises StageError if it is damaged, WeightFileError if there is none."""
+    """Returns only the record; raises StageError if it is damaged, WeightFileError if there is none."""
     record = read_json(folder / RECORD)
     # Stages of earlier versions have no checksum of the record.
     if record.get(_OWN, own := _record_checksum(record)) != own:

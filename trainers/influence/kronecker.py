@@ -83,7 +83,7 @@ class FactorError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Damping:
-    """What is added to the eigenvalues of a matrix: lambda in (G + lambda)^-1, for EK-FAC alone and for conjugate gradients.
+    """What is added to the eigenvalues of a matrix: lambda in (G + lambda)^-1, for EK-FAC and for conjugate gradients.
 
     Attributes:
       value: the added number, or the factor on the mean eigenvalue of the matrix.

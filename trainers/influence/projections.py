@@ -47,7 +47,7 @@ def projection(rng: np.random.Generator, width: int, side: int) -> np.ndarray:
 def projections(
     sites: Mapping[str, Site], side: int, *, seed: int = 0, dtype: Any = np.float32
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Returns `a` [L, E, X, K] and `s` [L, E, Y, K] of every site, which depend on the seed and the sites alone."""
+    """Returns `a` [L, E, X, K] and `s` [L, E, Y, K] of every site, which depend only on the seed and the sites."""
     result: dict[str, dict[str, np.ndarray]] = {}
     for i, path in enumerate(sorted(sites)):
         site = sites[path]

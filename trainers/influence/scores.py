@@ -58,7 +58,7 @@ def score(
     total: int | None = None,
     dtype: str = "float32",
 ) -> Iterator[Scored]:
-    """Yields the scores of documents, in their order; those without a target are 0.
+    """Yields the scores of documents, in their order; the scores of documents without a target are 0.
 
     Args:
       reader, sites, queries: see `queries.prepare`.

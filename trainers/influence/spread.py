@@ -36,7 +36,7 @@ def _groups(mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, ...]]:
 
 
 def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Returns `sharding` of each array of a tree, which may have shapes alone."""
+    """Returns `sharding` of each array of a tree, which may have only shapes."""
     return jax.tree.map(lambda x: sharding(mesh, x.shape), tree)
 
 

@@ -62,7 +62,7 @@ def recalls(
       folder: folder of fitted stages.
       sites: the tapped sites.
       rows: documents, which are all ranked.
-      asked: the number of the first of them that are queries, without those of few tokens.
+      asked: how many documents are queries: the first ones that are long enough.
       dtype: dtype of gradients and sums.
       precision: of the rotations.
     """

@@ -91,15 +91,23 @@ def grpo(
     max_length: Size | None = None,
     ratio: str = "token",
 ) -> Sum:
-    """-min(w A, clip(w) A) + beta k3, where w is the ratio of a single token, or of a completion (GSPO).
+    """GRPO's loss (arXiv 2402.03300, eq. 3): -min(w A, clip(w) A) + beta k3; w is the ratio of a token or, in GSPO, a completion.
 
     Args:
+      tokens: log-probabilities and advantages A of completions, [rows, tokens]; w is a probability under the policy
+        divided by the one under the policy that drew the token.
       clip: the ratio is clipped below 1 - clip.
       clip_high: the ratio is clipped above 1 + clip_high; None for `clip` (DAPO, arXiv 2503.14476, uses 0.28).
       beta: weight of `k3`, the divergence from the reference.
       reduction, max_length: see `reduced`.
       ratio: 'token', or 'completion' for the geometric mean of the ratios of its tokens (GSPO, arXiv 2507.18071,
         eq. 7), with `reduction` 'grpo' only: other reductions would weigh a completion by its length.
+
+    Returns:
+      The sum of the losses, and the weight by which `reduction` divides it.
+
+    Raises:
+      ValueError: an unknown choice, a clip that is not positive, or `ratio` 'completion' with another reduction.
     """
     check_positive(clip=clip, **({} if clip_high is None else {"clip_high": clip_high}))
     check_choice("ratio", ratio, RATIOS)

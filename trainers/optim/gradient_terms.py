@@ -54,7 +54,7 @@ class ParamAxes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientTerm:
-    """A term of the gradient that depends on the parameters alone, such as a decay.
+    """A term of the gradient that depends only on the parameters, such as a decay.
 
     Attributes:
       added_to: (optimiser, learning rate) -> the optimiser with the term.
@@ -66,7 +66,7 @@ class GradientTerm:
 
 
 def named(**slots: GradientTerm | None) -> tuple[GradientTerm, ...]:
-    """Returns the terms in the order of their slots' names, without those that are None."""
+    """Returns the terms in the order of their slots' names, without slots that are None."""
     return tuple(term for _, term in sorted(slots.items()) if term is not None)
 
 

@@ -28,7 +28,10 @@ class Completion:
 
 
 class Reward(Protocol):
-    """Returns one number per completion; larger is better. Equal completions have equal rewards in every call."""
+    """A function of N completions that returns a finite float32 reward for each, [N]; larger is better.
+
+    Equal completions have equal rewards in every call.
+    """
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """Returns finite rewards, float32 [N]."""

@@ -60,6 +60,7 @@ def exact_answer(text: str, info: Any, *, key: str = "answer", pattern: str | No
     """Returns 1 if the answer equals the row's, ignoring white space around both, else 0.
 
     Args:
+      text: the completion.
       info: the row, which has the right answer under `key`.
       key: name of the right answer's column.
       pattern: regular expression whose last match is the answer, or its first group if it has one; None for the

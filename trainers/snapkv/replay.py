@@ -211,7 +211,7 @@ def cache_bytes(
       policy: of the caches.
       length, batch: tokens of a prompt, and number of prompts.
       room: further tokens that the caches can hold.
-      depth: see above.
+      depth: how often the model's layers are counted.
 
     Returns:
       {"decode": bytes of all layers after the prompt, "peak": the most that is held at any time}. While the prompt is
@@ -238,8 +238,9 @@ def longest_prompt(
     """Returns the number of tokens of the longest prompts whose caches stay within `limit` bytes.
 
     Args:
-      model, params, policy: as of `cache_bytes`.
-      limit: bytes.
+      model, params: a model with unrolled layers, and its parameters or their shapes.
+      policy: of the caches.
+      limit: bytes that all caches together may take, while the prompt is read too.
       shortest: a number of tokens that fits.
       **sizes: `room`, `batch` and `depth` of `cache_bytes`.
     """

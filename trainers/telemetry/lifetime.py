@@ -83,7 +83,7 @@ class Start:
 
 
 def counted(starts: Sequence[Start]) -> Sequence[Start]:
-    """Returns the starts of a life: without those that failed before the run's first step, such as by a wrong setting."""
+    """Returns the starts of a run without the starts that failed before its first step, such as by a wrong setting."""
     first = next((i for i, s in enumerate(starts) if s.first_step_at is not None), len(starts))
     return [s for i, s in enumerate(starts) if i >= first or s.ended != "failed"] or starts[-1:]
 
@@ -116,7 +116,7 @@ def waits(starts: Sequence[Start]) -> list[float | None]:
 
 
 def split(starts: Sequence[Start]) -> dict[str, float]:
-    """Returns the seconds of a whole life by part: those of `goodput`, without lost steps; 'lost' and 'gaps'."""
+    """Returns the seconds of a run by part: the parts of `goodput` without lost steps, and 'lost' and 'gaps'."""
     parts = {part: sum(s.seconds.get(part, 0.0) for s in starts) for part in (*PARTS, "other")}
     lost = sum(s.lost_seconds for s in starts)
     parts["step"] = max(parts["step"] - lost, 0.0)
@@ -194,7 +194,7 @@ def _checksum(starts: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Unrecorded:
-    """What a loop tells of its progress, with no record of it."""
+    """Stands for `Lifetime` where a loop's progress is not recorded."""
 
     def reached(self, step: int) -> None:
         """Notes the number of updates made."""
@@ -204,7 +204,7 @@ class Unrecorded:
 
 
 class Lifetime(Unrecorded, contextlib.AbstractContextManager):
-    """Records this start, beside the earlier ones; a context in which a thread writes. Only one process of a run has it."""
+    """Records this start after the earlier ones: a context in which a thread writes. Only one process of a run has it."""
 
     def __init__(
         self,

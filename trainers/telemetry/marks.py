@@ -74,7 +74,7 @@ def with_mark(marks: Sequence[Mark], mark: Mark) -> list[Mark]:
 
 
 def last_good(path: str, marks: Sequence[Mark]) -> Mark:
-    """Returns the last mark up to which the file's bytes are those marked; EMPTY if there is no such one, or no file."""
+    """Returns the last mark up to which the file's bytes are those marked; EMPTY if there is no such mark, or no file."""
     good = EMPTY
     if os.path.exists(path):
         length = os.path.getsize(path)

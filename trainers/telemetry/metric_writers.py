@@ -225,7 +225,7 @@ def restored(value: Any) -> Any:
 
 
 def measures_time(name: str) -> bool:
-    """Returns whether a field of a row depends on the clock; the others do not depend on when a run was cut."""
+    """Returns whether a field of a row depends on the clock; all other fields are the same wherever a run was interrupted."""
     return name in ("time", "mfu") or name.startswith("time/") or name.endswith("_per_second")
 
 

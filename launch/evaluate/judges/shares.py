@@ -255,7 +255,7 @@ def by_language(
     """Summarises the outcomes of the pairs of two systems by language.
 
     Args:
-      pairs, outcomes: as of `pair_summary`.
+      pairs, outcomes: the compared answers of two systems, and what the judge said of each pair.
       languages: of each pair, as codes.
 
     Returns:
@@ -284,7 +284,7 @@ def by_language(
 
 
 def system_summary(system: System) -> dict[str, Any]:
-    """Returns lengths of a system's answers, because a judge may prefer longer ones for their length alone."""
+    """Returns lengths of a system's answers, because a judge may prefer longer ones only for their length."""
 
     def lengths(size: Callable[[str], int]) -> dict[str, float]:
         sizes = [size(answer.text) for answer in system.answers]

@@ -116,7 +116,7 @@ class Spec:
         raise NotImplementedError
 
     def judge(self, *, attempts: int | None, allow_ties: bool, **run: Any) -> Judge:
-        """Returns the judge; arguments and errors as of `build`."""
+        """Returns the judge; `build` describes the arguments and errors."""
         wording = Template(allow_ties=allow_ties)
         return PairwiseJudge(self.writer(**run), wording=wording, attempts=attempts or 3)
 

@@ -164,7 +164,8 @@ def questions(
       examples: the answered ones. Those of the question's subject come first, in the order of the file.
       subject: column of the subject.
       instruction: before the examples, with {} for the subject.
-      data_dir, **others: as of `load`.
+      data_dir: folder of the files; None for $ESPALIER_EVAL_DATA.
+      **others: further arguments of the harness, which concern models.
 
     Raises:
       WrongDataError: an answer that is no option, or fewer than five examples.
@@ -269,7 +270,7 @@ def flores_source(code: str) -> Source:
 def translations(
     *, source: str, target: str, data_dir: str | None = None, **others: Any
 ) -> dict[str, Any]:
-    """Returns the translation task of two languages by their codes; other arguments as of `load`."""
+    """Returns the harness's translation task from one language to another, both by their codes, on files in `data_dir`."""
     del others
     import datasets
 

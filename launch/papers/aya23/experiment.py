@@ -227,7 +227,7 @@ ROWS = (
         files=_35B,
         topology="2xv5e:16x16",
         bindings=(*tokens(512, 2048), *mesh("fsdp_tp_sp", data=2, fsdp=64, tensor=4)),
-        note="Slices are copies (`data`), which exchange gradients alone.",
+        note="Slices are copies (`data`), which exchange only gradients.",
         hbm_gb=6.06,
         bounds_from="5.77 GB when first compiled, and 5 %; a whole table of tokens on every chip would add 14 GB",
     ),
@@ -263,7 +263,7 @@ def run(
       model_dir: parent of the sweep's folder and of other measurements.
       seeds: number of seeds.
       parts: of PARTS.
-      **options: as of `sweeps.rows`.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
     """
     measured: dict[str, Any] = {}
     if "toy" in parts:

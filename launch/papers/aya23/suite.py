@@ -57,7 +57,7 @@ def _tydiqa(code: str) -> Benchmark:
 
 
 def summaries(*, code: str, data_dir: str | None = None, **others: Any) -> dict[str, Any]:
-    """Returns the summarisation task of a language; other arguments as of `multilingual.load`."""
+    """Returns the harness's summarisation task of a language by its code, on files in `data_dir`."""
     del others
     import datasets
 

@@ -132,7 +132,7 @@ def _preferences() -> dict[str, np.ndarray]:
 
 
 def meanings(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Returns meanings [*shape, 5] of sentences, as of `Language.say`."""
+    """Returns meanings [*shape, 5] of sentences, which `Language.say` puts into symbols."""
     chances = 1 / np.arange(1, NOUNS + 1)
     subject = rng.choice(NOUNS, size=shape, p=chances / chances.sum())
     verb = rng.integers(VERBS, size=shape)

@@ -223,7 +223,7 @@ CLAIMS: Sequence[Claim] = (
         "X8",
         "small",
         average(
-            "score, gain of offline and three rounds over offline alone and over online alone",
+            "score, offline and three rounds minus offline only and minus online only",
             preferred(_ROUNDS, "offline_long", moved=(_ROUNDS, "offline_long", "online4")),
             preferred(_ROUNDS, "online4", moved=(_ROUNDS, "offline_long", "online4")),
         ),

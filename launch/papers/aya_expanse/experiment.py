@@ -221,7 +221,7 @@ def run(
       model_dir: parent of the sweep's folder.
       seeds: number of seeds.
       parts: of PARTS.
-      **options: as of `sweeps.rows`.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
     """
     sweep = {part: ("aya_expanse/experiment", seeds) for part in parts}
     measured = sweeps.parts(model_dir, sweep, with_results, **options)

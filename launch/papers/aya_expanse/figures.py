@@ -28,7 +28,7 @@ _WIDTH = 8.0  # inches, so that letters of 8 points are 11 pixels high where the
 _SMALL = 8
 _ROUTING_COLOURS = dict(zip(ROUTINGS, (GREY, PURPLE, ORANGE, BLUE, GREEN, RED), strict=True))
 _STAGE_COLOURS = dict(zip(list(STAGES)[1:], (ORANGE, GREY, PURPLE, BLUE), strict=True))
-_WAYS = {OFFLINE_FIRST: ("offline first", BLUE), ONLINE_ONLY: ("online alone", ORANGE)}
+_WAYS = {OFFLINE_FIRST: ("offline first", BLUE), ONLINE_ONLY: ("online only", ORANGE)}
 _MERGES = {
     "merged": ("linear", BLUE),
     "merged_sphere": ("on the sphere", ORANGE),
@@ -165,7 +165,7 @@ def _rounds(runs: Runs) -> Any:
     if not every[0].lines:
         return None
     for arm, name, style in (
-        ("offline_long", "offline alone", "--"),
+        ("offline_long", "offline only", "--"),
         ("shared", "start", ":"),
     ):
         values = runs.values(arm, S)

@@ -173,7 +173,7 @@ def score(text: str, answer: str, language: str) -> float:
     """Returns how good an answer is, S in [0, 1].
 
     The share of the reference's places with the right concept, in any language, times the share of words that are of the
-    language, less 0.1 for each further length of the reference.
+    language, minus 0.1 for each further length of the reference.
 
     Args:
       text: words with commas between them.

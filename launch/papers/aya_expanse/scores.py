@@ -15,7 +15,7 @@ from espalier.launch.papers.shared import results
 
 S, LOSS = "score", "loss"
 REWARD, ARTEFACTS = "reward in training", "words of the other language"
-UNPAIRED = "score outside of English"  # of languages that pairs in English alone do not have
+UNPAIRED = "score outside of English"  # of languages that pairs in English only do not have
 ELSEWHERE, AT_HOME = "score in the other clusters", "score in the polished cluster"
 TAUGHT = 0.5  # mean score of the teachers in their own languages, below which routing says nothing
 MOVED = 0.02  # of the score: preference training that changes it by less in all compared arms moved nothing
@@ -35,8 +35,8 @@ _LABELS = {
     "cluster_low": "polish on one cluster, a tenth of the rate",
     "cluster_full": "polish on one cluster, full rate",
     "offline": "offline",
-    "offline_long": "offline alone",
-    "online4": "online alone",
+    "offline_long": "offline only",
+    "online4": "online only",
     "round3": "offline and three rounds",
     "offline_languages1": "pairs of English",
     "offline_languages7": "pairs of seven languages",

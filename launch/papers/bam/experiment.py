@@ -395,9 +395,13 @@ SWEEPS = {part: f"bam/experiment:{part},{{seeds}}" for part in domains.PARTS}
 def run(
     *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """Returns the parts of `domains.run`, and 'latency', {session: result of `latency.session`} of so many processes.
+    """Returns the results of the sweep by part, and 'latency', {session: result of `latency.session`}.
 
-    Further arguments and errors are those of `domains.run`.
+    Args:
+      model_dir: parent of the folders of the parts.
+      seeds: number of seeds, and of processes that measure latencies.
+      parts: of PARTS.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
     """
     swept = [part for part in parts if part != LATENCY]
     measured = domains.run("bam", parts=swept, model_dir=model_dir, seeds=seeds, **options)

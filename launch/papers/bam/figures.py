@@ -97,7 +97,7 @@ def _curves(runs: Runs) -> Any:
         if at >= 2:
             axes.set_xlabel("tokens of the mixture, millions")
         if at % 2 == 0:
-            axes.set_ylabel("loss over the entropy, nats\nper token (logarithmic)")
+            axes.set_ylabel("loss minus the entropy, nats\nper token (logarithmic)")
     panels.legend_below(figure, every[0], len(_CURVES))
     return figure
 
@@ -141,7 +141,7 @@ def _sizes(narrow: Runs | None, sizes: Runs) -> Any:
 
 
 def _latency(timed: Mapping[str, Any]) -> Any:
-    """Returns the figure of seconds to answer a prompt and to score a text, over those of BTX."""
+    """Returns the figure of seconds to answer a prompt and to score a text, divided by those of BTX."""
     figure, every = panels.panels(2, (INCHES, 2.9), share_y=True)
     for axes, (title, parts) in zip(
         every,
@@ -163,7 +163,7 @@ def _latency(timed: Mapping[str, Any]) -> Any:
         panels.paired(axes, rows)
         axes.grid(axis="x", alpha=0.25)
         axes.axvline(1, color="black", lw=0.8)
-        axes.set_xlabel(f"time {title}, over BTX's", fontsize=9)
+        axes.set_xlabel(f"time {title}, divided by BTX's", fontsize=9)
     for at, arm in enumerate(TIMED):
         if arm in PAPER_SECONDS:
             ratio = PAPER_SECONDS[arm] / PAPER_SECONDS["btx"]

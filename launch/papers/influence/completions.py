@@ -30,7 +30,7 @@ def query_row(loaded: LoadedRun, query: Query) -> Row:
 
 
 def batch_of(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Returns one batch of all rows."""
+    """Returns a batch that has all rows, as columns [rows, length]."""
     length = documents.bucket_length(max(row.inputs for row in rows))
     return documents.columns(rows, range(len(rows)), len(rows), length)
 

@@ -66,7 +66,7 @@ def write(
       folder: is created.
       lines: real text.
       seed: of everything.
-      **sizes: as of `small_corpus.draw`.
+      **sizes: numbers of documents and queries, for `small_corpus.draw`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     documents, queries = small_corpus.draw(lines, seed, **sizes)

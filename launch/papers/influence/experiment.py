@@ -270,7 +270,7 @@ def run(
       model_dir: of all runs and measurements.
       seeds: of the parts that judge.
       parts: of PARTS.
-      **options: as of `sweeps.rows`.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
 
     Raises:
       StoppedError: the sweep was stopped and continues when it is started again.

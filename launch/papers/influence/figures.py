@@ -142,7 +142,7 @@ def _separation(runs: Runs) -> Any:
         return np.mean([runs.values(SCORED, path) for path in paths], axis=0)
 
     titles = {kind: f"documents: {kind}" for kind in statistics.KINDS}
-    label = "area under the curve: documents of the query's procedure over the other's"
+    label = "area under the curve: documents of the query's procedure against the other's"
     return _dots(titles, _SHOWN, values, label, null=0.5)
 
 
@@ -176,7 +176,7 @@ def _removal(runs: Runs) -> Any:
         return runs.values(REMOVALS, f"removal/{what}/{method}")
 
     methods = ("ekfac_cg", "ekfac")
-    label = "log ratio of the queries' losses: without the top documents, over without random ones"
+    label = "log ratio of the queries' losses: without the top documents, divided by without random ones"
     return _dots(REMOVED, methods, values, label)
 
 

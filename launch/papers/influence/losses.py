@@ -43,8 +43,15 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", required=True, metavar="DIR", help="read the corpus from this folder"
     )
-    parser.add_argument("--scores", metavar="DIR", help="folder of the scores, for halves")
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="retrained models")
+    parser.add_argument(
+        "--scores", metavar="DIR", help="read the scores for kind halves from this folder"
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="NAME=RUN",
+        help="names and run directories of the retrained models",
+    )
 
 
 def _run(flags: argparse.Namespace) -> None:

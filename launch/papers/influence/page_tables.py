@@ -105,7 +105,7 @@ _TABLES: tuple[tuple[str, str, Mapping[str, str], int], ...] = (
         2,
     ),
     (
-        "Area under the curve: documents of the query's procedure over the other's, in other words",
+        "Area under the curve: documents of the query's procedure against the other's, in other words",
         SCORED,
         {
             f"asked by {name}": f"methods/{{method}}/separation/{OTHER_WORDS}/{source}"

@@ -154,7 +154,7 @@ def separates(
         else f" of queries {' and '.join(WORDS[x] for x in sources)}"
     )
     ahead = f" minus {METHODS[than]}" if than else ""
-    what = f"area under the curve, own documents over the other procedure's, {kind}{named}, {METHODS[method]}{ahead}"
+    what = f"area under the curve, own documents against the other procedure's, {kind}{named}, {METHODS[method]}{ahead}"
     paths = [[f"methods/{m}/separation/{kind}/{x}" for x in sources] for m in (method, than)]
     return number(what + _wide(arm), *paths[0], less=paths[1] if than else (), arm=arm)
 
@@ -175,7 +175,7 @@ def lds_gap(method: str, other: str) -> Measure:
 
 def removal(what: str, method: str) -> Measure:
     """Returns the measure of the log ratio of losses without a method's top documents and without random ones."""
-    words = f"log ratio of the losses of {figures.REMOVED[what]}, without the top of {METHODS[method]} over random"
+    words = f"log ratio of the losses of {figures.REMOVED[what]}, without the top of {METHODS[method]} divided by without random ones"
     return number(words, f"removal/{what}/{method}", arm=REMOVALS)
 
 

@@ -309,7 +309,7 @@ def measure_times() -> dict[str, Any]:
 
 
 def time_ratios(measured: Mapping[str, Any], arm: str, base: str = "dense") -> np.ndarray:
-    """Returns an arm's time over another's, round by round."""
+    """Returns an arm's time divided by another's, for each round."""
     return np.array(measured["seconds"][arm]) / np.array(measured["seconds"][base])
 
 
@@ -407,7 +407,7 @@ def run(
       model_dir: parent of the sweeps' folders and of other measurements.
       seeds: of each sweep.
       parts: of PARTS.
-      **options: as of `sweeps.rows`.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
     """
     measured: dict[str, Any] = {}
     for part in PARTS:

@@ -71,7 +71,7 @@ def closed(init: str, other: str) -> Measure:
 
 
 def times(*arms: str) -> Measure:
-    """Returns a measure of arms' time of a step over the dense model's."""
+    """Returns a measure of an arm's time of a step divided by the dense model's."""
 
     def measure(measured: Mapping[str, Any], where: str) -> list[Effect]:
         return [
@@ -124,7 +124,7 @@ def above_the_middle(score: str, arm: str, low: str, high: str) -> Measure:
 
 
 def step_ratio(arm: str, other: str) -> Measure:
-    """Returns a measure of an arm's effective step over another's."""
+    """Returns a measure of an arm's effective step divided by another's."""
 
     def measure(runs: Results, where: str) -> list[Effect]:
         found = runs.by_seed(STEP, arm, other)

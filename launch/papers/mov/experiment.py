@@ -272,7 +272,7 @@ _PARAMS = "params/"
 def run(
     *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """Returns the rows of the sweep by part; `model_dir` is the parent of its folder, options are as of `sweeps.rows`."""
+    """Returns the rows of the sweep by part; `model_dir` is the parent of its folder, `options` are for `sweeps.rows`."""
     files = {part: ("mov/experiment", seeds) for part in parts}
     return sweeps.parts(model_dir, files, completed, **options)
 

@@ -28,23 +28,23 @@ SIZES = {
 
 
 def ia3(size: Size) -> int:
-    """Returns the parameters of (IA)3: keys and values of each attention, hidden units of each MLP."""
+    """Returns the number of parameters of (IA)3: vectors at keys and values of each attention and hidden units of each MLP."""
     return 6 * size.layers * size.width + 2 * size.layers * size.hidden
 
 
 def mov(size: Size, experts: int) -> int:
-    """Returns those of MoV: vectors, and routers that read a head or the hidden units."""
+    """Returns the number of parameters of MoV: (IA)3 vectors of each expert, and routers that read a head or the hidden units."""
     return experts * (ia3(size) + 6 * size.layers * size.head + 2 * size.layers * size.hidden)
 
 
 def lora(size: Size, rank: int) -> int:
-    """Returns those of LoRA at all four projections of attention and two of the MLP's three."""
+    """Returns the number of parameters of LoRA at all four projections of attention and two of the MLP's three."""
     layers, width, hidden = size.layers, size.width, size.hidden
     return 24 * layers * width * rank + 4 * layers * (width + hidden) * rank
 
 
 def molora(size: Size, experts: int, rank: int = 4) -> int:
-    """Returns those of MoLORA: factors, and routers that read the projections' inputs."""
+    """Returns the number of parameters of MoLORA: LoRA factors of each expert, and routers that read the projections' inputs."""
     routers = 12 * size.layers * size.width + 2 * size.layers * (size.width + size.hidden)
     return experts * (lora(size, rank) + routers)
 

@@ -56,7 +56,9 @@ def effect(
     gains: bool = False,
     **settings: Any,
 ) -> Measure:
-    """Returns a measure of one number of the runs of each seed that has all of the arms; of seeds where it is None there is no value.
+    """Returns a measure whose effect is one number per seed, from the runs of each seed that has all of the arms.
+
+    A seed for which the number is None has no value.
 
     Args:
       what: the number in words.
@@ -80,7 +82,7 @@ def effect(
 
 
 def no_room(name: str, groups: Mapping[int, Sequence[Course]]) -> str:
-    """Returns why a value cannot change: its mean before the first update is at an end of its range."""
+    """Returns why a value cannot change: its mean before the first update is at an end of its range; else ''."""
     starts = [mine[0].start(name) for mine in groups.values()]
     if not starts or ROOM[name][0] < np.mean(starts) < ROOM[name][1]:
         return ""
@@ -88,7 +90,7 @@ def no_room(name: str, groups: Mapping[int, Sequence[Course]]) -> str:
 
 
 def no_gain(groups: Mapping[int, Sequence[Course]]) -> str:
-    """Returns that no likelihood has a gain of which there could be a share."""
+    """Returns why no share of a gain can be judged: P_win hardly rises above its start at any likelihood; else ''."""
     gains = [x for mine in groups.values() if (x := numbers.gain(mine)) is not None]
     if not gains or np.mean(gains) >= numbers.LEAST_GAIN:
         return ""
@@ -98,7 +100,7 @@ def no_gain(groups: Mapping[int, Sequence[Course]]) -> str:
 def ranks(
     score: str, within: float = np.inf, beside: str = "", methods: Sequence[str] = tuple(METHODS)
 ) -> Measure:
-    """Returns a measure of the mean over methods of the correlation of a score with better LLH."""
+    """Returns a measure of Spearman's correlation of a score with the better completions' LLH, averaged over methods."""
     labels = [METHODS[method][0] for method in methods]
     of = "mean of methods" if len(labels) > 1 else labels[0]
     span = "" if np.isinf(within) else f", within {within:g} nats of the start"
@@ -127,7 +129,7 @@ def _diversity(methods: Sequence[str] = tuple(METHODS)) -> Measure:
 def each(
     name: str, number: Callable[[str, Sequence[Course]], float | None], what: str, **more: Any
 ) -> list[Measure]:
-    """Returns measures of a number of a value for the arm of each method that moves furthest."""
+    """Returns a measure for each method: `number` of the values called `name` in the run of its arm that moves furthest."""
     return [
         effect(f"{what}, {arm.label}", functools.partial(number, name), (arm,), **more)
         for arm in _FURTHEST

@@ -256,7 +256,7 @@ def run(
       model_dir: parent of the sweeps' folders.
       seeds: their number; the second size has at most LARGE_SEEDS.
       parts: of PARTS.
-      **options: as of `sweeps.rows`.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
     """
     files = {
         "language": ("preference/experiment", seeds),

@@ -280,7 +280,7 @@ def pairs(
 ) -> Measure:
     """Returns a measure of whether the first arm of each pair has the lower loss at a step, or at the end if None.
 
-    Settings are as of `Results.gain`.
+    `settings` are `relative` of `Results.gain`, and fields of `Effect`.
     """
     measure = results.compare(score, *arms, **settings)
     if step is None:
@@ -294,7 +294,7 @@ def pairs(
 def run(
     paper: str, *, parts: Sequence[str], model_dir: str, seeds: int, **options: Any
 ) -> dict[str, Any]:
-    """Returns what `part` returns, by part; `model_dir` is the parent of the parts' folders, options as of `sweeps.rows`."""
+    """Returns what `part` returns, by part; `model_dir` is the parent of the parts' folders, `options` are for `sweeps.rows`."""
     return {name: part(paper, name, model_dir, seeds, **options) for name in parts}
 
 

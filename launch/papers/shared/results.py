@@ -239,7 +239,7 @@ def _split(case: Case) -> tuple[str, str | None]:
 
 
 def compare(score: str, *pairs: tuple[Case, Case], **settings: Any) -> Measure:
-    """Returns a measure of whether the first arm of each pair has the better score; settings as of `Results.gain`."""
+    """Returns a measure of whether the first arm of each pair has the better score; `settings` are for `Results.gain`."""
 
     def measure(runs: Results, where: str) -> list[Effect]:
         return [effect for pair in pairs for effect in runs.gain(where, score, *pair, **settings)]

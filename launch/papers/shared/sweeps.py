@@ -151,11 +151,11 @@ def parts(
     read: Callable[[Mapping[str, Any], pathlib.Path], dict[str, Any]],
     **options: Any,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns the results of a paper's sweeps by part, after their unfinished runs; options as of `rows`.
+    """Returns the results of a paper's sweeps by part, after their unfinished runs; `options` are for `rows`.
 
     Args:
       model_dir: parent of the sweeps' folders, which have the parts' names.
-      sweeps: part -> (name, argument) of its sweep, as of `rows`.
+      sweeps: part -> (PAPER/FILE without .py, the argument of the file's `get_config`).
       read: (row of results, directory of its run) -> the completed row.
     """
     out = {}

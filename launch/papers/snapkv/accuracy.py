@@ -54,7 +54,10 @@ class Retriever(CachedModel):
         suffix_EX: np.ndarray | None = None,
         logits_EV: jax.Array | None = None,
     ) -> np.ndarray:
-        """Returns greedy answers [E, A]; arguments as of `CachedModel.hold`, and tokens to read after the compression."""
+        """Returns greedy answers [E, A] of a recording whose caches a method compresses to a capacity.
+
+        `suffix_EX` are tokens that are read after the compression; `logits_EV` are those of the prompts' last tokens.
+        """
         room = retrieval.ANSWER_TOKENS + (0 if suffix_EX is None else suffix_EX.shape[1])
         held = self.hold(recording, method, capacity, room=room, logits_BV=logits_EV)
         return self.generate(

@@ -98,7 +98,9 @@ def hits_by_window(
       window: number of queries per window.
       answer: number of queries after the prompt. They generate the second and later new tokens; the
         first new token is generated from the prompt's last query.
-      prefix, count, threshold: see above.
+      prefix: number of first positions that a window chooses from.
+      count: number of positions that it chooses.
+      threshold: attention weight above which a position is attended to.
     """
     answer_BQ = ends_B[:, None] + jnp.arange(answer)[None]
     answer_BNQP = attention_weights(record, answer_BQ, prefix)

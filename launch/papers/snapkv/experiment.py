@@ -222,7 +222,7 @@ def run(
       model_dir: parent of the runs that are trained, of the converted chat model and of the results.
       seeds: number of retrieval models.
       parts: of PARTS.
-      **options: as of `sweeps.rows`.
+      **options: `workers`, `minutes` and `further` of `sweeps.rows`.
     """
     folder = pathlib.Path(model_dir)
     stages = Stages(folder / "results")

@@ -49,7 +49,7 @@ class Haystack:
     numbers: tuple[str, ...]
 
     def questions(self) -> list[str]:
-        """Returns one for each needle, and then the middle one in other words."""
+        """Returns a question for each needle, and one in other words for the middle needle."""
         asked = [f"What is the magic number of {n}? Answer with the number." for n in self.names]
         again = f"Tell me the magic number of {self.names[MIDDLE]}. I only need the number."
         return [*asked, again]
@@ -101,7 +101,7 @@ def haystack(rng: np.random.Generator, lines: Sequence[str], count: Any, tokens:
 
 
 def right_digits(answer: str, number: str) -> list[int]:
-    """Returns 1 for each digit of the number that the answer's first number has in the same place."""
+    """Returns, for each digit of the number, 1 if the first number in the answer has this digit in the same place, else 0."""
     match = re.search(r"\d+", answer)
     answered = match.group() if match else ""
     same = [int(a == b) for a, b in zip(answered.ljust(len(number)), number, strict=False)]
@@ -239,7 +239,7 @@ def measure(reader: Reader, hay: Haystack, tokens: int, every: Sequence[Case]) -
       reader: of a chat model.
       hay: what to read.
       tokens: the length that it is padded to.
-      every: as of `cases`; the first also compresses the haystack before the question.
+      every: what to measure, from `cases`; the first also compresses the haystack before the question.
 
     Returns:
       {"answers": [[full cache's answer, number]], "losses": {name: {capacity: [needles, tokens of the number]}}, "digits":

@@ -140,7 +140,7 @@ def addresses(settings: Launch, words: Sequence[str]) -> list[str]:
 
 
 def flag(**options: object) -> str:
-    """Returns the flag with the options of a pipeline; those that are '' are left out, those that are True have no value."""
+    """Returns the flag with the options of a pipeline, without options that are ''; options that are True have no value."""
     texts = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()

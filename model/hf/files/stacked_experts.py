@@ -17,7 +17,7 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def unstacked(source: Any) -> Any:
-    """Returns a reader of the same tensors, with one for each expert instead of stacked ones; others unchanged."""
+    """Returns a reader with one tensor for each expert instead of each stacked tensor; other tensors are unchanged."""
     stacked = [
         x for x, info in source.tensors.items() if _STACKED.fullmatch(x) and len(info.shape) == 3
     ]

@@ -223,7 +223,7 @@ ROWS = (
     Row(
         21,
         "merges: NaN, one model under two names, several dtypes, misleading numbers and patterns",
-        "refused by the name of model, tensor or setting; models and seed alone decide the result",
+        "refused by the name of model, tensor or setting; only models and seed decide the result",
         _cases,
         sample=4,
     ),

@@ -173,7 +173,7 @@ ROWS = (
     Row(
         32,
         "requests to the server: any value of any field, half characters, other sites, open heads",
-        "an answer, or a status 4xx with a reason; the server goes on",
+        "an answer, or a status 4xx with a reason; the server still answers",
         _cases,
         sample=2,
     ),

@@ -123,8 +123,8 @@ def pairs_of(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -
 def tails_weighted(batch: Batch, weight: float) -> Batch:
     """Returns the batch with loss weight `weight` for tokens of a completion past the length of the shorter one.
 
-    Log-probabilities are then those of LD-DPO (arXiv 2409.06411, with alpha = `weight`): tokens within the length of
-    the pair's shorter completion have weight 1.
+    The batch then gives the log-probabilities of LD-DPO (arXiv 2409.06411, with alpha = `weight`): tokens within the length
+    of the pair's shorter completion have weight 1.
     """
     counted_BT = batch["decoder_loss_weights"]
     segments = 2 * batch["pair_weights"].shape[-1]
