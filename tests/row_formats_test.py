@@ -80,7 +80,7 @@ CHECKS = {
     "Inputs with targets": inputs_with_targets,
     "Texts to continue or score": one_by_one(texts),
     "Influence queries": one_by_one(labels.query),
-    "Answers": one_by_one(lambda row, where: answers._answer(row, where, True)),
+    "Answers": one_by_one(lambda row, where: answers.answer(row, where, True)),
     "Samples to rank": lambda path: [
         row for group in best_of_n.grouped(placed(path)) for row in group
     ],
