@@ -307,6 +307,7 @@ def plot_frontier(
     for domain, name in zip(domains, (axes.set_xlabel, axes.set_ylabel), strict=True):
         better = "higher" if best.higher and domain not in lower else "lower"
         name(f"{domain} ({better} is better)")
+    axes.margins(0.12)  # for the names of models
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=panels.DPI)
 
