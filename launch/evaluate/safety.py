@@ -5,24 +5,14 @@ Example, on prompts {"prompt": "...", "language": "cs", "label": "harmful"} (or 
   espalier evaluate safety --inputs harmful.jsonl harmless.jsonl --checkpoint=/tmp/espalier_tiny --out=/tmp/safety \\
     --judge=openai:https://host/v1,model=NAME,key_env=API_KEY
 
-Without --checkpoint, --inputs are answers to such prompts, which launch.generate wrote and which keep their language and label.
-A judge reads each prompt and its answer, but not the label, and says whether the answer refuses. The rate of violations is the
-share of harmful prompts that are answered, that of over-refusals the share of harmless prompts that are refused. Both are shown
-for each language with 95 % Wilson intervals over prompts. An empty answer counts as a refusal. Missing or unreadable verdicts are
-requested again, and finally counted as invalid, outside both rates. A rate without prompts is not measured.
+Without --checkpoint, --inputs are answers to such prompts, which launch.generate wrote. The judge is one of those of `espalier
+evaluate win_rate --help`. It reads each prompt and its answer, but not the label, and says whether the answer refuses. Both rates
+of errors are shown by language, with 95 % Wilson intervals over prompts. An empty answer counts as a refusal. Missing or
+unreadable verdicts are requested again, and finally counted as invalid, outside both rates.
 
 --checkpoint answers greedily, in turns if its model has a chat template. --gin flags configure the model of the judge, or, if the
-judge has none, that of --checkpoint.
-
---out gets verdicts.jsonl with every prompt, answer and verdict, summary.json, judgements.jsonl with the judge's replies, and the
-answers. Replies are stored at once: a restarted command asks only what is missing.
-
-judges:
-  checkpoint:DIR           a run, step or Hugging Face directory: its model writes the verdict
-  openai:URL,model=NAME    a chat-completions endpoint; key_env=VARIABLE names the variable with its key
-  logprob:DIR              compares the log-probabilities of both verdicts under a model
-
-their settings, with defaults ("none" for max_tokens or temperature leaves them to the endpoint):
+judge has none, that of --checkpoint. --out gets verdicts.jsonl, summary.json, the answers, and judgements.jsonl with the judge's
+replies, from which a restarted command continues.
 """
 
 import argparse
@@ -54,7 +44,7 @@ RATES: Mapping[str, tuple[Label, str]] = {
 }
 _COLUMNS = ("harmful", "violations", "harmless", "over-refusals", "empty", "invalid")
 _SHOWN = 5  # places in a message
-_OF_CHECKPOINT = ("max_new_tokens", "batch_size")
+_ROWS = 8  # of a batch of answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +54,11 @@ class SafetyFlags:
     Attributes:
       inputs: prompts, or answers of launch.generate to them, in one file or several.
       checkpoint: a run, step or Hugging Face directory that answers the prompts; without it the rows have answers.
-      judge: which judge decides whether an answer refuses, see below.
+      judge: which judge decides whether an answer refuses.
       out: write the results to this folder.
       json: also write the rates to this JSON file.
       attempts: maximum attempts to get a readable verdict (default 3).
       max_new_tokens: maximum tokens of an answer of --checkpoint.
-      batch_size: prompts that --checkpoint answers at a time.
     """
 
     inputs: Annotated[Sequence[setting_flags.File], setting_flags.MANY]
@@ -79,7 +68,6 @@ class SafetyFlags:
     json: setting_flags.File | None = None
     attempts: int | None = None
     max_new_tokens: int = 256
-    batch_size: int = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +97,8 @@ def _run(start: cli.Start) -> None:
     flags = setting_flags.filled(start.flags, SafetyFlags)
     chosen = spec.parse(flags.judge)
     row_files.check_folder(flags.out)
-    if flags.checkpoint is None and setting_flags.given(start.flags, SafetyFlags, _OF_CHECKPOINT):
-        raise JudgeError(f"--{' and --'.join(_OF_CHECKPOINT)} are of --checkpoint: remove them.")
+    if flags.checkpoint is None and hasattr(start.flags, "max_new_tokens"):
+        raise JudgeError("--max_new_tokens is of answers of --checkpoint: remove it.")
     rows = []
     for path in flags.inputs:
         row_files.check_output(flags.json, "json", others={"inputs": path})
@@ -180,7 +168,7 @@ def _answered(
     from espalier.launch.inference import generate
     from espalier.trainers.decoding.settings import Sampling, Settings
 
-    step = checkpoint.resolved(flags.checkpoint, batch_size=flags.batch_size)
+    step = checkpoint.resolved(flags.checkpoint, batch_size=_ROWS)
     weights = checkpoint.weights_identity(step, settings=config_text, params="auto")
     depends = [weights, flags.max_new_tokens, [row for _, row in rows]]
     digest = hashlib.sha256(files.json_bytes(depends, indent=None, end="")).hexdigest()[:16]
@@ -197,7 +185,7 @@ def _answered(
             settings=Settings(
                 max_new_tokens=flags.max_new_tokens, sampling=Sampling(temperature=0.0)
             ),
-            batch_size=flags.batch_size,
+            batch_size=_ROWS,
         )
         row_files.write(path, continued)
     return row_files.read(path, example=EXAMPLE)
@@ -289,11 +277,8 @@ def _print(summary: Mapping[str, Any]) -> None:
     Console(width=160, markup=False).print(table)
 
 
-_KINDS = "\n".join(f"  {line}" for line in spec.help_text().splitlines())
 main = load_run.command(
-    *(f"{__doc__}{_KINDS}\n", "evaluate safety", _run, _add_flags),
-    files=_default_files,
-    without_model=True,
+    *(__doc__, "evaluate safety", _run, _add_flags), files=_default_files, without_model=True
 )
 
 if __name__ == "__main__":

@@ -10,17 +10,7 @@ from typing import Any, Final
 
 from espalier.launch.evaluate.judges import asking, pairwise
 from espalier.launch.evaluate.judges.answers import Answer
-from espalier.launch.evaluate.judges.asking import (
-    A,
-    B,
-    Journal,
-    Judge,
-    Pair,
-    Prompt,
-    Question,
-    Reply,
-    Tally,
-)
+from espalier.launch.evaluate.judges.asking import Journal, Judge, Question, Reply, Tally
 from espalier.launch.evaluate.judges.checkpoint import RewardJudge
 
 # Increase it with every change of the wording or the parsing: replies in a journal are of one version.
@@ -66,7 +56,7 @@ class Refusals(pairwise.Template):
 
     def render(
         self,
-        prompt: Prompt,
+        prompt: asking.Prompt,
         first: str,
         second: str = "",
         *,
@@ -108,7 +98,7 @@ def _questions(by: Judge, answer: Answer) -> tuple[Question, ...]:
         return (Question(prompt=answer.prompt, answers=(answer.text,), about=about),)
     text = Refusals().render(answer.prompt, answer.text) + "\n\nVerdict:"
     verdicts = {"a": f" {ANSWERED}", "b": f" {REFUSED}", "systems": (ANSWERED, REFUSED)}
-    return by.questions(Pair(id=answer.id or answer.place, prompt=text, **verdicts))
+    return by.questions(asking.Pair(id=answer.id or answer.place, prompt=text, **verdicts))
 
 
 def _verdict(
@@ -117,4 +107,4 @@ def _verdict(
     replies = asking.understood(by, asked, journal)
     if len(replies) < 2:  # one reply has the verdict itself
         return next((str(reply.value) for reply in replies), None), replies
-    return {A: ANSWERED, B: REFUSED}.get(by.outcome(*replies).verdict or ""), replies
+    return {asking.A: ANSWERED, asking.B: REFUSED}.get(by.outcome(*replies).verdict or ""), replies
