@@ -36,7 +36,7 @@ MODELS = sorted({path.stem for path in (CONFIGS / "models").glob("*.gin")} - ABS
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 # Those of pairs, which tests/launch/preference/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
-CHATS = {"aya23", "chat", "instructions_decoder"}  # which runs/finetune.gin learns
+CHATS = {"aya23", "chat", "instructions_decoder", "safety"}  # which runs/finetune.gin learns
 PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
 # Methods of runs/online.gin and of runs/preference.gin, which is DPO without any.
@@ -479,11 +479,12 @@ def test_an_experiment_makes_a_program(file):
     [
         ("chat", ["CHATS='x.jsonl'"]),
         ("aya23", ["INSTRUCTIONS_DIR='d'"]),
+        ("aya23 safety", ["INSTRUCTIONS_DIR='d'", "SAFETY_WEIGHT=0.02"]),
         ("instructions_decoder", ["INSTRUCTIONS_DIR='d'", "TRAIN_SETS={'a': ['b']}"]),
     ],
 )
 def test_conversations_make_a_run_with_nothing_left_to_set_or_unused(data, bindings):
-    names = ("models/tiny", f"data/{data}", "runs/finetune")
+    names = ("models/tiny", *(f"data/{name}" for name in data.split()), "runs/finetune")
     config = gin_config.load(
         [f"t5x_configs/{name}.gin" for name in names],
         [

@@ -14,6 +14,7 @@ from espalier.data.prompts import tasks as prompts
 from espalier.data.t5.examples import ExampleFiles
 from espalier.data.text import code_problems, documents
 from espalier.data.tokenizers import vocabularies
+from espalier.launch.evaluate import safety
 from espalier.launch.evaluate.judges import answers
 from espalier.launch.inference.generate import with_prompt_key
 from espalier.launch.inference.texts import PROMPT_KEYS
@@ -80,7 +81,8 @@ CHECKS = {
     "Inputs with targets": inputs_with_targets,
     "Texts to continue or score": one_by_one(texts),
     "Influence queries": one_by_one(labels.query),
-    "Answers": one_by_one(lambda row, where: answers._answer(row, where, True)),
+    "Answers": one_by_one(lambda row, where: answers.answer(row, where, True)),
+    "Prompts with labels": lambda path: safety.read(placed(path), answered=False),
     "Samples to rank": lambda path: [
         row for group in best_of_n.grouped(placed(path)) for row in group
     ],

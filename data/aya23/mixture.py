@@ -27,6 +27,7 @@ WEIGHTS: Mapping[str, float] = {
     "translated": 0.17,
     "human": 0.08,
 }
+SAFETY = "safety"  # a group of refusals beside the paper's: t5x_configs/data/safety.gin
 TEMPERATURE = 3.33
 # The most that a group is read; the human sets are small.
 MAX_EPOCHS: Mapping[str, float] = {"human": 8.0}
@@ -55,6 +56,7 @@ def register_instructions(
     vocabulary: Any,
     sets: Mapping[str, Sequence[str]] | None = None,
     weights: Mapping[str, Positive] | None = None,
+    safety_weight: Positive = 0.05,
     languages: Sequence[str] | None = None,
     temperature: Positive = TEMPERATURE,
     cap: Amount | None = None,
@@ -74,7 +76,8 @@ def register_instructions(
       data_dir: directory of the groups.
       vocabulary: a SeqIO vocabulary.
       sets: group -> its sets; None for the paper's.
-      weights: group -> its share, normalised over the groups of `sets`; None for WEIGHTS.
+      weights: group -> its share, normalised over the groups of `sets`; None for WEIGHTS and `safety_weight`.
+      safety_weight: of the group SAFETY, beside WEIGHTS.
       languages: codes; None for all of data/languages/table.py. Other files are not read.
       temperature: of languages.
       cap: the most rows of a set in a language that count; None for no limit.
@@ -87,7 +90,7 @@ def register_instructions(
     """
     files = find(data_dir, sets, languages)
     known = list(files)
-    given = {group: WEIGHTS.get(group, 0.0) for group in known} if weights is None else weights
+    given = weights or {group: WEIGHTS.get(group, safety_weight) for group in known}
     group_shares = mixing.normalised(given, known, f"{name}: weights")
     for group in group_shares:
         for task, patterns in files[group].items():
@@ -157,8 +160,9 @@ def find(
     out: dict[str, dict[str, list[str]]] = {}
     missing, owners = [], {}
     for group, names in chosen.items():
-        if group not in WEIGHTS:
-            raise ValueError(f"sets: unknown group {group!r}; {spelling.nearest(group, WEIGHTS)}")
+        if group not in (*WEIGHTS, SAFETY):
+            nearest = spelling.nearest(group, (*WEIGHTS, SAFETY))
+            raise ValueError(f"sets: unknown group {group!r}; {nearest}")
         out[group] = {}
         for name in names:
             if owners.setdefault(name, group) != group:
@@ -193,7 +197,7 @@ def _files(folder: pathlib.Path, wanted: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _missing(folder: pathlib.Path, group: str, name: str) -> str:
-    origin = SETS[group].get(name)
+    origin = SETS.get(group, {}).get(name)
     return f"{name} ({group}): no file in {folder}" + (f"; from {origin}" if origin else "")
 
 

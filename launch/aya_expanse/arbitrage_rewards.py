@@ -110,6 +110,7 @@ class Rewards:
     @functools.cached_property
     def _judge(self) -> Any:
         from espalier.launch.evaluate.judges import spec
+        from espalier.launch.evaluate.judges.pairwise import Template
         from espalier.launch.load import load_run
 
         chosen = spec.parse(self._flags.reward.removeprefix(_JUDGE))
@@ -118,7 +119,8 @@ class Rewards:
             configuration = load_run.configuration_of(chosen.checkpoint)
             run: Any = configuration.entry
             config, text = run(), configuration.text
-        return spec.build(chosen, attempts=None, allow_ties=False, config=config, config_text=text)
+        wording = Template()
+        return spec.build(chosen, attempts=None, wording=wording, config=config, config_text=text)
 
     def _judged(
         self, prompts: Sequence[Prompt], answers: Sequence[Answers]

@@ -1,4 +1,4 @@
-"""Evaluates a run: held-out loss, SeqIO metrics, rank classification, pass@k, a paper's suite, win rates, languages of answers or expert routing.
+"""Evaluates a run: held-out loss, SeqIO metrics, rank classification, pass@k, a paper's suite, win rates, refusals, languages of answers or expert routing.
 
   espalier evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
   espalier evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval

@@ -38,6 +38,7 @@ from espalier.launch.config import setting_flags
 from espalier.launch.evaluate.judges import answers, asking, shares, spec
 from espalier.launch.evaluate.judges.answers import System
 from espalier.launch.evaluate.judges.asking import Judge, JudgeError
+from espalier.launch.evaluate.judges.pairwise import Template
 from espalier.launch.load import load_run
 
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
@@ -119,7 +120,7 @@ def _run(start: cli.Start) -> None:
     judge = spec.build(
         chosen,
         attempts=flags.attempts,
-        allow_ties=flags.allow_ties,
+        wording=Template(allow_ties=flags.allow_ties),
         config=None if chosen.checkpoint is None else start(),
         config_text=start.config.text,
     )

@@ -126,49 +126,59 @@ class Candidates:
 
 
 class Measure:
-    """Numbers of a run by domain, from a JSON file that a command writes: of a judge, a reward, or a suite.
+    """Numbers of a run by domain, from JSON files that commands write: of a judge, a reward, or a suite.
 
     Args:
-      command: its words; {run} is the run, {json} the file, {python} this Python.
-      keys: of the numbers in the file, by domain; of a number inside objects, their keys are before it, with / between.
+      commands: their words; {run} is the run, {json} the file, {python} this Python.
+      keys: of the numbers in the files, by domain; of a number inside objects, their keys are before it, with / between. A
+        number whose key begins with - is negated.
 
     Raises:
-      MergeError: the command names no run or no file.
+      MergeError: a command names no run or no file.
     """
 
-    def __init__(self, command: str, keys: Mapping[str, str]):
-        self.words, self.keys = shlex.split(command), keys
-        for place in ("{run}", "{json}"):
-            if not any(place in word for word in self.words):
-                raise MergeError(f"--measure {command!r} has no {place}.")
+    def __init__(self, commands: Sequence[str], keys: Mapping[str, str]):
+        self.commands, self.keys = [shlex.split(command) for command in commands], keys
+        for command, words in zip(commands, self.commands, strict=True):
+            for place in ("{run}", "{json}"):
+                if not any(place in word for word in words):
+                    raise MergeError(f"--measure {command!r} has no {place}.")
 
     def __call__(self, run: str, folder: str) -> dict[str, tuple[float, float]]:
         """Returns the numbers of a run, each with 0 for its unknown standard error.
 
         Raises:
-          MergeError: the command fails, or its file lacks a number.
+          MergeError: a command fails, or the files lack a number or have it twice.
         """
-        file = os.path.join(folder, "measure.json")
-        pathlib.Path(file).unlink(missing_ok=True)
-        places = {"{run}": run, "{json}": file, "{python}": sys.executable}
-        words = self.words
-        for place, value in places.items():
-            words = [word.replace(place, value) for word in words]
-        # What it prints is no part of the search's table: it goes to standard error.
-        status = subprocess.run(words, check=False, stdout=2).returncode
-        if status:
-            raise MergeError(f"--measure ended with status {status}: {shlex.join(words)}")
-        try:
-            numbers = dict(_numbers(json.loads(pathlib.Path(file).read_bytes())))
-        except (OSError, ValueError) as error:
-            raise MergeError(f"--measure wrote no JSON ({error}): {shlex.join(words)}") from None
+        files = [_measured(words, run, folder) for words in self.commands]
+        numbers: dict[str, tuple[float, float]] = {}
         for name, key in self.keys.items():
-            if key not in numbers:
-                shown = ", ".join(list(numbers)[:_SHOWN]) or "none"
-                raise MergeError(
-                    f"--scores {name}={key}: the file of --measure has the numbers {shown}."
-                )
-        return {name: (numbers[key], 0.0) for name, key in self.keys.items()}
+            having = [file for file in files if key.removeprefix("-") in file]
+            if len(having) != 1:
+                shown = ", ".join([x for file in files for x in file][:_SHOWN]) or "none"
+                problem = f"several files of --measure have it, with {shown}"
+                if not having:
+                    problem = f"the file of --measure has the numbers {shown}"
+                raise MergeError(f"--scores {name}={key}: {problem}.")
+            sign = -1.0 if key.startswith("-") else 1.0
+            numbers[name] = (sign * having[0][key.removeprefix("-")] + 0.0, 0.0)
+        return numbers
+
+
+def _measured(words: Sequence[str], run: str, folder: str) -> dict[str, float]:
+    """Returns the numbers in the file that a command writes, by their keys."""
+    file = os.path.join(folder, "measure.json")
+    pathlib.Path(file).unlink(missing_ok=True)
+    for place, value in {"{run}": run, "{json}": file, "{python}": sys.executable}.items():
+        words = [word.replace(place, value) for word in words]
+    # What it prints is no part of the search's table: it goes to standard error.
+    status = subprocess.run(words, check=False, stdout=2).returncode
+    if status:
+        raise MergeError(f"--measure ended with status {status}: {shlex.join(words)}")
+    try:
+        return dict(_numbers(json.loads(pathlib.Path(file).read_bytes())))
+    except (OSError, ValueError) as error:
+        raise MergeError(f"--measure wrote no JSON ({error}): {shlex.join(words)}") from None
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -9,8 +9,9 @@ Example, of three runs of one model:
 Files have rows as for launch.score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
 time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. A domain's loss counts as its ratio to that of the best single model there.
 Among the trials whose worst domain is within --delta of the best worst one, that with the lowest mean ratio is chosen. The table
-shows also the gain of leaving out each model: a positive number is a collision. Trials are in trials.jsonl: the same command continues
-where it was. Use other texts to report the result.
+shows also the gain of leaving out each model: a positive number is a collision. --frontier shows the trials that no other dominates
+in two domains, such as help and harm, and draws frontier.png; --method=random spreads them. Trials are in trials.jsonl: the same
+command continues where it was. Use other texts to report the result.
 All models of a linear merge are in memory at once.
 
 --merge=FILE has the method, base and parameters of another merge than a linear one, as a YAML file of espalier merge without models:
@@ -20,7 +21,8 @@ All models of a linear merge are in memory at once.
   parameters: {density: 0.5}
 
 --measure takes numbers of a judge, a reward or a suite, by a command that reads the merged {run} and writes a {json} file; --scores
-names those that count. Higher ones are better, and a number counts by its gap to that of the best single model there:
+names those that count. Higher ones are better, or lower ones after a -, as in NAME=-KEY, and a number counts by its gap to that of the
+best single model there:
 
   --measure='espalier evaluate code --checkpoint={run} --problems=HumanEval.jsonl --json={json}' --scores code=pass_at_k/1
 """
@@ -64,10 +66,12 @@ class SearchFlags:
       models: NAME=DIR of each run.
       held_out: NAME=FILE of each domain.
       out: folder of trials.jsonl, merge.yml and search.json.
-      scores: NAME=KEY of each domain, instead: where --measure's file has its number, with / between keys.
+      scores: NAME=KEY of each domain, instead: where a file of --measure has its number, with / between keys; - before a key says
+        that lower numbers are better.
       merge: YAML file of a merge without models; by default a linear one.
-      measure: command that scores a merge, with {run} and {json}.
+      measure: command that scores a merge, with {run} and {json}; repeatable.
       lower_is_better: whether the numbers of --measure are losses, which count by ratios.
+      frontier: also show the trials that no other dominates in the two domains, and draw frontier.png.
       method: how the search proposes weights.
       budget: largest number of trials of the search; equal weights, models alone and the table take a few more.
       seed: random seed of weights.
@@ -82,8 +86,9 @@ class SearchFlags:
     out: str
     scores: Sequence[str] = ()
     merge: setting_flags.File | None = None
-    measure: str | None = None
+    measure: Sequence[str] = ()
     lower_is_better: bool = False
+    frontier: bool = False
     method: Literal["coordinate", "random"] = "coordinate"
     budget: int = 60
     seed: int = 0
@@ -96,7 +101,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     helps = {
         "models": ("NAME=DIR", "run directories of the models, whose weights are searched"),
         "held_out": ("NAME=FILE", "files of held-out rows of each domain, JSON lines"),
-        "scores": ("NAME=KEY", "numbers of the file of --measure that count, with / between keys"),
+        "scores": (
+            "NAME=KEY",
+            "numbers of the files of --measure that count, with / between keys; lower ones are better after a -: NAME=-KEY",
+        ),
     }
     for name, (what, text) in helps.items():
         needed = name == "models"
@@ -138,7 +146,7 @@ def run(flags: SearchFlags) -> list[str]:
         equal_weights = candidates.configuration([1.0] * len(models))
         facts["merge"] = [equal_weights, candidates.steps()]
     if measure:
-        facts["measure"] = [measure.words, measure.keys, flags.lower_is_better]
+        facts["measure"] = [*measure.commands, measure.keys, flags.lower_is_better]
     higher = measure is not None and not flags.lower_is_better
     with (
         _measured(candidates, measure, flags.out)
@@ -162,6 +170,16 @@ def run(flags: SearchFlags) -> list[str]:
         "alone": {name: _record(trial) for name, trial in named},
         "without": {list(models)[i]: _record(trial) for i, trial in without},
     }
+    if flags.frontier:
+        lower = [name for name, key in scores.items() if key.startswith("-")]
+        every = list(tried.done.values())
+        some = trials.frontier(every, *best.losses)
+        table += ["", *trials.frontier_table(list(models), some, best, lower)]
+        result["frontier"] = [
+            {**_record(trial), "merge": _configuration(models, trial, candidates)} for trial in some
+        ]
+        path = pathlib.Path(flags.out, "frontier.png")
+        trials.plot_frontier(path, every, some, best, dict(zip(models, alone, strict=True)), lower)
     written = _write(flags.out, models, best, result, candidates)
     return [*table, written, f"{len(tried.done)} trials, {tried.new} of them new"]
 
@@ -177,10 +195,14 @@ def _check_measure(flags: SearchFlags) -> None:
         raise MergeError("Give either --held_out, or --measure with --scores.")
     if bool(flags.measure) != bool(flags.scores):
         raise MergeError("--measure and --scores go together: give both, or --held_out.")
+    if flags.frontier and len(flags.scores or flags.held_out) != 2:
+        raise MergeError("--frontier compares two numbers: give two --scores or --held_out.")
     if flags.lower_is_better and not flags.measure:
         raise MergeError(
             "--lower_is_better is of --measure: losses on --held_out are lower anyway."
         )
+    if flags.lower_is_better and any("=-" in score for score in flags.scores):
+        raise MergeError("--lower_is_better is of all --scores: remove it, or the - before a key.")
     if flags.measure and flags.batch_size != SearchFlags.batch_size:
         raise MergeError("--batch_size is of --held_out: the command of --measure has its own.")
     if flags.params != "auto" and (flags.merge or flags.measure):
@@ -329,15 +351,19 @@ def _write(
     """Writes merge.yml and search.json, and returns a line on them."""
     import yaml
 
-    config = candidates.configuration(best.weights) if candidates else _linear(models, best)
+    config = _configuration(models, best, candidates)
     folder = pathlib.Path(out)
     (folder / "merge.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     (folder / "search.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return f"weights in {folder / 'merge.yml'}"
 
 
-def _linear(models: Mapping[str, str], best: Trial) -> dict[str, Any]:
-    """Returns the configuration of the linear merge with a trial's weights."""
+def _configuration(
+    models: Mapping[str, str], best: Trial, candidates: Candidates | None
+) -> dict[str, Any]:
+    """Returns the configuration of the merge with a trial's weights."""
+    if candidates:
+        return candidates.configuration(best.weights)
     weights: collections.Counter[str] = collections.Counter()
     for path, weight in zip(models.values(), best.weights, strict=True):
         # A model that is given twice has both weights.

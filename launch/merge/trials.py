@@ -7,8 +7,9 @@ and that of the best single model. Trials are in a file, so that a search that w
 
 import dataclasses
 import json
+import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,24 @@ class Trials:
             with row_files.resumed(self._path, sync=True) as file:
                 file.add({"weights": key, "losses": losses, "errors": errors})
         return self.done[key]
+
+
+def frontier(trials: Sequence[Trial], first: str, second: str) -> list[Trial]:
+    """Returns the trials that no other dominates in two domains, from the best in the first to the best in the second.
+
+    A trial dominates another if it is at least as good in both domains, and better in one.
+    """
+
+    def losses(trial: Trial) -> tuple[float, float]:
+        sign = -1 if trial.higher else 1
+        return sign * trial.losses[first], sign * trial.losses[second]
+
+    chosen: list[Trial] = []
+    for trial in sorted(trials, key=losses):
+        last = losses(chosen[-1]) if chosen else None
+        if last is None or losses(trial)[1] < last[1] or losses(trial) == last:
+            chosen.append(trial)
+    return chosen
 
 
 def best_single(alone: Sequence[Trial]) -> Losses:
@@ -244,3 +263,55 @@ def table(
         "weights, and set the weights in merge.yml yourself if these serve you better."
     )
     return [*aligned(rows, right=range(1, len(rows[0]))), *([warning] if absent else [])]
+
+
+def frontier_table(
+    names: Sequence[str], some: Sequence[Trial], best: Trial, lower: Collection[str] = ()
+) -> list[str]:
+    """Returns lines of the weights and numbers of a frontier's trials; numbers of domains in `lower` were negated."""
+    from espalier.model.transforms.base import aligned
+
+    domains = list(best.losses)
+    rows = [("frontier", *names, *domains)]
+    for trial in some:
+        weights = [f"{weight:.3f}" for weight in trial.weights]
+        numbers = [f"{_shown(trial, domain, lower):.4f}" for domain in domains]
+        rows.append(("merged" if trial is best else "", *weights, *numbers))
+    return aligned(rows, right=range(1, len(rows[0])))
+
+
+def plot_frontier(
+    path: pathlib.Path,
+    trials: Sequence[Trial],
+    some: Sequence[Trial],
+    best: Trial,
+    alone: Mapping[str, Trial],
+    lower: Collection[str] = (),
+) -> None:
+    """Writes a figure of all trials by two domains, and of the trials on their frontier as a line."""
+    from espalier.launch.plots import panels
+
+    figure, (axes,) = panels.panels(1, (6.0, 4.2))
+    domains = list(best.losses)
+
+    def draw(which: Sequence[Trial], style: str, colour: str, label: str, **more: Any) -> None:
+        places = [[_shown(trial, domain, lower) for trial in which] for domain in domains]
+        axes.plot(*places, style, color=colour, label=label, **more)
+
+    draw(trials, "o", panels.GREY, "merges", ms=4, alpha=0.5)
+    draw(some, "o-", panels.BLUE, "frontier", ms=5)
+    draw([best], "*", panels.ORANGE, "chosen", ms=13)
+    for name, trial in alone.items():
+        place = tuple(_shown(trial, domain, lower) for domain in domains)
+        axes.annotate(name, place, xytext=(6, 6), textcoords="offset points", fontsize=8)
+    for domain, name in zip(domains, (axes.set_xlabel, axes.set_ylabel), strict=True):
+        better = "higher" if best.higher and domain not in lower else "lower"
+        name(f"{domain} ({better} is better)")
+    axes.margins(0.12)  # for the names of models
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=panels.DPI)
+
+
+def _shown(trial: Trial, domain: str, lower: Collection[str]) -> float:
+    """Returns the number of a domain as its measure has it."""
+    return (-1 if domain in lower else 1) * trial.losses[domain] + 0.0

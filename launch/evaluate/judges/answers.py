@@ -93,9 +93,9 @@ def _rows(path: str, by_language: bool) -> list[Answer]:
     if not os.path.isfile(path):
         raise JudgeError(f"{path} does not exist: give a file of launch.generate.")
     answers = [
-        _answer(row, place, by_language) for place, row in row_files.read(path, example=EXAMPLE)
+        answer(row, place, by_language) for place, row in row_files.read(path, example=EXAMPLE)
     ]
-    if not any(answer.text.strip() for answer in answers):
+    if not any(one.text.strip() for one in answers):
         raise JudgeError(
             f'{path} has no answer: every "text" is empty. Generate it again with launch.generate.'
             if answers
@@ -104,7 +104,8 @@ def _rows(path: str, by_language: bool) -> list[Answer]:
     return answers
 
 
-def _answer(row: Mapping[str, Any], place: str, by_language: bool) -> Answer:
+def answer(row: Mapping[str, Any], place: str, by_language: bool) -> Answer:
+    """Returns the answer of a row; raises JudgeError if it cannot be judged."""
     prompt, text = row.get("prompt"), row.get("text")
     if not isinstance(text, str) or prompt is None:
         raise JudgeError(
@@ -128,8 +129,8 @@ def _language(row: Mapping[str, Any], place: str) -> str:
     tag = row.get("language")
     if not isinstance(tag, str) or not tag.strip():
         raise JudgeError(
-            f'{place} has no "language", such as "cs": add one to the row of its prompt, which launch.generate copies, or '
-            "leave out --by_language."
+            f'{place} has no "language", such as "cs": add one to the row of its prompt, which launch.generate copies; '
+            "win_rate needs it only with --by_language."
         )
     try:
         return table.find(tag).code

@@ -207,27 +207,33 @@ def judge_pairs(
     """
     asked = [None if p.a == p.b else judge.questions(p) for p in pairs]
     questions = {q.key(judge.identity): q for two in asked if two for q in two}
-    tally = _ask(judge, questions, journal)
+    tally = ask(judge, questions, journal)
 
     def outcome(two: tuple[Question, Question] | None) -> Outcome:
         if two is None:
             return Outcome(verdict=TIE, identical=True)
-        replies = [reply for q in two for reply in journal.replies(q.key(judge.identity))[-1:]]
-        if len(replies) < 2 or any(reply.value is None for reply in replies):
-            return Outcome(verdict=None)
-        return judge.outcome(*replies)
+        replies = understood(judge, two, journal)
+        return judge.outcome(*replies) if replies else Outcome(verdict=None)
 
     return [outcome(two) for two in asked], tally
 
 
-def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> Tally:
+def understood(judge: Judge, asked: Sequence[Question], journal: Journal) -> list[Reply]:
+    """Returns the last reply to each question; none if a reply is missing or was not understood."""
+    replies = [reply for q in asked for reply in journal.replies(q.key(judge.identity))[-1:]]
+    complete = len(replies) == len(asked) and all(reply.value is not None for reply in replies)
+    return replies if complete else []
+
+
+def ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> Tally:
+    """Asks the judge the unanswered questions, by their keys; see `judge_pairs` for repetitions and errors."""
     silent: Counter = Counter()  # attempts of this run without a reply, by key
 
     def attempts(key: str) -> int:
         """Returns the number of attempts at a question; `judge.attempts` if it is answered."""
         replies = journal.replies(key)
-        understood = bool(replies) and replies[-1].value is not None
-        return judge.attempts if understood else len(replies) + silent[key]
+        answered = bool(replies) and replies[-1].value is not None
+        return judge.attempts if answered else len(replies) + silent[key]
 
     heard = any(journal.replies(key) for key in questions)
     num_done = sum(attempts(key) >= judge.attempts for key in questions)

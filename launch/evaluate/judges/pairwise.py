@@ -110,7 +110,7 @@ class Template:
         exact = " or ".join(f'"Preferred: {label}"' for label in labels)
         material = _MATERIAL.format(
             opening=OPENING,
-            instruction=_shown(prompt),
+            instruction=shown(prompt),
             first=_answer(first),
             second=_answer(second),
         )
@@ -132,7 +132,7 @@ class Template:
         return None
 
 
-def _shown(prompt: Prompt) -> str:
+def shown(prompt: Prompt) -> str:
     """Returns the text of a prompt for a judge; a conversation of several turns is shown with roles."""
     if isinstance(prompt, str):
         return prompt

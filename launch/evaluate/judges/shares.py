@@ -27,17 +27,17 @@ def print_tables(summary: Mapping[str, Any]) -> None:
     """Prints win rates and the judge's biases, a row for each pair of systems, and lengths by system."""
     from rich.console import Console
 
-    rates = _table("win rates in %, with 95 % intervals over prompts", ("a", "b"), _RATES)
-    behind = _table("the judge, in %", ("a", "b"), _BEHIND)
+    rates = table_of("win rates in %, with 95 % intervals over prompts", ("a", "b"), _RATES)
+    behind = table_of("the judge, in %", ("a", "b"), _BEHIND)
     for pair in summary["pairs"]:
         names = (pair["a"], pair["b"])
-        shares = (_cell(pair[name]) for name in ("win", "tie", "loss"))
+        shares = (cell(pair[name]) for name in ("win", "tie", "loss"))
         counts = (f"{_judged(pair):,}", f"{pair['counts']['invalid']:,}")
-        rates.add_row(*names, *shares, _cell(pair["difference"], sign="+"), *counts)
-        bias = _cell(pair["position_bias"], sign="+")
-        cells = (_cell(pair["longer_wins"]), _cell(pair["length_controlled"]))
-        behind.add_row(*names, _cell(pair["consistency"]), bias, *cells)
-    lengths = _table("lengths of answers", ("system",), _LENGTHS)
+        rates.add_row(*names, *shares, cell(pair["difference"], sign="+"), *counts)
+        bias = cell(pair["position_bias"], sign="+")
+        cells = (cell(pair["longer_wins"]), cell(pair["length_controlled"]))
+        behind.add_row(*names, cell(pair["consistency"]), bias, *cells)
+    lengths = table_of("lengths of answers", ("system",), _LENGTHS)
     for name, system in summary["systems"].items():
         sizes = [
             system[unit][kind] for unit in ("words", "characters") for kind in ("mean", "median")
@@ -56,9 +56,9 @@ def print_languages(summaries: Sequence[Mapping[str, Any]]) -> None:
     console = Console(width=160, markup=False)
     for pair in summaries:
         title = f"{pair['a']} against {pair['b']}: win rates in %, with 95 % intervals over prompts"
-        table = _table(title, ("language",), _BY_LANGUAGE)
+        table = table_of(title, ("language",), _BY_LANGUAGE)
         for code, one in pair["languages"].items():
-            shares = (_cell(one[x]) for x in ("win", "tie", "loss", "rate", "length_controlled"))
+            shares = (cell(one[x]) for x in ("win", "tie", "loss", "rate", "length_controlled"))
             table.add_row(code, *shares, f"{_judged(one):,}", f"{one['counts']['invalid']:,}")
         if mean := pair["mean"]:
             means = (f"{100 * mean[name]:.1f}" for name in ("win", "tie", "loss", "rate"))
@@ -67,7 +67,8 @@ def print_languages(summaries: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
-def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Any:
+def table_of(title: str, names: Sequence[str], numbers: Sequence[str]) -> Any:
+    """Returns a table with columns of names and columns of numbers."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -82,7 +83,7 @@ def _judged(pair: Mapping[str, Any]) -> int:
     return sum(pair["counts"][name] for name in ("win", "loss", "tie"))
 
 
-def _cell(share: Mapping[str, float] | None, *, sign: str = "") -> str:
+def cell(share: Mapping[str, float] | None, *, sign: str = "") -> str:
     """Returns a share and its interval in per cent."""
     if share is None:
         return "-"
@@ -110,7 +111,7 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
                 axes.annotate(f"{width:.1f}", place, ha="center", va="center", color=colour)
             start += width
         axes.annotate(
-            f"{_cell(pair['difference'], sign='+')}\n{_judged(pair):,} prompts",
+            f"{cell(pair['difference'], sign='+')}\n{_judged(pair):,} prompts",
             (1.01, y),
             xycoords=("axes fraction", "data"),
             va="center",

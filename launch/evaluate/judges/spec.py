@@ -115,9 +115,8 @@ class Spec:
         """Returns what writes the replies of a judge that compares; `run` is its RunConfig and the configuration's text."""
         raise NotImplementedError
 
-    def judge(self, *, attempts: int | None, allow_ties: bool, **run: Any) -> Judge:
+    def judge(self, *, attempts: int | None, wording: Template, **run: Any) -> Judge:
         """Returns the judge; `build` describes the arguments and errors."""
-        wording = Template(allow_ties=allow_ties)
         return PairwiseJudge(self.writer(**run), wording=wording, attempts=attempts or 3)
 
 
@@ -139,11 +138,11 @@ class _Endpoint(Spec):
 class _LogProb(Spec):
     parts = (LogProb, RewardJudge)
 
-    def judge(self, *, attempts, allow_ties, **run):
+    def judge(self, *, attempts, wording, **run):
         if attempts is not None:
             what = "--attempts is for judges that reply"
             raise JudgeError(f"{what}, which logprob does not: remove it.")
-        if allow_ties:
+        if wording.allow_ties:
             raise JudgeError("--allow_ties is for judges that compare: give margin=X with logprob.")
         settings = dict(self.settings)
         margin = settings.pop("margin", 0.0)
@@ -216,14 +215,19 @@ def parse(text: str) -> Spec:
 
 
 def build(
-    spec: Spec, *, attempts: int | None, allow_ties: bool, config: Any = None, config_text: str = ""
+    spec: Spec,
+    *,
+    attempts: int | None,
+    wording: Template,
+    config: Any = None,
+    config_text: str = "",
 ) -> Judge:
     """Returns the judge of a spec.
 
     Args:
       spec: parsed value of --judge.
       attempts: number of times to ask a question before its reply counts as not understood; None for 3.
-      allow_ties: whether a judge that compares may call answers equally good.
+      wording: how a judge that replies is asked, and its replies are read.
       config: a load_run.RunConfig, for a judge with a checkpoint.
       config_text: the whole configuration of `config`, as text.
 
@@ -234,4 +238,4 @@ def build(
     if attempts is not None and attempts < 1:
         raise JudgeError(f"--attempts={attempts} must be at least 1.")
     run = {"config": config, "settings": config_text}
-    return spec.judge(attempts=attempts, allow_ties=allow_ties, **run)
+    return spec.judge(attempts=attempts, wording=wording, **run)

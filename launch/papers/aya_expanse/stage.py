@@ -111,7 +111,7 @@ def _searched(recipe: Recipe, runs: Sequence[str], to: pathlib.Path, seed: int) 
     settings = search.SearchFlags(
         models=[f"{number}_{_name(run)}={run}" for number, run in enumerate(runs)],
         held_out=dev,
-        measure=recipe.measure,
+        measure=(recipe.measure,) if recipe.measure else (),
         scores=recipe.scores,
         out=str(to),
         budget=recipe.trials,

@@ -9,6 +9,7 @@ from espalier.data import tasks
 from espalier.data.aya23 import mixture, packaged
 from espalier.data.tasks import in_seqio
 from espalier.data.tokenizers import vocabularies
+from espalier.launch.config import gin_config
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,43 @@ def test_groups_have_their_weights_whatever_their_sizes(tmp_path):
         "human": ["asked_cs"],
         "synthetic": ["made_zh"],
     }
+
+
+def test_refusals_have_at_most_their_share_whatever_their_number(tmp_path):
+    """The file data/safety.gin: w / (1 + w) of the tokens beside the paper's groups, and a cap of epochs."""
+    seqio = in_seqio()
+    for code, count in (("cs", 90), ("hi", 10)):
+        write(tmp_path / "safety" / "refusals" / f"{code}.jsonl", count)
+    for group, names in mixture.SETS.items():
+        for name in names:
+            write(tmp_path / group / name / "en.jsonl", 3)
+    config = gin_config.load(
+        [
+            f"t5x_configs/{x}.gin"
+            for x in ("models/tiny", "data/aya23", "runs/finetune", "data/safety")
+        ],
+        [
+            "SAFETY_WEIGHT=0.25",
+            "MODEL_DIR='x'",
+            "INITIAL_CHECKPOINT_PATH='y'",
+            "INSTRUCTION_TEMPERATURE=1.0",
+            "TOKENIZER='bytes'",
+            f"INSTRUCTIONS_DIR={str(tmp_path)!r}",
+            f"mixture.register_instructions.cache_dir={str(tmp_path / 'cache')!r}",
+            "mixture.register_instructions.validation_fraction=0.0",
+        ],
+        entry="espalier.launch.train:train",
+    )
+    (register,) = config.arguments()["tasks"]
+    register()
+    whole = seqio.MixtureRegistry.get("aya23")
+    rates = {task.name: whole.get_rate(task) for task in whole.tasks}
+    assert rates["refusals_cs"] == pytest.approx(0.9 * 0.25 / 1.25)
+    assert rates["refusals_hi"] == pytest.approx(0.1 * 0.25 / 1.25)
+    assert rates["aya_dataset_en"] == pytest.approx(0.08 / 1.25) and len(rates) == 9
+    sets, epochs = config.macros["INSTRUCTION_SETS"], config.macros["SAFETY_EPOCHS"]
+    caps = mixture.epoch_caps(data_dir=tmp_path, sets=sets, caps={"human": 8.0, "safety": epochs})
+    assert caps == {"aya_dataset_en": 8.0, "refusals_cs": 4.0, "refusals_hi": 4.0}
 
 
 def test_every_missing_set_is_named_with_its_origin(tmp_path):

@@ -71,11 +71,16 @@ def test_what_cannot_be_searched_is_refused(content, message):
     ("given", "message"),
     [
         ({}, "Give either --held_out"),
-        ({"held_out": ["a=b"], "measure": "x"}, "Give either --held_out"),
-        ({"measure": "x"}, "--measure and --scores go together"),
+        ({"held_out": ["a=b"], "measure": ["x"]}, "Give either --held_out"),
+        ({"measure": ["x"]}, "--measure and --scores go together"),
         ({"held_out": ["a=b"], "lower_is_better": True}, "--lower_is_better is of --measure"),
         ({"held_out": ["a=b"], "merge": "m.yml", "params": "raw"}, "--params=raw"),
-        ({"measure": "x", "scores": ["a=b"], "batch_size": 2}, "--batch_size is of --held_out"),
+        ({"measure": ["x"], "scores": ["a=b"], "batch_size": 2}, "--batch_size is of --held_out"),
+        ({"measure": ["x"], "scores": ["a=b"], "frontier": True}, "--frontier compares two"),
+        (
+            {"measure": ["x"], "scores": ["a=-b"], "lower_is_better": True},
+            "--lower_is_better is of all --scores",
+        ),
     ],
 )
 def test_flags_without_effect_are_refused(given, message, tmp_path):
@@ -105,7 +110,7 @@ def test_weights_are_searched_by_the_numbers_of_a_command(branches, tmp_path):
         models=[f"{name}={path}" for name, path in zip("ab", paths, strict=True)],
         out=str(tmp_path / "out"),
         merge=str(tmp_path / "ties.yml"),
-        measure=f"{{python}} {tmp_path}/measure.py {{run}} {{json}}",
+        measure=[f"{{python}} {tmp_path}/measure.py {{run}} {{json}}"],
         scores=["low=of/low", "high=of/high"],
         budget=1,
     )
@@ -130,6 +135,86 @@ def test_weights_are_searched_by_the_numbers_of_a_command(branches, tmp_path):
         search.run(search.SearchFlags(**{**vars(flags), "lower_is_better": True}))
 
 
+HELP_AND_HARM = """
+import json, os, sys
+run, file, key = sys.argv[1:]
+record = os.path.join(run, "merge.json")
+weight = float(run == SAFE)
+if os.path.exists(record):
+    named = json.load(open(record))["configuration"]["models"]
+    weight = sum(x["parameters"]["weight"] for x in named if x["model"] == SAFE)
+numbers = {"help": 1 - weight ** 2, "harm": {"rate": max(0.0, 0.6 - weight)}}
+json.dump({key: numbers[key]}, open(file, "w"))
+"""
+
+
+def test_the_frontier_of_help_against_harm_is_that_of_its_definition(branches, tmp_path):
+    base, *paths = branches.folders[:3]
+    (tmp_path / "measure.py").write_text(HELP_AND_HARM.replace("SAFE", repr(paths[1])))
+    words = f"{{python}} {tmp_path}/measure.py {{run}} {{json}}"
+    flags = search.SearchFlags(
+        models=[f"helpful={paths[0]}", f"safe={paths[1]}"],
+        out=str(tmp_path / "out"),
+        measure=[f"{words} help", f"{words} harm"],
+        scores=["help=help", "harm=-harm/rate"],
+        frontier=True,
+        method="random",
+        budget=3,
+    )
+    lines = search.run(flags)
+    rows = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()[1:]
+    tried = {tuple(x["weights"]): x["losses"] for x in map(json.loads, rows)}
+    for (_, safe), losses in tried.items():
+        expected = {"help": 1 - safe**2, "harm": -max(0.0, 0.6 - safe)}
+        assert losses == pytest.approx(expected, abs=1e-5)
+
+    def dominated(one):
+        return any(
+            all(other[x] >= one[x] for x in one) and any(other[x] > one[x] for x in one)
+            for other in tried.values()
+        )
+
+    result = json.loads((tmp_path / "out" / "search.json").read_text())
+    found = {tuple(x["weights"]): x["losses"] for x in result["frontier"]}
+    assert found == {weights: x for weights, x in tried.items() if not dominated(x)}
+    # Harm is 0 from a weight of 0.6 on, so the safe model alone only loses help where another trial is there too.
+    assert (0.0, 1.0) in tried and (1.0, 0.0) in found and len(found) >= 3
+    assert ((0.0, 1.0) in found) == (not any(0.6 <= w[1] < 1 for w in tried))
+    merges = [x["merge"] for x in result["frontier"]]
+    assert merges[0] == {"merge_method": "passthrough", "models": [{"model": paths[0]}]}
+    table = lines[lines.index("") + 1 :]
+    assert table[0].split() == ["frontier", "helpful", "safe", "help", "harm"]
+    assert table[1].split() == ["1.000", "0.000", "1.0000", "0.6000"]  # harm as it was measured
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "0 of them new" in search.run(flags)[-1]
+    both = Measure([f"{words} help"] * 2, {"help": "help"})
+    with pytest.raises(MergeError, match="several files of --measure have it"):
+        both(paths[0], str(tmp_path))
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_the_frontier_of_any_trials_is_that_of_its_definition(higher):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        points = rng.integers(0, 6, (rng.integers(1, 12), 2)).tolist()  # many are equal
+        tried = [
+            Trial((float(i),), {"x": x, "y": y}, {}, higher) for i, (x, y) in enumerate(points)
+        ]
+        sign = 1 if higher else -1
+        wanted = {
+            i
+            for i, (x, y) in enumerate(points)
+            if not any(
+                sign * a >= sign * x and sign * b >= sign * y and (a, b) != (x, y)
+                for a, b in points
+            )
+        }
+        found = trials.frontier(tried, "x", "y")
+        assert {int(trial.weights[0]) for trial in found} == wanted and len(found) == len(wanted)
+        firsts = [sign * trial.losses["x"] for trial in found]
+        assert firsts == sorted(firsts, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -144,7 +229,7 @@ def test_weights_are_searched_by_the_numbers_of_a_command(branches, tmp_path):
 )
 def test_a_command_that_gives_no_number_is_an_error(code, message, tmp_path):
     (tmp_path / "measure.py").write_text(code)
-    measure = Measure(f"{{python}} {tmp_path}/measure.py {{run}} {{json}}", {"x": "a/b"})
+    measure = Measure([f"{{python}} {tmp_path}/measure.py {{run}} {{json}}"], {"x": "a/b"})
     with pytest.raises(MergeError, match=message):
         measure("/run", str(tmp_path))
 
@@ -152,7 +237,7 @@ def test_a_command_that_gives_no_number_is_an_error(code, message, tmp_path):
 def test_a_command_without_a_place_for_the_run_or_the_file_is_an_error():
     for command, place in (("score {run}", "{json}"), ("score {json}", "{run}")):
         with pytest.raises(MergeError, match=f"has no {place}"):
-            Measure(command, {})
+            Measure([command], {})
 
 
 def test_the_best_scores_are_the_highest(tmp_path):

@@ -315,7 +315,7 @@ def test_a_merge_has_the_weights_of_a_search(write, tmp_path, monkeypatch):
     assert run("merge", write(dev="/dev", trials=7), to, runs) == 0
     (flags,) = searches
     held_out = [f"{code}=/dev/{code}.jsonl" for code in ("uk", "en", "tr")]
-    assert flags.held_out == held_out and flags.budget == 7 and flags.measure is None
+    assert flags.held_out == held_out and flags.budget == 7 and not flags.measure
     assert flags.models == ["0_a=/runs/a/seed0", "1_b=/runs/b/seed0"]
     assert merges == [[f"--config={to}.search/merge.yml", f"--out={to}"]]
     assert "without 0_a" in pathlib.Path(f"{to}.search", "table.txt").read_text()
@@ -323,6 +323,7 @@ def test_a_merge_has_the_weights_of_a_search(write, tmp_path, monkeypatch):
     measured = {"measure": "score {run} {json}", "scores": ["tr=of/tr"]}
     assert run("merge", write(**measured), to, runs) == 0
     assert not searches[1].held_out and searches[1].scores == ["tr=of/tr"]
+    assert searches[1].measure == ("score {run} {json}",)
     for changes in ({"dev": "/dev", **measured}, {"measure": "x"}, {"scores": ["x=y"]}):
         with pytest.raises(recipes.RecipeError, match="give either 'dev', or 'measure'"):
             recipes.read(write(**changes))
