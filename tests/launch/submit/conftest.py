@@ -93,7 +93,9 @@ def slurm():
     finally:
         _output("scancel", "--signal=KILL", "--full", "--user=root")
         _output("scancel", "--user=root")
-        for daemon in reversed(daemons):  # one after another: slurmd waits for those that it talks to
+        for daemon in reversed(
+            daemons
+        ):  # one after another: slurmd waits for those that it talks to
             daemon.terminate()
             try:
                 daemon.wait(timeout=20)
