@@ -26,53 +26,122 @@ _FITTED = 500
 def compared(
     scores: Mapping[str, np.ndarray],
     matching: Mapping[str, Mapping[int, np.ndarray]],
+    groups: Mapping[str, Sequence[int]],
     *,
     top: int,
-) -> list[dict[str, Any]]:
-    """Returns a row for each method, whose rankings are compared with those of the first, and one for random rankings.
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, float]]]]:
+    """Returns how scores of other methods or models rank the documents, beside the first ones.
 
     Args:
-      scores: scores [N, Q] by method.
+      scores: scores [N, Q] by name.
       matching: matching documents of each query with such a pattern, by the pattern's name ('answer', 'procedure').
+      groups: queries by name.
       top: number of documents whose overlap is taken, and which are searched.
 
     Returns:
-      Rows with the mean over queries of `spearman` and `overlap` (shares of the top documents), and for each pattern's name the
-      share of the queries with a matching document, None without such queries. The last row has what rankings of all
-      documents at random give in expectation.
+      Rows by group and name with the mean over queries of `spearman` and `overlap` (shares of the top documents), the largest
+      `most_spearman`, and for each pattern's name the share of the queries with a matching document, None without such queries;
+      the last row of a group has what rankings of all documents at random give in expectation. And the `spearman` and `overlap`
+      of each query, by name, without the first.
     """
-    ranked = {method: statistics.ranked(values) for method, values in scores.items()}
+    ranked = {name: statistics.ranked(values) for name, values in scores.items()}
     first = next(iter(scores))
-    rows = []
-    for method, values_NQ in scores.items():
-        queries = range(values_NQ.shape[1])
-        pairs = [spearman(values_NQ[:, q], scores[first][:, q]) for q in queries]
-        size = min(top, len(values_NQ))
-        shared = [
-            len(np.intersect1d(ranked[method][:size, q], ranked[first][:size, q])) / size
-            for q in queries
+    count = len(scores[first])
+    size = min(top, count)
+    single = {}
+    for name, values_NQ in scores.items():
+        own, others = ranked[name][:size].T, ranked[first][:size].T
+        single[name] = [
+            {"spearman": spearman(x, y), "overlap": len(np.intersect1d(a, b)) / size}
+            for x, y, a, b in zip(values_NQ.T, scores[first].T, own, others, strict=True)
         ]
+    rows: list[dict[str, Any]] = []
+    for group, queries in groups.items():
+        named = {
+            kind: {q: own[q] for q in queries if q in own} for kind, own in matching.items()
+        }
+        for name in scores:
+            pairs = [single[name][q]["spearman"] for q in queries]
+            found = {
+                kind: _mean([bool(labels.hits(ranked[name][:, q], x, top)) for q, x in own.items()])
+                for kind, own in named.items()
+            }
+            rows.append(
+                {
+                    **{"method": name, "group": group, "queries": len(queries)},
+                    **{"spearman": _mean(pairs), "most_spearman": max(pairs)},
+                    "overlap": _mean([single[name][q]["overlap"] for q in queries]),
+                    **found,
+                }
+            )
+        by_chance = {
+            kind: _mean([labels.chance(count, len(x), top) for x in own.values()])
+            for kind, own in named.items()
+        }
         rows.append(
             {
-                **{"method": method, "spearman": _mean(pairs), "overlap": _mean(shared)},
-                **{
-                    kind: _mean(
-                        [
-                            bool(labels.hits(ranked[method][:, q], documents, top))
-                            for q, documents in own.items()
-                        ]
-                    )
-                    for kind, own in matching.items()
-                },
+                **{"method": RANDOM, "group": group, "queries": len(queries), "spearman": 0.0},
+                **{"most_spearman": None, "overlap": size / count, **by_chance},
             }
         )
-    count = len(scores[first])
-    by_chance = {
-        kind: _mean([labels.chance(count, len(documents), top) for documents in own.values()])
-        for kind, own in matching.items()
-    }
-    overlap = min(top, count) / count
-    return [*rows, {"method": RANDOM, "spearman": 0.0, "overlap": overlap, **by_chance}]
+    return rows, {name: own for name, own in single.items() if name != first}
+
+
+def controls(
+    given: "Inputs", found: Mapping[int, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns rows that compare the queries of each kind with its controls, whose prompts state the answer.
+
+    Where queries are similar because of their form, a query is as similar to a control of this form as to another query.
+
+    Args:
+      given: scores and queries.
+      found: what the first documents of queries with an answer have (`labels.per_query`).
+
+    Returns:
+      For each kind and `measure` the mean over `queries` and over `controls`, and their `difference`. For similarities, means
+      over pairs, with `between` for pairs of a query and a control, and the `difference` from these. Other measures: `per_nat`, the
+      summed positive scores of the first documents, and `answer`, whether one of these has the answer.
+    """
+    rows: list[dict[str, Any]] = []
+    kinds = {query.kind: None for query in given.queries if query.control}
+    matrices = statistics.similarities(given.scores_NQ, given.within) if kinds else {}
+    firsts_kQ = np.sort(np.maximum(given.scores_NQ, 0.0), axis=0)[::-1][: given.within]
+    for kind in kinds:
+        own, stated = (
+            [q for q, x in enumerate(given.queries) if x.kind == kind and x.control is control]
+            for control in (False, True)
+        )
+        if not own:
+            continue
+        sizes = {"kind": kind, "queries": len(own), "controls": len(stated)}
+        for measure, values_QQ in matrices.items():
+            means = {
+                "of_queries": statistics.block_mean(values_QQ, own, own),
+                "between": statistics.block_mean(values_QQ, own, stated),
+                "of_controls": statistics.block_mean(values_QQ, stated, stated),
+                "difference": statistics.block_difference(values_QQ, own, stated),
+            }
+            rows.append({**sizes, "measure": measure, **means})
+        per_nat = {
+            q: float(firsts_kQ[:, q].sum()) / nats
+            for q in (*own, *stated)
+            if (nats := given.nats[q]) is not None
+        }
+        answer = {q: float(x["top"] > 0) for q, x in found.items()}
+        for measure, values in (("per_nat", per_nat), ("answer", answer)):
+            both = [[values[q] for q in chosen if q in values] for chosen in (own, stated)]
+            if all(both):
+                rows.append(
+                    {
+                        **{**sizes, "queries": len(both[0]), "controls": len(both[1])},
+                        **{"measure": measure, "between": None},
+                        "of_queries": statistics.spread(both[0]),
+                        "of_controls": statistics.spread(both[1]),
+                        "difference": statistics.mean_difference(*both),
+                    }
+                )
+    return rows
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -184,7 +253,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
     if len(given.queries) > 1:
         result["random_overlap"] = min(given.within, len(given.scores_NQ)) / len(given.scores_NQ)
         tasks = [query.task for query in given.queries]
-        kinds = [query.kind for query in given.queries]
+        kinds = [query.group for query in given.queries]
         result["correlations"] = statistics.correlation_table(
             given.scores_NQ, tasks, kinds, top=given.within
         )
@@ -209,6 +278,10 @@ def analyse(given: Inputs) -> dict[str, Any]:
             omitted.append(f"The search for a query's {name} needs a file of documents.")
         else:
             omitted.append(f'The search for the {name} of a query needs queries with "{name}".')
+    if made := controls(given, result.get("answer_of_queries", {})):
+        result["controls"] = made
+    else:
+        omitted.append('Controls need queries with "control", and others of the same kind.')
     if given.layers is not None:
         result["layers"] = {group: given.layers.shares(own) for group, own in groups.items()}
     else:
@@ -219,7 +292,8 @@ def analyse(given: Inputs) -> dict[str, Any]:
         omitted.append("Tokens need `score --token_scores=N`.")
     if given.others:
         every = {given.method: given.scores_NQ, **given.others}
-        result["methods"] = compared(every, by_name, top=given.within)
+        compared_ = compared(every, by_name, groups, top=given.within)
+        result["methods"], result["methods_of_queries"] = compared_
     result["omitted"] = omitted
     return result
 

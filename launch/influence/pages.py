@@ -115,7 +115,8 @@ def table(made: Made) -> dict[str, Any]:
         nats = made.nats(q)
         entry: dict[str, Any] = {
             **{"prompt": query.prompt, "completion": query.completion},
-            **{"task": query.task, "kind": query.kind, "correct": query.correct, "nats": nats},
+            **{"task": query.task, "kind": query.kind, "correct": query.correct},
+            **{"control": query.control, "nats": nats},
             "nearly_certain": nats is not None and nats < analyses.LEAST_NATS,
             "kept": _known(made.prepared.kept[q]),
             "pearson": _known(made.prepared.pearson[q]),
@@ -285,7 +286,7 @@ def shown(made: Made) -> dict[str, Any]:
     for q, (query, tops) in enumerate(zip(made.given.queries, made.tops["queries"], strict=True)):
         entry: dict[str, Any] = {
             **{"prompt": _text(query.prompt), "completion": _text(query.completion)},
-            **{"task": query.task, "kind": query.kind, "correct": query.correct},
+            **{"task": query.task, "kind": query.group, "correct": query.correct},
             "nats": made.nats(q),
         }
         for end in ends:

@@ -35,7 +35,7 @@ from espalier.launch.load import load_run
 from espalier.launch.load.load_run import LoadError, RunConfig
 
 _FILES = ("factors", "queries", "out")
-_SIZES = ("top", "length", "batch_size")
+_SIZES = ("completion_tokens", "top", "length", "batch_size")
 TOP = 100
 _NOT_COUNTED = [
     "documents that were cut, or that repeat an earlier one, are not counted by a pipeline"
@@ -91,6 +91,11 @@ def _run(start: cli.Start) -> None:
             raise LoadError(
                 "--beam_pipeline_options scores by one checkpoint: give each as --checkpoint, or remove it."
             )
+        if getattr(flags, "completion_tokens", None) is not None:
+            raise LoadError(
+                "--completion_tokens with --checkpoints: each checkpoint would write other completions. Score by one first, "
+                "and give its OUT.completions.jsonl as --queries."
+            )
         row_files.check_output(flags.out, "out", others={"queries": flags.queries})
         own = {"params": flags.params, "source": source, "method": methods.of_flags(flags)}
         given = {"top": TOP, **setting_flags.given(flags, score, ("queries", *_SIZES))}
@@ -141,6 +146,7 @@ def score(
     method: methods.Method,
     factors: Folder | None = None,
     params: str = "auto",
+    completion_tokens: int | None = None,
     top: int = TOP,
     length: int | None = None,
     batch_size: int = 8,
@@ -158,6 +164,8 @@ def score(
       method: how they are scored.
       factors: folder that `influence fit` wrote.
       params: see launch/load/load_run.py.
+      completion_tokens: the model writes the completions of the queries, which have none, by greedy decoding: so many tokens at most.
+        They stay in OUT.completions.jsonl, and a later start reads these. --query_checkpoint writes them, if it is set.
       top: number of top and bottom documents of each query in OUT.top.json.
       length: tokens that are read of each document; those of the factors if not set.
       batch_size: number of documents in a batch.
@@ -176,14 +184,22 @@ def score(
         )
     if top < 1:
         raise LoadError(f"--top={top} must be at least 1.")
+    if completion_tokens is not None and completion_tokens < 1:
+        raise LoadError(f"--completion_tokens={completion_tokens} must be at least 1.")
     if pipeline is not None:
-        _check_pipeline(source, method)
-    opened = _scan(
-        config,
-        **{"checkpoint": checkpoint, "params": params, "queries": queries, "source": source},
-        **{"factors": factors, "length": length, "batch_size": batch_size},
-    )
-    with opened as scan, outputs.opened(out, beside=True) as (path, push):
+        _check_pipeline(source, method, completion_tokens)
+    own = {"checkpoint": checkpoint, "params": params, "queries": queries, "source": source}
+    own |= {"factors": factors, "length": length, "batch_size": batch_size}
+    with contextlib.ExitStack() as stack:
+        path, push = stack.enter_context(outputs.opened(out, beside=True))
+        if completion_tokens is not None:
+            own["completed"] = functools.partial(
+                *(_completed, path, config, getattr(method, "query_checkpoint", None)),
+                params=params,
+                tokens=completion_tokens,
+                batch_size=batch_size,
+            )
+        scan = stack.enter_context(_scan(config, **own))
         documents = scan.source
         record = {
             "method": method.name,
@@ -196,6 +212,10 @@ def score(
             "per_layer": method.per_layer,
             **method.record(),
         }
+        if completion_tokens is not None:
+            written = outputs.completions_file(path)
+            record["completions"] = {"sha256": row_files.digest(written, "out")}
+            push()
         scored = method.scorer(scan)
         began = time.perf_counter()
         made = None if pipeline is None else functools.partial(_made, pipeline, scan, out)
@@ -232,8 +252,9 @@ def _scan(
     length: int | None = None,
     batch_size: int = 8,
     part: Sequence[tuple[int, Any]] | None = None,
+    completed: Callable[..., Any] | None = None,
 ) -> Iterator[methods.Scan]:
-    """Context manager: loads the model and the queries; arguments as of `score`, and as of `inputs.Documents`."""
+    """Context manager: loads the model and the queries; arguments as of `score`, `inputs.Documents` and, with the run, `read_queries`."""
     fitted = outputs.read(factors) if factors else None
     if length is None and fitted is not None:
         length = int(fitted["length"])
@@ -242,13 +263,40 @@ def _scan(
         yield methods.Scan(
             **{"config": config, "checkpoint": checkpoint, "params": params, "run": run},
             **{"factors": factors, "fitted": fitted},
-            rows=inputs.read_queries(run, queries, size),
+            rows=inputs.read_queries(
+                run, queries, size, completed and functools.partial(completed, run)
+            ),
             source=source.of(run, size, part),
             batch_size=run.batch_size(batch_size, 1 << 30),
         )
 
 
-def _check_pipeline(source: inputs.Source, method: methods.Method) -> None:
+def _completed(
+    path: str,
+    config: RunConfig,
+    other: str | None,
+    run: Any,
+    placed: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    params: str,
+    tokens: int,
+    batch_size: int,
+) -> Any:
+    """Returns the queries with what their model writes; see `completions.rows`."""
+    from espalier.launch.influence import completions
+
+    with inputs.query_run(config, run, other, params=params) as writer:
+        return completions.rows(path, placed, writer, tokens=tokens, batch_size=batch_size)
+
+
+def _check_pipeline(
+    source: inputs.Source, method: methods.Method, completion_tokens: int | None
+) -> None:
+    if completion_tokens is not None:
+        raise LoadError(
+            "--completion_tokens decodes in one process, and --beam_pipeline_options scores in others: score a first document with "
+            "--max_documents=1, and give its OUT.completions.jsonl as --queries."
+        )
     if not method.by_document:
         raise LoadError(
             f"--method={method.name} scores all documents together, in one process: remove --beam_pipeline_options."

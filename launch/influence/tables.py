@@ -193,13 +193,17 @@ def _methods(analyses: Mapping[str, Any]) -> Table:
     named = [kind for kind in ("answer", "procedure") if kind in analyses]
     return _table(
         "Methods",
-        "Rankings compared with those of the first method, as means over queries, and the queries whose answer or procedure is "
-        f"in their first {analyses['within']} documents. The last row is what random rankings give in expectation.",
-        ["method", "Spearman", "overlap", *(f"{kind} in the top" for kind in named)],
+        "Rankings of other methods or models compared with the first ones: means over queries and the largest Spearman "
+        "correlation, the share that the first documents have in common, and the queries whose answer or procedure is in their "
+        f"first {analyses['within']} documents. Rows named random are what random rankings give in expectation.",
+        [
+            *("method", "kind", "queries", "Spearman", "largest", "overlap"),
+            *(f"{kind} in the top" for kind in named),
+        ],
         [
             [
-                row["method"],
-                *(number(row[name], 3) for name in ("spearman", "overlap")),
+                *(row["method"], row["group"], str(row["queries"])),
+                *(number(row[name], 3) for name in ("spearman", "most_spearman", "overlap")),
                 *(_percent(row[kind]) for kind in named),
             ]
             for row in analyses["methods"]
@@ -207,9 +211,58 @@ def _methods(analyses: Mapping[str, Any]) -> Table:
     )
 
 
+def _methods_of_queries(analyses: Mapping[str, Any]) -> Table:
+    others = analyses["methods_of_queries"]
+    return _table(
+        "Methods, by query",
+        "Spearman correlation of each query's scores with those of the first method, and the share of the first "
+        f"{analyses['within']} documents in common, which is {number(analyses['methods'][-1]['overlap'], 2)} by chance.",
+        ["query", *(f"{name}: {what}" for name in others for what in ("Spearman", "overlap"))],
+        [
+            [
+                str(q + 1),
+                *(_fixed(row[what]) for row in rows for what in ("spearman", "overlap")),
+            ]
+            for q, rows in enumerate(zip(*others.values(), strict=True))
+        ],
+    )
+
+
+_MEASURES = {
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "overlap": "common first documents",
+    "per_nat": "influence per nat of the first documents",
+    "answer": "answer in the first documents",
+}
+
+
+def _controls(analyses: Mapping[str, Any]) -> Table:
+    return _table(
+        "Queries and controls",
+        "A control has the form of a kind of queries, and its prompt states the answer. Means over pairs of queries, pairs of a "
+        "query and a control, and pairs of controls, with bootstrap intervals; the difference is between the first two. Measures "
+        f"of single queries, over the first {analyses['within']} documents: means over queries and over controls with Student "
+        "intervals, and their difference.",
+        ["kind", "measure", "queries", "query and control", "controls", "difference"],
+        [
+            [
+                *(row["kind"] or "all", _MEASURES[row["measure"]]),
+                *(
+                    _interval(row[name], _percent if row["measure"] == "answer" else number)
+                    for name in ("of_queries", "between", "of_controls", "difference")
+                ),
+            ]
+            for row in analyses["controls"]
+        ],
+    )
+
+
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], Table]] = {
     "methods": _methods,
+    "methods_of_queries": _methods_of_queries,
     "correlations": _correlations,
+    "controls": _controls,
     "answer": _presence("answer", "Answers in documents", "answer"),
     "procedure": _presence("procedure", "Procedures in documents", "procedure"),
     "sources": _sources,
