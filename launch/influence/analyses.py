@@ -57,9 +57,7 @@ def compared(
         ]
     rows: list[dict[str, Any]] = []
     for group, queries in groups.items():
-        named = {
-            kind: {q: own[q] for q in queries if q in own} for kind, own in matching.items()
-        }
+        named = {kind: {q: own[q] for q in queries if q in own} for kind, own in matching.items()}
         for name in scores:
             pairs = [single[name][q]["spearman"] for q in queries]
             found = {
@@ -87,9 +85,7 @@ def compared(
     return rows, {name: own for name, own in single.items() if name != first}
 
 
-def controls(
-    given: "Inputs", found: Mapping[int, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def controls(given: "Inputs", found: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns rows that compare the queries of each kind with its controls, whose prompts state the answer.
 
     Where queries are similar because of their form, a query is as similar to a control of this form as to another query.

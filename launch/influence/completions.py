@@ -11,7 +11,12 @@ from espalier.launch.inference import generate, row_files
 from espalier.launch.influence import inputs, outputs
 from espalier.launch.load.load_run import LoadedRun, LoadError
 
-_OWN = ("completion", "completion_tokens", "ended", "written_by")  # what rows have more than the queries
+_OWN = (
+    "completion",
+    "completion_tokens",
+    "ended",
+    "written_by",
+)  # what rows have more than the queries
 _Placed = Sequence[tuple[str, Mapping[str, Any]]]
 
 

@@ -70,7 +70,9 @@ def run(
     for flag, path, others in (("out", out, inputs), ("kept", kept, {**inputs, "out": out})):
         row_files.check_output(path, flag, compressed=True, others=others)
     if not 1 <= top < count:
-        raise RowFileError(f"--top={top} must be at least 1, and less than the {count:,} documents.")
+        raise RowFileError(
+            f"--top={top} must be at least 1, and less than the {count:,} documents."
+        )
     chosen = [
         q
         for q, one in enumerate(outputs.asked(scores, record, queries))
