@@ -26,63 +26,87 @@ _FITTED = 500
 def compared(
     scores: Mapping[str, np.ndarray],
     matching: Mapping[str, Mapping[int, np.ndarray]],
-    groups: Mapping[str, Sequence[int]],
     *,
     top: int,
-) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, float]]]]:
-    """Returns how scores of other methods or models rank the documents, beside the first ones.
+) -> list[dict[str, Any]]:
+    """Returns a row for each method, whose rankings are compared with those of the first, and one for random rankings.
 
     Args:
-      scores: scores [N, Q] by name.
+      scores: scores [N, Q] by method.
       matching: matching documents of each query with such a pattern, by the pattern's name ('answer', 'procedure').
-      groups: queries by name.
       top: number of documents whose overlap is taken, and which are searched.
 
     Returns:
-      Rows by group and name with the mean over queries of `spearman` and `overlap` (shares of the top documents), the largest
-      `most_spearman`, and for each pattern's name the share of the queries with a matching document, None without such queries;
-      the last row of a group has what rankings of all documents at random give in expectation. And the `spearman` and `overlap`
-      of each query, by name, without the first.
+      Rows with the mean over queries of `spearman` and `overlap` (shares of the top documents), and for each pattern's name the
+      share of the queries with a matching document, None without such queries. The last row has what rankings of all
+      documents at random give in expectation.
     """
-    ranked = {name: statistics.ranked(values) for name, values in scores.items()}
+    ranked = {method: statistics.ranked(values) for method, values in scores.items()}
     first = next(iter(scores))
-    count = len(scores[first])
-    size = min(top, count)
-    single = {}
-    for name, values_NQ in scores.items():
-        own, others = ranked[name][:size].T, ranked[first][:size].T
-        single[name] = [
-            {"spearman": spearman(x, y), "overlap": len(np.intersect1d(a, b)) / size}
-            for x, y, a, b in zip(values_NQ.T, scores[first].T, own, others, strict=True)
+    rows = []
+    for method, values_NQ in scores.items():
+        queries = range(values_NQ.shape[1])
+        pairs = [spearman(values_NQ[:, q], scores[first][:, q]) for q in queries]
+        size = min(top, len(values_NQ))
+        shared = [
+            len(np.intersect1d(ranked[method][:size, q], ranked[first][:size, q])) / size
+            for q in queries
         ]
-    rows: list[dict[str, Any]] = []
-    for group, queries in groups.items():
-        named = {kind: {q: own[q] for q in queries if q in own} for kind, own in matching.items()}
-        for name in scores:
-            pairs = [single[name][q]["spearman"] for q in queries]
-            found = {
-                kind: _mean([bool(labels.hits(ranked[name][:, q], x, top)) for q, x in own.items()])
-                for kind, own in named.items()
-            }
-            rows.append(
-                {
-                    **{"method": name, "group": group, "queries": len(queries)},
-                    **{"spearman": _mean(pairs), "most_spearman": max(pairs)},
-                    "overlap": _mean([single[name][q]["overlap"] for q in queries]),
-                    **found,
-                }
-            )
-        by_chance = {
-            kind: _mean([labels.chance(count, len(x), top) for x in own.values()])
-            for kind, own in named.items()
-        }
         rows.append(
             {
-                **{"method": RANDOM, "group": group, "queries": len(queries), "spearman": 0.0},
-                **{"most_spearman": None, "overlap": size / count, **by_chance},
+                **{"method": method, "spearman": _mean(pairs), "overlap": _mean(shared)},
+                **{
+                    kind: _mean(
+                        [
+                            bool(labels.hits(ranked[method][:, q], documents, top))
+                            for q, documents in own.items()
+                        ]
+                    )
+                    for kind, own in matching.items()
+                },
             }
         )
-    return rows, {name: own for name, own in single.items() if name != first}
+    count = len(scores[first])
+    by_chance = {
+        kind: _mean([labels.chance(count, len(documents), top) for documents in own.values()])
+        for kind, own in matching.items()
+    }
+    overlap = min(top, count) / count
+    return [*rows, {"method": RANDOM, "spearman": 0.0, "overlap": overlap, **by_chance}]
+
+
+def by_query(scores: Mapping[str, np.ndarray], *, top: int) -> dict[str, list[dict[str, float]]]:
+    """Returns for each query the `spearman` and `overlap` (share of the top documents) with the first scores, by other scores' name."""
+    (_, first_NQ), *others = scores.items()
+    first_kQ = statistics.ranked(first_NQ)[:top]
+    return {
+        name: [
+            {
+                "spearman": spearman(own_NQ[:, q], first_NQ[:, q]),
+                "overlap": len(np.intersect1d(column_k, first_kQ[:, q])) / len(first_kQ),
+            }
+            for q, column_k in enumerate(statistics.ranked(own_NQ)[:top].T)
+        ]
+        for name, own_NQ in others
+    }
+
+
+def by_kind(
+    similar: Mapping[str, Sequence[Mapping[str, float]]], groups: Mapping[str, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Returns rows of `by_query`, as means over the queries of each group, with the largest Spearman correlation as `most`."""
+    rows = []
+    for group, queries in groups.items():
+        for name, own in similar.items():
+            known = [x for q in queries if not np.isnan(x := own[q]["spearman"])]
+            rows.append(
+                {
+                    **{"group": group, "method": name, "queries": len(queries)},
+                    **{"spearman": statistics.spread(known), "most": max(known, default=None)},
+                    "overlap": statistics.spread([own[q]["overlap"] for q in queries]),
+                }
+            )
+    return rows
 
 
 def controls(given: "Inputs", found: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -288,8 +312,10 @@ def analyse(given: Inputs) -> dict[str, Any]:
         omitted.append("Tokens need `score --token_scores=N`.")
     if given.others:
         every = {given.method: given.scores_NQ, **given.others}
-        compared_ = compared(every, by_name, groups, top=given.within)
-        result["methods"], result["methods_of_queries"] = compared_
+        result["methods"] = compared(every, by_name, top=given.within)
+        similar = by_query(every, top=given.within)
+        result["methods_of_kinds"] = by_kind(similar, groups)
+        result["methods_of_queries"] = similar
     result["omitted"] = omitted
     return result
 

@@ -193,17 +193,13 @@ def _methods(analyses: Mapping[str, Any]) -> Table:
     named = [kind for kind in ("answer", "procedure") if kind in analyses]
     return _table(
         "Methods",
-        "Rankings of other methods or models compared with the first ones: means over queries and the largest Spearman "
-        "correlation, the share that the first documents have in common, and the queries whose answer or procedure is in their "
-        f"first {analyses['within']} documents. Rows named random are what random rankings give in expectation.",
-        [
-            *("method", "kind", "queries", "Spearman", "largest", "overlap"),
-            *(f"{kind} in the top" for kind in named),
-        ],
+        "Rankings compared with those of the first method, as means over queries, and the queries whose answer or procedure is "
+        f"in their first {analyses['within']} documents. The last row is what random rankings give in expectation.",
+        ["method", "Spearman", "overlap", *(f"{kind} in the top" for kind in named)],
         [
             [
-                *(row["method"], row["group"], str(row["queries"])),
-                *(number(row[name], 3) for name in ("spearman", "most_spearman", "overlap")),
+                row["method"],
+                *(number(row[name], 3) for name in ("spearman", "overlap")),
                 *(_percent(row[kind]) for kind in named),
             ]
             for row in analyses["methods"]
@@ -211,21 +207,40 @@ def _methods(analyses: Mapping[str, Any]) -> Table:
     )
 
 
+def _methods_of_kinds(analyses: Mapping[str, Any]) -> Table:
+    return _table(
+        "Rankings by kind of query",
+        "Rankings by other methods or models compared with the first ones: Spearman correlations over all documents, and the "
+        f"share that the first {analyses['within']} documents have in common, as means over queries with Student intervals. Random "
+        f"rankings have a correlation of 0 and an overlap of {number(_chance(analyses), 2)} in expectation.",
+        ["kind", "method", "queries", "Spearman", "largest", "overlap"],
+        [
+            [
+                *(row["group"], row["method"], str(row["queries"])),
+                *(_interval(row["spearman"]), number(row["most"]), _interval(row["overlap"])),
+            ]
+            for row in analyses["methods_of_kinds"]
+        ],
+    )
+
+
 def _methods_of_queries(analyses: Mapping[str, Any]) -> Table:
     others = analyses["methods_of_queries"]
     return _table(
-        "Methods, by query",
-        "Spearman correlation of each query's scores with those of the first method, and the share of the first "
-        f"{analyses['within']} documents in common, which is {number(analyses['methods'][-1]['overlap'], 2)} by chance.",
+        "Rankings by query",
+        "Spearman correlation of each query's scores with those of the first method or model, and the share of the first "
+        f"{analyses['within']} documents in common, which is {number(_chance(analyses), 2)} by chance.",
         ["query", *(f"{name}: {what}" for name in others for what in ("Spearman", "overlap"))],
         [
-            [
-                str(q + 1),
-                *(_fixed(row[what]) for row in rows for what in ("spearman", "overlap")),
-            ]
-            for q, rows in enumerate(zip(*others.values(), strict=True))
+            [str(q), *(number(own[what]) for own in rows for what in ("spearman", "overlap"))]
+            for q, rows in enumerate(zip(*others.values(), strict=True), 1)
         ],
     )
+
+
+def _chance(analyses: Mapping[str, Any]) -> float:
+    """Returns the overlap of random rankings."""
+    return float(analyses["methods"][-1]["overlap"])
 
 
 _MEASURES = {
@@ -260,6 +275,7 @@ def _controls(analyses: Mapping[str, Any]) -> Table:
 
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], Table]] = {
     "methods": _methods,
+    "methods_of_kinds": _methods_of_kinds,
     "methods_of_queries": _methods_of_queries,
     "correlations": _correlations,
     "controls": _controls,
