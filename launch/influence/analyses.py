@@ -13,6 +13,7 @@ import numpy as np
 
 from espalier.launch.influence import labels, statistics
 from espalier.launch.influence.labels import OTHER_SOURCES, Query
+from espalier.launch.plots import intervals
 from espalier.trainers.influence.measures import spearman
 
 RANDOM = "random"
@@ -215,8 +216,6 @@ def represented(
       sources: source of each document.
       groups: queries by name.
     """
-    from espalier.launch.plots import intervals
-
     names, sources_N = largest(sources)
     shares = np.bincount(sources_N) / len(sources_N)
     rows = []
@@ -282,6 +281,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
     result["power_law"], fits = _power_laws(given, groups)
     result["power_law_of_queries"] = fits
     result["cumulative"] = _cumulative(given, groups)
+    result["curves"] = _curves(given, groups)
     if given.sources is None:
         omitted.append('Sources need documents with a "source".')
     else:
@@ -370,4 +370,30 @@ def _cumulative(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict
                     **{name: statistics.spread(own) for name, own in values.items()},
                 }
             )
+    return rows
+
+
+def _curves(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """Returns for each group the mean positive influence per nat of the first k documents, for k = 1, 2, 5, 10, ..., and all.
+
+    A row has `documents` (the k), and lists of intervals over queries: `per_nat`, and `random_per_nat` of as many random documents.
+    """
+    count = len(given.scores_NQ)
+    steps = [m * 10**e for e in range(len(str(count))) for m in (1, 2, 5) if m * 10**e < count]
+    documents = np.array([*steps, count])
+    by_query = {}
+    for q, nats in enumerate(given.nats):
+        if nats is not None:
+            positive = np.maximum(given.scores_NQ[:, q], 0.0).astype(np.float64)
+            by_query[q] = np.cumsum(np.sort(positive)[::-1])[documents - 1] / nats
+    rows = []
+    for group, queries in groups.items():
+        if own := [by_query[q] for q in queries if q in by_query]:
+            own_QK = np.stack(own)
+            random_QK = own_QK[:, -1:] * documents / count
+            shown = {
+                name: [intervals.student(column) for column in values.T]
+                for name, values in (("per_nat", own_QK), ("random_per_nat", random_QK))
+            }
+            rows.append({"group": group, "documents": documents.tolist(), **shown})
     return rows

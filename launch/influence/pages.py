@@ -17,7 +17,7 @@ import numpy as np
 
 from espalier.launch.influence import analyses, tables
 from espalier.launch.influence.outputs import ENDS, PLACE
-from espalier.launch.plots import html_page
+from espalier.launch.plots import html_page, panels
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 _SNIPPET = 90
@@ -327,3 +327,19 @@ def shown(made: Made) -> dict[str, Any]:
             "omitted": made.analyses["omitted"],
         }
     )
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns an SVG picture of `analyses.curves`: influence per nat against the number of documents, beside random documents."""
+    figure, (axes,) = panels.panels(1, (6.0, 3.6))
+    for row, colour in zip(rows, panels.colours(len(rows)), strict=True):
+        for name, style in (("per_nat", "-"), ("random_per_nat", ":")):
+            values = [one["value"] for one in row[name]]
+            label = row["group"].replace("$", r"\$")  # which begins a formula
+            label += ", random documents" if name != "per_nat" else ""
+            axes.plot(row["documents"], values, style, color=colour, marker=".", label=label)
+        low, high = ([one[end] for one in row["per_nat"]] for end in ("low", "high"))
+        axes.fill_between(row["documents"], low, high, color=colour, alpha=0.15, lw=0)
+    axes.set(xscale="log", yscale="log", xlabel="first documents", ylabel="influence per nat")
+    axes.legend(**panels.BESIDE)
+    return html_page.svg(figure)

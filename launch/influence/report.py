@@ -4,8 +4,8 @@ Example, after `espalier influence score` wrote /tmp/scores.jsonl:
 
   espalier influence report --scores=/tmp/scores.jsonl --top=5 --out=/tmp/report
 
-The tables go to standard output, and with --out to report.md and report.json of that folder, beside viewer.html, which a browser
-opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
+The tables go to standard output, and with --out to report.md and report.json of that folder, beside curves.svg and viewer.html, which a
+browser opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
 length can be compared; completions of less than 0.1 nats are divided by 0.1 and marked. "per norm" is the score divided by the
 norm of the document's gradient. Labels in the files of queries and documents ("task", "kind", "correct", "control", "answer",
 "procedure"; "source") add analyses: docs/use/influence.md.
@@ -27,7 +27,13 @@ from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
 from espalier.launch.influence import labels, outputs
 
-_COMPARED = ("queries", "documents", "length")  # what --beside must have in common
+_CURVES = (
+    "Summed positive influence per nat of the first documents, with Student intervals over queries"
+)
+_COMPARED = (
+    "documents",
+    "length",
+)  # what --beside must have in common, and the prompts of the queries
 
 
 def run(
@@ -53,7 +59,7 @@ def run(
       bottom: also the documents at the other end.
       rank_by: the score, or the score divided by the norm of the document's gradient.
       within: top documents that are searched and compared (default: a hundredth of all, from 10 to 500).
-      out: write report.md, report.json and viewer.html to this folder.
+      out: write report.md, report.json, curves.svg (influence per nat against the number of documents) and viewer.html to this folder.
 
     Raises:
       RowFileError: see `report`.
@@ -73,14 +79,20 @@ def run(
         return
     if not paths.is_remote(out):
         os.makedirs(out, exist_ok=True)
+    curves: dict[str, str | bytes] = {}
+    if rows := table["analyses"]["curves"]:
+        curves["curves.svg"] = pages.curves(rows)
+        text += f"\n![{_CURVES}](curves.svg)\n"
     written: dict[str, str | bytes] = {
         "report.md": (text + "\n").encode("utf-8", "backslashreplace"),
         "report.json": json.dumps(table, indent=1) + "\n",
+        **curves,
         "viewer.html": pages.page(shown),
     }
     for name, content in written.items():
         output_files.write(paths.join(out, name), content)
-    print(f"written: {paths.join(out, 'report.md')}, report.json and viewer.html")
+    _, *rest, last = written
+    print(f"written: {paths.join(out, 'report.md')}, {', '.join(rest)} and {last}")
 
 
 def report(
@@ -106,6 +118,7 @@ def report(
     scores = outputs.local_scores(scores)
     tops = outputs.read_top(scores)
     prepared, record = query_files.load(pathlib.Path(outputs.queries_folder(scores)))
+    record["queries"]["path"] = queries = queries or record["queries"]["path"]
     asked = outputs.asked(scores, record, queries)
     documents = documents or record["documents"].get("path")
     if documents is not None:
@@ -124,8 +137,8 @@ def report(
     scores_NQ, norms_N = outputs.read_table(scores, count, add_layers)
     if scores_NQ.shape[1] != len(asked):
         raise RowFileError(
-            f"--queries={queries or record['queries']['path']} has {len(asked)} queries, and --scores={scores} "
-            f"{scores_NQ.shape[1]}: give the file that was scored."
+            f"--queries={queries} has {len(asked)} queries, and --scores={scores} {scores_NQ.shape[1]}: give the file that was "
+            "scored."
         )
     ranked = outputs.ranked_by(rank_by, scores_NQ, norms_N, method=record["method"])
     patterns = {
@@ -149,7 +162,7 @@ def report(
         layers=layers,
         tokens=tokens,
         method=record["method"],
-        others=_others(beside, record, count, rank_by),
+        others=_others(beside, record, asked, count, rank_by),
         within=within,
     )
     made = pages.Made(
@@ -161,7 +174,11 @@ def report(
 
 
 def _others(
-    beside: Sequence[str], record: Mapping[str, Any], count: int, rank_by: str
+    beside: Sequence[str],
+    record: Mapping[str, Any],
+    asked: Sequence[labels.Query],
+    count: int,
+    rank_by: str,
 ) -> dict[str, Any]:
     """Returns other scores [N, Q] by method, and file or path where needed; those without norms are not divided by any."""
     from espalier.trainers.influence import queries as query_files
@@ -173,6 +190,10 @@ def _others(
         differing = [
             name for name in _COMPARED if _identity(other[name]) != _identity(record[name])
         ]
+        same = _identity(other["queries"]) == _identity(record["queries"])
+        theirs = outputs.asked(path, other, record["queries"]["path"] if same else None)
+        if [one.prompt for one in theirs] != [one.prompt for one in asked]:
+            differing = ["queries", *differing]
         if differing:
             raise RowFileError(
                 f"--beside={path} has scores of other {', '.join(differing)} than --scores: give scores of the same files."
@@ -181,6 +202,9 @@ def _others(
         if rank_by == "per_norm" and norms_N is not None:
             scores_NQ = outputs.per_norm(scores_NQ, norms_N)
         method, own = other["method"], pathlib.Path(path)
+        pairs = zip(theirs, asked, strict=True)
+        if changed := sum(one.completion != first.completion for one, first in pairs):
+            method += f", {changed:,} completions of its own"
         names = (method, f"{method} ({own.name})", f"{method} ({own})")
         taken = (record["method"], *result)
         result[next((name for name in names if name not in taken), names[-1])] = scores_NQ
