@@ -13,7 +13,6 @@ import numpy as np
 
 from espalier.launch.influence import labels, statistics
 from espalier.launch.influence.labels import OTHER_SOURCES, Query
-from espalier.launch.plots import intervals
 from espalier.trainers.influence.measures import spearman
 
 RANDOM = "random"
@@ -110,58 +109,31 @@ def by_kind(
     return rows
 
 
-def controls(given: "Inputs", found: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def controls(given: "Inputs") -> list[dict[str, Any]]:
     """Returns rows that compare the queries of each kind with its controls, whose prompts state the answer.
 
     Where queries are similar because of their form, a query is as similar to a control of this form as to another query.
 
-    Args:
-      given: scores and queries.
-      found: what the first documents of queries with an answer have (`labels.per_query`).
-
     Returns:
-      For each kind and `measure` the mean over `queries` and over `controls`, and their `difference`. For similarities, means
-      over pairs, with `between` for pairs of a query and a control, and the `difference` from these. Other measures: `per_nat`, the
-      summed positive scores of the first documents, and `answer`, whether one of these has the answer.
+      For each kind and similarity (`measure`) its mean over pairs `of_queries`, `of_controls`, and `between` a query and a control,
+      and the `difference` of the first and the last.
     """
     rows: list[dict[str, Any]] = []
     kinds = {query.kind: None for query in given.queries if query.control}
     matrices = statistics.similarities(given.scores_NQ, given.within) if kinds else {}
-    firsts_kQ = np.sort(np.maximum(given.scores_NQ, 0.0), axis=0)[::-1][: given.within]
     for kind in kinds:
         own, stated = (
             [q for q, x in enumerate(given.queries) if x.kind == kind and x.control is control]
             for control in (False, True)
         )
-        if not own:
-            continue
-        sizes = {"kind": kind, "queries": len(own), "controls": len(stated)}
-        for measure, values_QQ in matrices.items():
+        for measure, values_QQ in matrices.items() if own else ():
             means = {
                 "of_queries": statistics.block_mean(values_QQ, own, own),
                 "between": statistics.block_mean(values_QQ, own, stated),
                 "of_controls": statistics.block_mean(values_QQ, stated, stated),
                 "difference": statistics.block_difference(values_QQ, own, stated),
             }
-            rows.append({**sizes, "measure": measure, **means})
-        per_nat = {
-            q: float(firsts_kQ[:, q].sum()) / nats
-            for q in (*own, *stated)
-            if (nats := given.nats[q]) is not None
-        }
-        answer = {q: float(x["top"] > 0) for q, x in found.items()}
-        for measure, values in (("per_nat", per_nat), ("answer", answer)):
-            both = [[values[q] for q in chosen if q in values] for chosen in (own, stated)]
-            if all(both):
-                rows.append(
-                    {
-                        **{**sizes, "queries": len(both[0]), "controls": len(both[1])},
-                        **{"measure": measure, "between": None},
-                        "of_queries": statistics.spread(both[0]),
-                        "of_controls": statistics.spread(both[1]),
-                        "difference": statistics.mean_difference(*both),
-                    }
-                )
+            rows.append({"kind": kind, "measure": measure, **means})
     return rows
 
 
@@ -216,6 +188,8 @@ def represented(
       sources: source of each document.
       groups: queries by name.
     """
+    from espalier.launch.plots import intervals
+
     names, sources_N = largest(sources)
     shares = np.bincount(sources_N) / len(sources_N)
     rows = []
@@ -280,8 +254,11 @@ def analyse(given: Inputs) -> dict[str, Any]:
         omitted.append("Correlations need two queries.")
     result["power_law"], fits = _power_laws(given, groups)
     result["power_law_of_queries"] = fits
-    result["cumulative"] = _cumulative(given, groups)
-    result["curves"] = _curves(given, groups)
+    result["cumulative"] = _cumulative(given, groups, statistics.SHARES)
+    count = len(given.scores_NQ)
+    steps = [m * 10**e for e in range(len(str(count))) for m in (1, 2, 5)]  # of documents
+    parts = [k / count for k in steps if k < count]
+    result["curves"] = _cumulative(given, groups, [*parts, 1.0])
     if given.sources is None:
         omitted.append('Sources need documents with a "source".')
     else:
@@ -298,7 +275,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
             omitted.append(f"The search for a query's {name} needs a file of documents.")
         else:
             omitted.append(f'The search for the {name} of a query needs queries with "{name}".')
-    if made := controls(given, result.get("answer_of_queries", {})):
+    if made := controls(given):
         result["controls"] = made
     else:
         omitted.append('Controls need queries with "control", and others of the same kind.')
@@ -348,15 +325,17 @@ def _power_laws(given: Inputs, groups: Mapping[str, Sequence[int]]) -> tuple[lis
     return rows, fits
 
 
-def _cumulative(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+def _cumulative(
+    given: Inputs, groups: Mapping[str, Sequence[int]], parts: Sequence[float]
+) -> list[dict[str, Any]]:
     """Returns rows of the positive influence of top documents, by group and part of the documents."""
     by_query = [
-        statistics.cumulative(column, nats)
+        statistics.cumulative(column, nats, shares=parts)
         for column, nats in zip(given.scores_NQ.T, given.nats, strict=True)
     ]
     rows = []
-    for p, part in enumerate(statistics.SHARES):
-        if part * len(given.scores_NQ) < 1:
+    for p, part in enumerate(parts):
+        if part * len(given.scores_NQ) < 1 - statistics.ROUNDING:
             continue
         count = by_query[0][p]["documents"]
         for group, own in groups.items():
@@ -370,30 +349,4 @@ def _cumulative(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict
                     **{name: statistics.spread(own) for name, own in values.items()},
                 }
             )
-    return rows
-
-
-def _curves(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-    """Returns for each group the mean positive influence per nat of the first k documents, for k = 1, 2, 5, 10, ..., and all.
-
-    A row has `documents` (the k), and lists of intervals over queries: `per_nat`, and `random_per_nat` of as many random documents.
-    """
-    count = len(given.scores_NQ)
-    steps = [m * 10**e for e in range(len(str(count))) for m in (1, 2, 5) if m * 10**e < count]
-    documents = np.array([*steps, count])
-    by_query = {}
-    for q, nats in enumerate(given.nats):
-        if nats is not None:
-            positive = np.maximum(given.scores_NQ[:, q], 0.0).astype(np.float64)
-            by_query[q] = np.cumsum(np.sort(positive)[::-1])[documents - 1] / nats
-    rows = []
-    for group, queries in groups.items():
-        if own := [by_query[q] for q in queries if q in by_query]:
-            own_QK = np.stack(own)
-            random_QK = own_QK[:, -1:] * documents / count
-            shown = {
-                name: [intervals.student(column) for column in values.T]
-                for name, values in (("per_nat", own_QK), ("random_per_nat", random_QK))
-            }
-            rows.append({"group": group, "documents": documents.tolist(), **shown})
     return rows

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.launch.inference import generate, row_files
-from espalier.launch.influence import inputs, outputs
+from espalier.launch.influence import inputs
 from espalier.launch.load.load_run import LoadedRun, LoadError
 
 _OWN = (
@@ -20,17 +20,15 @@ _OWN = (
 _Placed = Sequence[tuple[str, Mapping[str, Any]]]
 
 
-def rows(
-    path: str, placed: _Placed, run: LoadedRun, *, tokens: int, batch_size: int
-) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (place, row) of queries with completions, those of an earlier start or new ones, which are written beside the scores.
+def write(file: str, queries: str, run: LoadedRun, *, tokens: int, batch_size: int) -> None:
+    """Writes queries with completions to a file, or checks those that an earlier start has written.
 
     A row has `completion`, its text (ids without a vocabulary), `completion_tokens` without the token that ends it, `ended`, and
     `written_by`, what the completion depends on.
 
     Args:
-      path: file of scores, which the completions are beside.
-      placed: (place, row) of the queries.
+      file: JSON lines of the queries with completions.
+      queries: JSON lines of the queries.
       run: the model that writes.
       tokens: number of new tokens at most.
       batch_size: rows at a time.
@@ -41,6 +39,7 @@ def rows(
     from espalier.trainers.checkpoints import agreement
     from espalier.trainers.influence import files
 
+    placed = row_files.read(queries, example=inputs.QUERY_EXAMPLE, flag="queries")
     for where, row in placed:
         if "prompt" not in row:
             raise LoadError(f"{where} has no 'prompt'.")
@@ -48,7 +47,6 @@ def rows(
             raise LoadError(
                 f"{where} has a completion, and with --completion_tokens the model writes it: remove one of the two."
             )
-    file = outputs.completions_file(path)
     made = {"model": files.model_digest(run.params), "tokens": tokens}
     if not all(agreement.gather(os.path.exists(file))):
         new = ({**row, "written_by": made} for row in _written(run, placed, tokens, batch_size))
@@ -63,7 +61,6 @@ def rows(
             f"{file} has completions of other queries, of another model or of other --completion_tokens: give another --out, or "
             "delete this file."
         )
-    return stored
 
 
 def _written(

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common.storage import paths
@@ -58,33 +58,20 @@ def query_run(
         yield loaded
 
 
-def read_queries(
-    run: LoadedRun,
-    path: str,
-    length: int,
-    completed: Callable[[Sequence[tuple[str, Mapping[str, Any]]]], Any] | None = None,
-) -> list[Row]:
-    """Returns the queries of a file.
-
-    Args:
-      run: the model that reads them.
-      path: JSON lines of queries.
-      length: number of tokens that a query has at most.
-      completed: (rows with their places) -> rows with completions (launch/influence/completions.py); None if the file has these.
+def read_queries(run: LoadedRun, path: str, length: int, *, written: bool = False) -> list[Row]:
+    """Returns the queries of a file; of one that `completions.write` has `written`, with the tokens of the completions.
 
     Raises:
       LoadError: there is none, or one has no prompt, an empty completion or too many tokens.
       RowFileError, DataError: the file cannot be read.
     """
-    rows = row_files.read(path, example=QUERY_EXAMPLE, flag="queries")
+    rows = []
+    for where, row in row_files.read(path, example=QUERY_EXAMPLE, flag="queries"):
+        own = {"completion": row["completion_tokens"]} if written else {}
+        rows.append(_query(run, {**row, **own}, where, length))
     if not rows:
         raise LoadError(f"--queries={path} has no query: give lines such as {QUERY_EXAMPLE}.")
-    if completed is not None:
-        rows = [
-            (where, {**row, "completion": row["completion_tokens"]})
-            for where, row in completed(rows)
-        ]
-    return [_query(run, row, where, length) for where, row in rows]
+    return rows
 
 
 def prompt_row(run: LoadedRun, prompt: Any, where: str) -> Mapping[str, Any]:

@@ -329,17 +329,22 @@ def shown(made: Made) -> dict[str, Any]:
     )
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns an SVG picture of `analyses.curves`: influence per nat against the number of documents, beside random documents."""
+def curves(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns an SVG picture of the analysis of this name: influence per nat against the number of documents; None without nats."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["per_nat"] is not None:
+            groups.setdefault(row["group"], []).append(row)
+    if not groups:
+        return None
     figure, (axes,) = panels.panels(1, (6.0, 3.6))
-    for row, colour in zip(rows, panels.colours(len(rows)), strict=True):
-        for name, style in (("per_nat", "-"), ("random_per_nat", ":")):
-            values = [one["value"] for one in row[name]]
-            label = row["group"].replace("$", r"\$")  # which begins a formula
-            label += ", random documents" if name != "per_nat" else ""
-            axes.plot(row["documents"], values, style, color=colour, marker=".", label=label)
-        low, high = ([one[end] for one in row["per_nat"]] for end in ("low", "high"))
-        axes.fill_between(row["documents"], low, high, color=colour, alpha=0.15, lw=0)
+    for (group, own), colour in zip(groups.items(), panels.colours(len(groups)), strict=True):
+        x, label = [row["documents"] for row in own], group.replace("$", r"\$")  # begins a formula
+        for name, style, more in (("per_nat", "-", ""), ("random_per_nat", ":", ", random")):
+            y = [row[name]["value"] for row in own]
+            axes.plot(x, y, style, color=colour, marker=".", label=f"{label}{more}")
+        low, high = ([row["per_nat"][end] for row in own] for end in ("low", "high"))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axes.set(xscale="log", yscale="log", xlabel="first documents", ylabel="influence per nat")
     axes.legend(**panels.BESIDE)
     return html_page.svg(figure)

@@ -80,8 +80,8 @@ def run(
     if not paths.is_remote(out):
         os.makedirs(out, exist_ok=True)
     curves: dict[str, str | bytes] = {}
-    if rows := table["analyses"]["curves"]:
-        curves["curves.svg"] = pages.curves(rows)
+    if picture := pages.curves(table["analyses"]["curves"]):
+        curves["curves.svg"] = picture
         text += f"\n![{_CURVES}](curves.svg)\n"
     written: dict[str, str | bytes] = {
         "report.md": (text + "\n").encode("utf-8", "backslashreplace"),

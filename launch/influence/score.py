@@ -188,18 +188,15 @@ def score(
         raise LoadError(f"--completion_tokens={completion_tokens} must be at least 1.")
     if pipeline is not None:
         _check_pipeline(source, method, completion_tokens)
-    own = {"checkpoint": checkpoint, "params": params, "queries": queries, "source": source}
-    own |= {"factors": factors, "length": length, "batch_size": batch_size}
-    with contextlib.ExitStack() as stack:
-        path, push = stack.enter_context(outputs.opened(out, beside=True))
-        if completion_tokens is not None:
-            own["completed"] = functools.partial(
-                *(_completed, path, config, getattr(method, "query_checkpoint", None)),
-                params=params,
-                tokens=completion_tokens,
-                batch_size=batch_size,
-            )
-        scan = stack.enter_context(_scan(config, **own))
+    opened = functools.partial(
+        _scan,
+        config,
+        **{"checkpoint": checkpoint, "params": params, "queries": queries, "source": source},
+        **{"factors": factors, "length": length, "batch_size": batch_size},
+        completion_tokens=completion_tokens,
+        query_checkpoint=getattr(method, "query_checkpoint", None),
+    )
+    with outputs.opened(out, beside=True) as (path, push), opened(out=path) as scan:
         documents = scan.source
         record = {
             "method": method.name,
@@ -252,41 +249,31 @@ def _scan(
     length: int | None = None,
     batch_size: int = 8,
     part: Sequence[tuple[int, Any]] | None = None,
-    completed: Callable[..., Any] | None = None,
+    completion_tokens: int | None = None,
+    query_checkpoint: str | None = None,
+    out: str = "",
 ) -> Iterator[methods.Scan]:
-    """Context manager: loads the model and the queries; arguments as of `score`, `inputs.Documents` and, with the run, `read_queries`."""
+    """Context manager: loads the model and the queries; arguments as of `score`, `methods.Gradients` and `inputs.Documents`."""
     fitted = outputs.read(factors) if factors else None
     if length is None and fitted is not None:
         length = int(fitted["length"])
     with config.load(checkpoint, params=params, encoder_decoders=True) as run:
         size = source.length(run, length)
+        if completion_tokens is not None:
+            from espalier.launch.influence import completions
+
+            file = outputs.completions_file(out)
+            own = {"tokens": completion_tokens, "batch_size": batch_size}
+            with inputs.query_run(config, run, query_checkpoint, params=params) as writer:
+                completions.write(file, queries, writer, **own)
+            queries = file
         yield methods.Scan(
             **{"config": config, "checkpoint": checkpoint, "params": params, "run": run},
             **{"factors": factors, "fitted": fitted},
-            rows=inputs.read_queries(
-                run, queries, size, completed and functools.partial(completed, run)
-            ),
+            rows=inputs.read_queries(run, queries, size, written=completion_tokens is not None),
             source=source.of(run, size, part),
             batch_size=run.batch_size(batch_size, 1 << 30),
         )
-
-
-def _completed(
-    path: str,
-    config: RunConfig,
-    other: str | None,
-    run: Any,
-    placed: Sequence[tuple[str, Mapping[str, Any]]],
-    *,
-    params: str,
-    tokens: int,
-    batch_size: int,
-) -> Any:
-    """Returns the queries with what their model writes; see `completions.rows`."""
-    from espalier.launch.influence import completions
-
-    with inputs.query_run(config, run, other, params=params) as writer:
-        return completions.rows(path, placed, writer, tokens=tokens, batch_size=batch_size)
 
 
 def _check_pipeline(

@@ -16,6 +16,7 @@ import numpy as np
 
 _RESAMPLES = 2000
 SHARES = (0.0001, 0.001, 0.01, 0.1, 1.0)  # of the documents
+ROUNDING = 1e-9  # of a part times the number of documents
 _TENTH = 0.1
 _SHOWN = 10
 _BLOCK = re.compile(r"/block_(\d+)(?=/|$)")
@@ -88,13 +89,6 @@ def block_difference(
     value, means_R = _pair_means(values_QQ, queries, queries, drawn_RQ, drawn_RQ)
     other, others_R = _pair_means(values_QQ, queries, controls, drawn_RQ, others_RC)
     return _interval(value - other, means_R - others_R)
-
-
-def mean_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
-    """Returns the difference of the means of two sets of queries, with a bootstrap interval over both."""
-    rng, sets = np.random.default_rng(0), (np.asarray(first, float), np.asarray(second, float))
-    means = [_drawn(rng, len(values)) @ values / len(values) for values in sets]
-    return _interval(float(sets[0].mean() - sets[1].mean()), means[0] - means[1])
 
 
 def _interval(value: float, draws_R: np.ndarray) -> dict[str, float]:
@@ -207,7 +201,7 @@ def cumulative(
     sums, total = np.cumsum(positive), float(positive.sum())
     rows: list[dict[str, float | None]] = []
     for share in shares:
-        count = max(1, math.ceil(share * len(positive)))
+        count = max(1, math.ceil(share * len(positive) - ROUNDING))
         own, random = float(sums[count - 1]), total * count / len(positive)
         row: dict[str, float | None] = {"part": share, "documents": count}
         for prefix, value in (("", own), ("random_", random)):

@@ -243,30 +243,19 @@ def _chance(analyses: Mapping[str, Any]) -> float:
     return float(analyses["methods"][-1]["overlap"])
 
 
-_MEASURES = {
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "overlap": "common first documents",
-    "per_nat": "influence per nat of the first documents",
-    "answer": "answer in the first documents",
-}
-
-
 def _controls(analyses: Mapping[str, Any]) -> Table:
+    names = ("of_queries", "between", "of_controls", "difference")
     return _table(
         "Queries and controls",
         "A control has the form of a kind of queries, and its prompt states the answer. Means over pairs of queries, pairs of a "
-        "query and a control, and pairs of controls, with bootstrap intervals; the difference is between the first two. Measures "
-        f"of single queries, over the first {analyses['within']} documents: means over queries and over controls with Student "
-        "intervals, and their difference.",
+        "query and a control, and pairs of controls; the difference is that of the first two. Intervals are bootstraps over queries and "
+        f"controls, and the overlap is of the first {analyses['within']} documents.",
         ["kind", "measure", "queries", "query and control", "controls", "difference"],
         [
             [
-                *(row["kind"] or "all", _MEASURES[row["measure"]]),
-                *(
-                    _interval(row[name], _percent if row["measure"] == "answer" else number)
-                    for name in ("of_queries", "between", "of_controls", "difference")
-                ),
+                row["kind"] or "all",
+                row["measure"],
+                *(_interval(row[name], _fixed) for name in names),
             ]
             for row in analyses["controls"]
         ],
