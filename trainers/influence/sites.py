@@ -81,7 +81,7 @@ class Site:
         return () if self.experts is None else (self.experts,)
 
     def blocks(self, least: int) -> tuple[int, int]:
-        """Returns the numbers of diagonal blocks of the covariances of inputs and of gradients: `least`, and more for a large head."""
+        """Returns how many diagonal blocks the two covariances have, of inputs and gradients: `least`, more for a large head."""
         return least, max(least, -(-self.outputs // HEAD_BLOCK) if self.path == HEAD else 1)
 
     def matches(self, pattern: str) -> bool:
