@@ -30,10 +30,7 @@ from espalier.launch.influence import labels, outputs
 _CURVES = (
     "Summed positive influence per nat of the first documents, with Student intervals over queries"
 )
-_COMPARED = (
-    "documents",
-    "length",
-)  # what --beside must have in common, and the prompts of the queries
+_COMPARED = ("documents", "length")  # what --beside must have in common, beside prompts
 
 
 def run(

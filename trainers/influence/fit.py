@@ -39,7 +39,9 @@ STAGES = ("covariances", "eigen", "squares")
 SAVE_SECONDS = 300.0  # between two saves of an unfinished sum
 _PARTIAL = ".partial"
 UNFINISHED = (f"covariances{_PARTIAL}", f"squares{_PARTIAL}")  # folders of unfinished sums
-_Unit = tuple[str, str, tuple[int, ...]]  # a site, a side, and the index [L, E, n] of its covariance
+_Unit = tuple[
+    str, str, tuple[int, ...]
+]  # a site, a side, and the index [L, E, n] of its covariance
 _SIDES = ("a", "s")
 _DEVICE = "device"  # of this process, without a mesh
 
