@@ -11,12 +11,8 @@ from espalier.launch.inference import generate, row_files
 from espalier.launch.influence import inputs
 from espalier.launch.load.load_run import LoadedRun, LoadError
 
-_OWN = (
-    "completion",
-    "completion_tokens",
-    "ended",
-    "written_by",
-)  # what rows have more than the queries
+# What rows have more than the queries.
+_OWN = ("completion", "completion_tokens", "ended", "written_by")
 _Placed = Sequence[tuple[str, Mapping[str, Any]]]
 
 

@@ -66,7 +66,8 @@ def run(
             "--kept needs scores of a file of documents, and these are of a mixture or of sequences: leave the documents of "
             "--out out of your own data, and remove --kept."
         )
-    inputs = {"scores": scores, "documents": documents, "queries": queries}
+    asked = queries or record["queries"]["path"]
+    inputs = {"scores": scores, "documents": documents, "queries": asked}
     for flag, path, others in (("out", out, inputs), ("kept", kept, {**inputs, "out": out})):
         row_files.check_output(path, flag, compressed=True, others=others)
     if not 1 <= top < count:

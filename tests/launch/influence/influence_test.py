@@ -25,6 +25,7 @@ from espalier.launch.load.load_run import LoadError
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import conjugate, documents, files, kronecker, lexical, scores
 from espalier.trainers.influence import fit as stages
+from espalier.trainers.influence import sites as site_list
 from espalier.trainers.scoring.scoring import Row
 
 DOCUMENTS = [
@@ -176,6 +177,20 @@ def test_a_fit_ranks_documents_for_their_own_halves_with_several_dampings(place,
     assert own == kronecker.RELATIVE and default.split()[0] == f"{own:g}"
     assert place.fit("--sweep_documents=0") == 0
     assert "second halves" not in capsys.readouterr().out
+
+
+def test_a_large_head_is_fitted_in_blocks_which_are_stated(place, capsys, monkeypatch):
+    monkeypatch.setattr(site_list, "HEAD_BLOCK", 100)  # of 264 tokens
+    flags = ("--modules=head", "--sweep_documents=0", f"--out={place.folder / 'head'}")
+    assert place.fit(*flags) == 0
+    said = "264 tokens is approximated by 3 diagonal blocks of at most 88 tokens; 66.7 %"
+    assert said in capsys.readouterr().out
+    eigen, _ = files.read(place.folder / "head" / "eigen")
+    assert eigen["head:qa"].shape == (1, 16, 16) and eigen["head:qs"].shape == (3, 88, 88)
+    status, out = place.score(f"--factors={place.folder / 'head'}", "--rank=0", out="head.jsonl")
+    assert status == 0
+    got = np.array([row["scores"] for row in read(out)])
+    assert np.isfinite(got).all() and got[0, 0] > 0  # the document with the query's text
 
 
 def test_identity_and_cosine_are_products_of_gradients(place, trained_run):
