@@ -109,7 +109,7 @@ INFLUENCE_PAGES = (
     "docs/start/trace_an_answer.md",
     "docs/start/released_mixture.md",
 )
-PARTS = [f"launch/influence/{part}.py" for part in ("fit", "score", "report")]
+PARTS = [f"launch/influence/{part}.py" for part in ("fit", "score", "report", "remove")]
 
 
 def influence_commands():
@@ -117,7 +117,7 @@ def influence_commands():
     for path in ("launch/influence/__main__.py", *INFLUENCE_PAGES, *PARTS):
         text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
         text = text.replace("\\\n", " ")  # a command on several lines
-        shown = re.finditer(r"espalier influence (fit|score|report) (--.*)", text)
+        shown = re.finditer(r"espalier influence (fit|score|report|remove) (--.*)", text)
         for number, match in enumerate(shown):
             words = shlex.split(match[2].rstrip("`"))
             yield pytest.param(match[1], words, id=f"{path}-{number}")

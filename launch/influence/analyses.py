@@ -75,6 +75,68 @@ def compared(
     return [*rows, {"method": RANDOM, "spearman": 0.0, "overlap": overlap, **by_chance}]
 
 
+def by_query(scores: Mapping[str, np.ndarray], *, top: int) -> dict[str, list[dict[str, float]]]:
+    """Returns for each query the `spearman` and `overlap` (share of the top documents) with the first scores, by other scores' name."""
+    (_, first_NQ), *others = scores.items()
+    first_kQ = statistics.ranked(first_NQ)[:top]
+    return {
+        name: [
+            {
+                "spearman": spearman(own_NQ[:, q], first_NQ[:, q]),
+                "overlap": len(np.intersect1d(column_k, first_kQ[:, q])) / len(first_kQ),
+            }
+            for q, column_k in enumerate(statistics.ranked(own_NQ)[:top].T)
+        ]
+        for name, own_NQ in others
+    }
+
+
+def by_kind(
+    similar: Mapping[str, Sequence[Mapping[str, float]]], groups: Mapping[str, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Returns rows of `by_query`, as means over the queries of each group, with the largest Spearman correlation as `most`."""
+    rows = []
+    for group, queries in groups.items():
+        for name, own in similar.items():
+            known = [x for q in queries if not np.isnan(x := own[q]["spearman"])]
+            rows.append(
+                {
+                    **{"group": group, "method": name, "queries": len(queries)},
+                    **{"spearman": statistics.spread(known), "most": max(known, default=None)},
+                    "overlap": statistics.spread([own[q]["overlap"] for q in queries]),
+                }
+            )
+    return rows
+
+
+def controls(given: "Inputs") -> list[dict[str, Any]]:
+    """Returns rows that compare the queries of each kind with its controls, whose prompts state the answer.
+
+    Where queries are similar because of their form, a query is as similar to a control of this form as to another query.
+
+    Returns:
+      For each kind and similarity (`measure`) its mean over pairs `of_queries`, `of_controls`, and `between` a query and a control,
+      and the `difference` of the first and the last.
+    """
+    rows: list[dict[str, Any]] = []
+    kinds = {query.kind: None for query in given.queries if query.control}
+    matrices = statistics.similarities(given.scores_NQ, given.within) if kinds else {}
+    for kind in kinds:
+        own, stated = (
+            [q for q, x in enumerate(given.queries) if x.kind == kind and x.control is control]
+            for control in (False, True)
+        )
+        for measure, values_QQ in matrices.items() if own else ():
+            means = {
+                "of_queries": statistics.block_mean(values_QQ, own, own),
+                "between": statistics.block_mean(values_QQ, own, stated),
+                "of_controls": statistics.block_mean(values_QQ, stated, stated),
+                "difference": statistics.block_difference(values_QQ, own, stated),
+            }
+            rows.append({"kind": kind, "measure": measure, **means})
+    return rows
+
+
 def _mean(values: Sequence[float]) -> float | None:
     """Returns the mean of the values that are not NaN; None without any."""
     known = [value for value in values if value == value]
@@ -184,7 +246,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
     if len(given.queries) > 1:
         result["random_overlap"] = min(given.within, len(given.scores_NQ)) / len(given.scores_NQ)
         tasks = [query.task for query in given.queries]
-        kinds = [query.kind for query in given.queries]
+        kinds = [query.group for query in given.queries]
         result["correlations"] = statistics.correlation_table(
             given.scores_NQ, tasks, kinds, top=given.within
         )
@@ -192,7 +254,11 @@ def analyse(given: Inputs) -> dict[str, Any]:
         omitted.append("Correlations need two queries.")
     result["power_law"], fits = _power_laws(given, groups)
     result["power_law_of_queries"] = fits
-    result["cumulative"] = _cumulative(given, groups)
+    result["cumulative"] = _cumulative(given, groups, statistics.SHARES)
+    count = len(given.scores_NQ)
+    steps = [m * 10**e for e in range(len(str(count))) for m in (1, 2, 5)]  # of documents
+    parts = [k / count for k in steps if k < count]
+    result["curves"] = _cumulative(given, groups, [*parts, 1.0])
     if given.sources is None:
         omitted.append('Sources need documents with a "source".')
     else:
@@ -209,6 +275,10 @@ def analyse(given: Inputs) -> dict[str, Any]:
             omitted.append(f"The search for a query's {name} needs a file of documents.")
         else:
             omitted.append(f'The search for the {name} of a query needs queries with "{name}".')
+    if made := controls(given):
+        result["controls"] = made
+    else:
+        omitted.append('Controls need queries with "control", and others of the same kind.')
     if given.layers is not None:
         result["layers"] = {group: given.layers.shares(own) for group, own in groups.items()}
     else:
@@ -220,6 +290,9 @@ def analyse(given: Inputs) -> dict[str, Any]:
     if given.others:
         every = {given.method: given.scores_NQ, **given.others}
         result["methods"] = compared(every, by_name, top=given.within)
+        similar = by_query(every, top=given.within)
+        result["methods_of_kinds"] = by_kind(similar, groups)
+        result["methods_of_queries"] = similar
     result["omitted"] = omitted
     return result
 
@@ -252,15 +325,17 @@ def _power_laws(given: Inputs, groups: Mapping[str, Sequence[int]]) -> tuple[lis
     return rows, fits
 
 
-def _cumulative(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+def _cumulative(
+    given: Inputs, groups: Mapping[str, Sequence[int]], parts: Sequence[float]
+) -> list[dict[str, Any]]:
     """Returns rows of the positive influence of top documents, by group and part of the documents."""
     by_query = [
-        statistics.cumulative(column, nats)
+        statistics.cumulative(column, nats, shares=parts)
         for column, nats in zip(given.scores_NQ.T, given.nats, strict=True)
     ]
     rows = []
-    for p, part in enumerate(statistics.SHARES):
-        if part * len(given.scores_NQ) < 1:
+    for p, part in enumerate(parts):
+        if part * len(given.scores_NQ) < 1 - statistics.ROUNDING:
             continue
         count = by_query[0][p]["documents"]
         for group, own in groups.items():

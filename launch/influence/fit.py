@@ -152,6 +152,8 @@ def fit(
     if jax.process_index() == 0:
         for note in documents.notes():
             print(note)
+        if approximated := site_list.blocked_head(sites, settings.blocks):
+            print(approximated)
         for path, (fewest, most) in experts.items():
             print(f"{path}: {fewest:,} to {most:,} tokens an expert")
         print(

@@ -1,5 +1,6 @@
 """Documents and queries of influence: rows of files or of SeqIO mixtures, as the model reads them."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -16,7 +17,8 @@ from espalier.launch.inference.generate import with_prompt_key
 from espalier.launch.inference.score import scored_row
 from espalier.launch.inference.texts import decoder_of
 from espalier.launch.influence import labels, sources
-from espalier.launch.load.load_run import LoadedRun, LoadError
+from espalier.launch.load import run_model
+from espalier.launch.load.load_run import LoadedRun, LoadError, RunConfig
 from espalier.trainers.decoding.stop_strings import GrowingText
 from espalier.trainers.scoring.scoring import Row
 
@@ -41,8 +43,23 @@ def length_of(run: LoadedRun, length: int | None) -> int:
     return length
 
 
-def read_queries(run: LoadedRun, path: str, length: int) -> list[Row]:
-    """Returns the queries of a file.
+@contextlib.contextmanager
+def query_run(
+    config: RunConfig, run: LoadedRun, other: str | None, *, params: str
+) -> Iterator[LoadedRun]:
+    """Context manager: yields the queries' model, which is `run`, or that of another checkpoint."""
+    if other is None:
+        yield run
+        return
+    own = dataclasses.replace(
+        config, model=run_model.of_checkpoint(other, macro="query_checkpoint")
+    )
+    with own.load(other, params=params, encoder_decoders=True) as loaded:
+        yield loaded
+
+
+def read_queries(run: LoadedRun, path: str, length: int, *, written: bool = False) -> list[Row]:
+    """Returns the queries of a file; of one that `completions.write` has `written`, with the tokens of the completions.
 
     Raises:
       LoadError: there is none, or one has no prompt, an empty completion or too many tokens.
@@ -50,28 +67,35 @@ def read_queries(run: LoadedRun, path: str, length: int) -> list[Row]:
     """
     rows = []
     for where, row in row_files.read(path, example=QUERY_EXAMPLE, flag="queries"):
-        rows.append(_query(run, row, where, length))
+        own = {"completion": row["completion_tokens"]} if written else {}
+        rows.append(_query(run, {**row, **own}, where, length))
     if not rows:
         raise LoadError(f"--queries={path} has no query: give lines such as {QUERY_EXAMPLE}.")
     return rows
 
 
-def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> Row:
-    missing = [key for key in ("prompt", "completion") if key not in row]
-    if missing:
-        raise LoadError(f"{where} has no {missing[0]!r}: a query is a row such as {QUERY_EXAMPLE}.")
-    labels.query(row, where)  # a wrong label is an error before documents are read
-    prompt, completion = row["prompt"], row["completion"]
+def prompt_row(run: LoadedRun, prompt: Any, where: str) -> Mapping[str, Any]:
+    """Returns a prompt as a row that the model reads; raises LoadError if it is none."""
     if not isinstance(prompt, str | list):
         raise LoadError(
             f"{where}: the prompt is neither a text, nor a list of token ids or of messages."
         )
     if run.encodes:
-        asked: Mapping[str, Any] = {"inputs": prompt, "targets": completion}
-    elif isinstance(prompt, list) and all(type(id) is int for id in prompt):
-        asked = {"tokens": prompt, "targets": completion}
-    else:
-        asked = with_prompt_key({"prompt": prompt, "targets": completion})
+        return {"inputs": prompt}
+    if isinstance(prompt, list) and all(type(id) is int for id in prompt):
+        return {"tokens": prompt}
+    return with_prompt_key({"prompt": prompt})
+
+
+def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> Row:
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing:
+        raise LoadError(
+            f"{where} has no {missing[0]!r}: a query is a row such as {QUERY_EXAMPLE}. With --completion_tokens=N the model "
+            "writes the completions."
+        )
+    labels.query(row, where)  # a wrong label is an error before documents are read
+    asked = {**prompt_row(run, row["prompt"], where), "targets": row["completion"]}
     query = scored_row(run, asked, where)
     if not query.targets:
         raise LoadError(

@@ -1,7 +1,7 @@
 """What the files of queries and documents say beyond the texts, and the search for answers and procedures in documents.
 
-A query may have `task` and `kind` (such as factual or reasoning), `correct` (whether the completion is), `answer` and
-`procedure`, which are patterns; a document may have `source`. All are optional.
+A query may have `task` and `kind` (such as factual or reasoning), `correct` (whether the completion is), `control` (whether its
+prompt states the answer), `answer` and `procedure`, which are patterns; a document may have `source`. All are optional.
 
 A pattern is a text, or a list of alternatives; an alternative is a text, or a list of texts that must all occur, such as the
 steps of a calculation. Letters' case and spaces do not matter, a text occurs only as whole words, and a whole number also as
@@ -48,7 +48,7 @@ _ONES = [
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _LARGEST_IN_WORDS = 999_999
 _NUMBER, _WORD = re.compile(r"-?\d{1,15}"), re.compile(r"\w+")
-ALL = "all queries"
+ALL, NOT_CONTROLS = "all queries", "all but controls"
 NO_SOURCE, OTHER_SOURCES = "(none)", "(others)"
 _MOST = 100  # characters of a name
 
@@ -256,6 +256,7 @@ class Query:
       prompt, completion: as the file has them.
       task, kind: names, or "".
       correct: whether the completion is; None if not known.
+      control: whether the prompt states the answer, so that no document is needed for it.
       answer, procedure: patterns, or None.
     """
 
@@ -264,19 +265,25 @@ class Query:
     task: str = ""
     kind: str = ""
     correct: bool | None = None
+    control: bool = False
     answer: Pattern | None = None
     procedure: Pattern | None = None
+
+    @property
+    def group(self) -> str:
+        """The kind, with a mark if the query is a control."""
+        return f"{self.kind} (control)".strip() if self.control else self.kind
 
 
 def query(row: Mapping[str, Any], where: str) -> Query:
     """Returns the query of a row.
 
     Raises:
-      RowFileError: a label is of the wrong kind; the message names the place.
+      RowFileError: a label is of the wrong kind, or the prompt of a control lacks the answer; the message names the place.
     """
-    correct = row.get("correct")
-    if correct is not None and not isinstance(correct, bool):
-        raise RowFileError(f"{where}: 'correct' is {correct!r}: give true or false.")
+    for key in ("correct", "control"):
+        if not isinstance(row.get(key), bool | None):
+            raise RowFileError(f"{where}: {key!r} is {row[key]!r}: give true or false.")
     patterns = {}
     for key in ("answer", "procedure"):
         if row.get(key) is not None:
@@ -287,14 +294,29 @@ def query(row: Mapping[str, Any], where: str) -> Query:
                     f"{where}: {key!r} is not what can be searched for ({error}): give a text, a list of alternatives, or a "
                     "list of lists of texts that occur together."
                 ) from None
+    control = bool(row.get("control"))
+    if control and "answer" in patterns and not _states(row.get("prompt"), patterns["answer"]):
+        raise RowFileError(
+            f"{where}: the prompt of a control states the answer, and 'answer' does not occur in this prompt: correct one of "
+            "them, or remove 'control'."
+        )
     return Query(
         prompt=row.get("prompt"),
         completion=row.get("completion"),
         task=name(row, "task", where),
         kind=name(row, "kind", where),
-        correct=correct,
+        correct=row.get("correct"),
+        control=control,
         **patterns,
     )
+
+
+def _states(prompt: Any, answer: Pattern) -> bool:
+    """Returns whether a prompt has an answer; ids are not searched, and count as having it."""
+    if isinstance(prompt, str):
+        return occurs(normal(prompt), answer)
+    turns = [turn.get("content") for turn in prompt or () if isinstance(turn, Mapping)]
+    return not turns or occurs(normal(" ".join(x for x in turns if isinstance(x, str))), answer)
 
 
 def name(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -316,10 +338,11 @@ def source(row: Mapping[str, Any]) -> str:
 
 
 def groups(queries: Sequence[Query]) -> dict[str, list[int]]:
-    """Returns {kind: its queries}; with no kind or several kinds, all queries together too."""
+    """Returns {kind: its queries}, with controls apart; without kinds or with several, all other queries together too."""
     kinds: dict[str, list[int]] = {}
     for q, one in enumerate(queries):
-        if one.kind:
-            kinds.setdefault(one.kind, []).append(q)
-    every = {ALL: list(range(len(queries)))}
-    return kinds if list(kinds.values()) == list(every.values()) else {**every, **kinds}
+        if one.group:
+            kinds.setdefault(one.group, []).append(q)
+    asked = [q for q, one in enumerate(queries) if not one.control] or [*range(len(queries))]
+    every = ALL if len(asked) == len(queries) else NOT_CONTROLS
+    return kinds if asked in kinds.values() else {every: asked, **kinds}

@@ -22,6 +22,7 @@ from espalier.common.storage.lock import HeldError, StoreLock
 from espalier.data.text import documents
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
+from espalier.launch.influence import labels
 from espalier.launch.load.load_run import LoadError
 
 RECORD = "influence.json"
@@ -172,11 +173,49 @@ def texts_file(scores: str) -> str:
     return f"{scores}.texts.jsonl"
 
 
+def completions_file(scores: str) -> str:
+    """Returns the file of the queries with the completions that the model has written."""
+    return f"{scores}.completions.jsonl"
+
+
+def check_same(path: str, recorded: Mapping[str, Any], flag: str) -> None:
+    """Raises RowFileError if a file is not the one that was scored."""
+    try:
+        digest = row_files.digest(path, flag)
+    except RowFileError as error:
+        raise RowFileError(f"{error} If it was moved, give its new place with --{flag}.") from None
+    if digest != recorded["sha256"]:
+        raise RowFileError(
+            f"--{flag}={path} has changed since it was scored: give the file that was scored, or score again with another "
+            "--out."
+        )
+
+
+def asked(scores: str, record: Mapping[str, Any], queries: str | None = None) -> list[labels.Query]:
+    """Returns the queries of scores with their labels.
+
+    Args:
+      scores: file of scores.
+      record: of the scores.
+      queries: the file of queries, if it was moved.
+
+    Raises:
+      RowFileError: the file has changed since it was scored, or a label is of the wrong kind.
+    """
+    path = queries or record["queries"]["path"]
+    check_same(path, record["queries"], "queries")
+    if record.get("completions"):
+        path = completions_file(scores)
+        check_same(path, record["completions"], "scores")
+    rows = row_files.read(path, example="{...}", flag="queries")
+    return [labels.query(row, where) for where, row in rows]
+
+
 def local_scores(scores: str) -> str:
     """Returns the path of a file of scores with its accompanying files, of an address a local copy; raises RowFileError without a file."""
     if not paths.is_remote(scores):
         return scores
-    for of in (queries_folder, top_file, tokens_file, texts_file):
+    for of in (queries_folder, top_file, tokens_file, texts_file, completions_file):
         copy = mirror.place(of(paths.absolute(scores)))
         try:
             mirror.local(of(scores))
@@ -292,6 +331,19 @@ def per_norm(scores_NQ: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
     """Returns scores [N, Q] divided by the norms [N] of the documents' gradients; 0 for a gradient of zero."""
     norms_N1 = norms_N[:, None]
     return np.divide(scores_NQ, norms_N1, out=np.zeros_like(scores_NQ), where=norms_N1 > 0)
+
+
+def ranked_by(
+    rank_by: str, scores_NQ: np.ndarray, norms_N: np.ndarray | None, *, method: str
+) -> np.ndarray:
+    """Returns scores [N, Q] as they are, or for "per_norm" divided by norms; raises RowFileError for a method without norms."""
+    if rank_by == "score":
+        return scores_NQ
+    if norms_N is None:
+        raise RowFileError(
+            f"--rank_by=per_norm needs norms of gradients, and --method={method} has none: rank by the score."
+        )
+    return per_norm(scores_NQ, norms_N)
 
 
 def write_top(scores: str, *, top: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from espalier.launch.influence import analyses, tables
 from espalier.launch.influence.outputs import ENDS, PLACE
-from espalier.launch.plots import html_page
+from espalier.launch.plots import html_page, panels
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 _SNIPPET = 90
@@ -115,7 +115,8 @@ def table(made: Made) -> dict[str, Any]:
         nats = made.nats(q)
         entry: dict[str, Any] = {
             **{"prompt": query.prompt, "completion": query.completion},
-            **{"task": query.task, "kind": query.kind, "correct": query.correct, "nats": nats},
+            **{"task": query.task, "kind": query.kind, "correct": query.correct},
+            **{"control": query.control, "nats": nats},
             "nearly_certain": nats is not None and nats < analyses.LEAST_NATS,
             "kept": _known(made.prepared.kept[q]),
             "pearson": _known(made.prepared.pearson[q]),
@@ -285,7 +286,7 @@ def shown(made: Made) -> dict[str, Any]:
     for q, (query, tops) in enumerate(zip(made.given.queries, made.tops["queries"], strict=True)):
         entry: dict[str, Any] = {
             **{"prompt": _text(query.prompt), "completion": _text(query.completion)},
-            **{"task": query.task, "kind": query.kind, "correct": query.correct},
+            **{"task": query.task, "kind": query.group, "correct": query.correct},
             "nats": made.nats(q),
         }
         for end in ends:
@@ -326,3 +327,24 @@ def shown(made: Made) -> dict[str, Any]:
             "omitted": made.analyses["omitted"],
         }
     )
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns an SVG picture of the analysis of this name: influence per nat against the number of documents; None without nats."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["per_nat"] is not None:
+            groups.setdefault(row["group"], []).append(row)
+    if not groups:
+        return None
+    figure, (axes,) = panels.panels(1, (6.0, 3.6))
+    for (group, own), colour in zip(groups.items(), panels.colours(len(groups)), strict=True):
+        x, label = [row["documents"] for row in own], group.replace("$", r"\$")  # begins a formula
+        for name, style, more in (("per_nat", "-", ""), ("random_per_nat", ":", ", random")):
+            y = [row[name]["value"] for row in own]
+            axes.plot(x, y, style, color=colour, marker=".", label=f"{label}{more}")
+        low, high = ([row["per_nat"][end] for row in own] for end in ("low", "high"))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    axes.set(xscale="log", yscale="log", xlabel="first documents", ylabel="influence per nat")
+    axes.legend(**panels.BESIDE)
+    return html_page.svg(figure)

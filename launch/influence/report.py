@@ -4,11 +4,11 @@ Example, after `espalier influence score` wrote /tmp/scores.jsonl:
 
   espalier influence report --scores=/tmp/scores.jsonl --top=5 --out=/tmp/report
 
-The tables go to standard output, and with --out to report.md and report.json of that folder, beside viewer.html, which a browser
-opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
+The tables go to standard output, and with --out to report.md and report.json of that folder, beside curves.svg and viewer.html, which a
+browser opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
 length can be compared; completions of less than 0.1 nats are divided by 0.1 and marked. "per norm" is the score divided by the
-norm of the document's gradient. Labels in the files of queries and documents ("task", "kind", "correct", "answer", "procedure";
-"source") add analyses: docs/use/influence.md.
+norm of the document's gradient. Labels in the files of queries and documents ("task", "kind", "correct", "control", "answer",
+"procedure"; "source") add analyses: docs/use/influence.md.
 """
 
 import itertools
@@ -27,7 +27,10 @@ from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
 from espalier.launch.influence import labels, outputs
 
-_COMPARED = ("queries", "documents", "length")  # what --beside must have in common
+_CURVES = (
+    "Summed positive influence per nat of the first documents, with Student intervals over queries"
+)
+_COMPARED = ("documents", "length")  # what --beside must have in common, beside prompts
 
 
 def run(
@@ -48,12 +51,12 @@ def run(
       scores: file of scores that `influence score` wrote.
       queries: by default the file that was scored.
       documents: by default the file that was scored.
-      beside: scores of another method, which the same tables show; repeatable.
+      beside: scores by another method or model, whose rankings the same tables compare; repeatable.
       top: number of documents of each query at both ends.
       bottom: also the documents at the other end.
       rank_by: the score, or the score divided by the norm of the document's gradient.
       within: top documents that are searched and compared (default: a hundredth of all, from 10 to 500).
-      out: write report.md, report.json and viewer.html to this folder.
+      out: write report.md, report.json, curves.svg (influence per nat against the number of documents) and viewer.html to this folder.
 
     Raises:
       RowFileError: see `report`.
@@ -73,14 +76,20 @@ def run(
         return
     if not paths.is_remote(out):
         os.makedirs(out, exist_ok=True)
+    curves: dict[str, str | bytes] = {}
+    if picture := pages.curves(table["analyses"]["curves"]):
+        curves["curves.svg"] = picture
+        text += f"\n![{_CURVES}](curves.svg)\n"
     written: dict[str, str | bytes] = {
         "report.md": (text + "\n").encode("utf-8", "backslashreplace"),
         "report.json": json.dumps(table, indent=1) + "\n",
+        **curves,
         "viewer.html": pages.page(shown),
     }
     for name, content in written.items():
         output_files.write(paths.join(out, name), content)
-    print(f"written: {paths.join(out, 'report.md')}, report.json and viewer.html")
+    _, *rest, last = written
+    print(f"written: {paths.join(out, 'report.md')}, {', '.join(rest)} and {last}")
 
 
 def report(
@@ -104,15 +113,11 @@ def report(
     scores = outputs.local_scores(scores)
     tops = outputs.read_top(scores)
     prepared, record = query_files.load(pathlib.Path(outputs.queries_folder(scores)))
-    queries = queries or record["queries"]["path"]
+    record["queries"]["path"] = queries = queries or record["queries"]["path"]
+    asked = outputs.asked(scores, record, queries)
     documents = documents or record["documents"].get("path")
-    _check_same(queries, record["queries"], "queries")
-    asked = [
-        labels.query(row, where)
-        for where, row in row_files.read(queries, example="{...}", flag="queries")
-    ]
     if documents is not None:
-        _check_same(documents, record["documents"], "documents")
+        outputs.check_same(documents, record["documents"], "documents")
     count = tops["documents"]
     within = min(within or analyses.searched(count), count)
     suffix = "" if rank_by == "score" else "_per_norm"
@@ -130,10 +135,7 @@ def report(
             f"--queries={queries} has {len(asked)} queries, and --scores={scores} {scores_NQ.shape[1]}: give the file that was "
             "scored."
         )
-    if rank_by == "per_norm" and norms_N is None:
-        raise RowFileError(
-            f"--rank_by=per_norm needs norms of gradients, and --method={record['method']} has none: rank by the score."
-        )
+    ranked = outputs.ranked_by(rank_by, scores_NQ, norms_N, method=record["method"])
     patterns = {
         (name, q): own
         for q, query in enumerate(asked)
@@ -146,9 +148,6 @@ def report(
         scores, documents, wanted, patterns, count=count, limit=limit
     )
     tokens = _token_rows(scores, queries=len(asked), count=count)
-    ranked = scores_NQ
-    if rank_by == "per_norm" and norms_N is not None:
-        ranked = outputs.per_norm(scores_NQ, norms_N)
     given = analyses.Inputs(
         scores_NQ=ranked,
         queries=asked,
@@ -158,7 +157,7 @@ def report(
         layers=layers,
         tokens=tokens,
         method=record["method"],
-        others=_others(beside, record, count, rank_by),
+        others=_others(beside, record, asked, count, rank_by),
         within=within,
     )
     made = pages.Made(
@@ -170,9 +169,13 @@ def report(
 
 
 def _others(
-    beside: Sequence[str], record: Mapping[str, Any], count: int, rank_by: str
+    beside: Sequence[str],
+    record: Mapping[str, Any],
+    asked: Sequence[labels.Query],
+    count: int,
+    rank_by: str,
 ) -> dict[str, Any]:
-    """Returns the scores [N, Q] of other methods by name; those without norms of gradients are not divided by any."""
+    """Returns other scores [N, Q] by method, and file or path where needed; those without norms are not divided by any."""
     from espalier.trainers.influence import queries as query_files
 
     result: dict[str, Any] = {}
@@ -182,6 +185,10 @@ def _others(
         differing = [
             name for name in _COMPARED if _identity(other[name]) != _identity(record[name])
         ]
+        same = _identity(other["queries"]) == _identity(record["queries"])
+        theirs = outputs.asked(path, other, record["queries"]["path"] if same else None)
+        if [one.prompt for one in theirs] != [one.prompt for one in asked]:
+            differing = ["queries", *differing]
         if differing:
             raise RowFileError(
                 f"--beside={path} has scores of other {', '.join(differing)} than --scores: give scores of the same files."
@@ -189,29 +196,19 @@ def _others(
         scores_NQ, norms_N = outputs.read_table(path, count)
         if rank_by == "per_norm" and norms_N is not None:
             scores_NQ = outputs.per_norm(scores_NQ, norms_N)
-        name = other["method"]
-        if name in (record["method"], *result):
-            name = f"{name} ({pathlib.Path(path).name})"
-        result[name] = scores_NQ
+        method, own = other["method"], pathlib.Path(path)
+        pairs = zip(theirs, asked, strict=True)
+        if changed := sum(one.completion != first.completion for one, first in pairs):
+            method += f", {changed:,} completions of its own"
+        names = (method, f"{method} ({own.name})", f"{method} ({own})")
+        taken = (record["method"], *result)
+        result[next((name for name in names if name not in taken), names[-1])] = scores_NQ
     return result
 
 
 def _identity(value: Any) -> Any:
     """Returns what identifies recorded files, wherever they are."""
     return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
-
-
-def _check_same(path: str, recorded: Mapping[str, Any], flag: str) -> None:
-    """Raises RowFileError if a file is not the one that was scored."""
-    try:
-        digest = row_files.digest(path, flag)
-    except RowFileError as error:
-        raise RowFileError(f"{error} If it was moved, give its new place with --{flag}.") from None
-    if digest != recorded["sha256"]:
-        raise RowFileError(
-            f"--{flag}={path} has changed since it was scored: give the file that was scored, or score again with another "
-            "--out."
-        )
 
 
 def _corpus(

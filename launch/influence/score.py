@@ -35,7 +35,7 @@ from espalier.launch.load import load_run
 from espalier.launch.load.load_run import LoadError, RunConfig
 
 _FILES = ("factors", "queries", "out")
-_SIZES = ("top", "length", "batch_size")
+_SIZES = ("completion_tokens", "top", "length", "batch_size")
 TOP = 100
 _NOT_COUNTED = [
     "documents that were cut, or that repeat an earlier one, are not counted by a pipeline"
@@ -91,6 +91,11 @@ def _run(start: cli.Start) -> None:
             raise LoadError(
                 "--beam_pipeline_options scores by one checkpoint: give each as --checkpoint, or remove it."
             )
+        if getattr(flags, "completion_tokens", None) is not None:
+            raise LoadError(
+                "--completion_tokens with --checkpoints: each checkpoint would write other completions. Score by one first, "
+                "and give its OUT.completions.jsonl as --queries."
+            )
         row_files.check_output(flags.out, "out", others={"queries": flags.queries})
         own = {"params": flags.params, "source": source, "method": methods.of_flags(flags)}
         given = {"top": TOP, **setting_flags.given(flags, score, ("queries", *_SIZES))}
@@ -141,6 +146,7 @@ def score(
     method: methods.Method,
     factors: Folder | None = None,
     params: str = "auto",
+    completion_tokens: int | None = None,
     top: int = TOP,
     length: int | None = None,
     batch_size: int = 8,
@@ -158,6 +164,8 @@ def score(
       method: how they are scored.
       factors: folder that `influence fit` wrote.
       params: see launch/load/load_run.py.
+      completion_tokens: the model writes the completions of the queries, which have none, by greedy decoding: so many tokens at most.
+        They stay in OUT.completions.jsonl, and a later start reads these. --query_checkpoint writes them, if it is set.
       top: number of top and bottom documents of each query in OUT.top.json.
       length: tokens that are read of each document; those of the factors if not set.
       batch_size: number of documents in a batch.
@@ -176,14 +184,19 @@ def score(
         )
     if top < 1:
         raise LoadError(f"--top={top} must be at least 1.")
+    if completion_tokens is not None and completion_tokens < 1:
+        raise LoadError(f"--completion_tokens={completion_tokens} must be at least 1.")
     if pipeline is not None:
-        _check_pipeline(source, method)
-    opened = _scan(
+        _check_pipeline(source, method, completion_tokens)
+    opened = functools.partial(
+        _scan,
         config,
         **{"checkpoint": checkpoint, "params": params, "queries": queries, "source": source},
         **{"factors": factors, "length": length, "batch_size": batch_size},
+        completion_tokens=completion_tokens,
+        query_checkpoint=getattr(method, "query_checkpoint", None),
     )
-    with opened as scan, outputs.opened(out, beside=True) as (path, push):
+    with outputs.opened(out, beside=True) as (path, push), opened(out=path) as scan:
         documents = scan.source
         record = {
             "method": method.name,
@@ -196,6 +209,10 @@ def score(
             "per_layer": method.per_layer,
             **method.record(),
         }
+        if completion_tokens is not None:
+            written = outputs.completions_file(path)
+            record["completions"] = {"sha256": row_files.digest(written, "out")}
+            push()
         scored = method.scorer(scan)
         began = time.perf_counter()
         made = None if pipeline is None else functools.partial(_made, pipeline, scan, out)
@@ -232,23 +249,41 @@ def _scan(
     length: int | None = None,
     batch_size: int = 8,
     part: Sequence[tuple[int, Any]] | None = None,
+    completion_tokens: int | None = None,
+    query_checkpoint: str | None = None,
+    out: str = "",
 ) -> Iterator[methods.Scan]:
-    """Context manager: loads the model and the queries; arguments as of `score`, and as of `inputs.Documents`."""
+    """Context manager: loads the model and the queries; arguments as of `score`, `methods.Gradients` and `inputs.Documents`."""
     fitted = outputs.read(factors) if factors else None
     if length is None and fitted is not None:
         length = int(fitted["length"])
     with config.load(checkpoint, params=params, encoder_decoders=True) as run:
         size = source.length(run, length)
+        if completion_tokens is not None:
+            from espalier.launch.influence import completions
+
+            file = outputs.completions_file(out)
+            own = {"tokens": completion_tokens, "batch_size": batch_size}
+            with inputs.query_run(config, run, query_checkpoint, params=params) as writer:
+                completions.write(file, queries, writer, **own)
+            queries = file
         yield methods.Scan(
             **{"config": config, "checkpoint": checkpoint, "params": params, "run": run},
             **{"factors": factors, "fitted": fitted},
-            rows=inputs.read_queries(run, queries, size),
+            rows=inputs.read_queries(run, queries, size, written=completion_tokens is not None),
             source=source.of(run, size, part),
             batch_size=run.batch_size(batch_size, 1 << 30),
         )
 
 
-def _check_pipeline(source: inputs.Source, method: methods.Method) -> None:
+def _check_pipeline(
+    source: inputs.Source, method: methods.Method, completion_tokens: int | None
+) -> None:
+    if completion_tokens is not None:
+        raise LoadError(
+            "--completion_tokens decodes in one process, and --beam_pipeline_options scores in others: score a first document with "
+            "--max_documents=1, and give its OUT.completions.jsonl as --queries."
+        )
     if not method.by_document:
         raise LoadError(
             f"--method={method.name} scores all documents together, in one process: remove --beam_pipeline_options."

@@ -17,7 +17,6 @@ import numpy as np
 
 from espalier.common.bars import Bar
 from espalier.launch.influence import inputs, outputs
-from espalier.launch.load import run_model
 from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.model import layer_groups
 from espalier.trainers.checkpoints import state_tree
@@ -86,14 +85,11 @@ class Gradients:
     @contextlib.contextmanager
     def _query_reader(self) -> Iterator[Any]:
         """The reader of the queries' model."""
-        other = self.method.query_checkpoint
-        if other is None:
-            yield self.reader
-            return
-        config = dataclasses.replace(
-            self.scan.config, model=run_model.of_checkpoint(other, macro="query_checkpoint")
-        )
-        with config.load(other, params=self.scan.params, encoder_decoders=True) as run:
+        other, scan = self.method.query_checkpoint, self.scan
+        with inputs.query_run(scan.config, scan.run, other, params=scan.params) as run:
+            if run is scan.run:
+                yield self.reader
+                return
             sites, _ = site_list.discover(run.model, run.params)
             for path, site in self.sites.items():
                 if sites.get(path) != site:

@@ -16,6 +16,7 @@ import numpy as np
 
 _RESAMPLES = 2000
 SHARES = (0.0001, 0.001, 0.01, 0.1, 1.0)  # of the documents
+ROUNDING = 1e-9  # of a part times the number of documents
 _TENTH = 0.1
 _SHOWN = 10
 _BLOCK = re.compile(r"/block_(\d+)(?=/|$)")
@@ -45,6 +46,15 @@ def top_overlap(scores_NQ: np.ndarray, top: int) -> np.ndarray:
     return np.array([[len(x & y) / size for y in sets] for x in sets])
 
 
+def similarities(scores_NQ: np.ndarray, top: int) -> dict[str, np.ndarray]:
+    """Returns `pearson`, `spearman` and `top_overlap` of all pairs of queries, each [Q, Q]."""
+    return {
+        "pearson": pearson(scores_NQ),
+        "spearman": spearman(scores_NQ),
+        "overlap": top_overlap(scores_NQ, top),
+    }
+
+
 def ranked(scores_NQ: np.ndarray) -> np.ndarray:
     """Returns the documents [N, Q] of each query from the highest score to the lowest; of equal ones the first is first."""
     return np.argsort(-scores_NQ, axis=0, kind="stable")
@@ -61,23 +71,50 @@ def block_mean(
       values_QQ: the matrix.
       first, second: the queries of both sides, equal or disjoint.
     """
-    rows, columns = np.asarray(first), np.asarray(second)
-    within = set(first) == set(second)
-    block = np.array(values_QQ[np.ix_(rows, columns)])
-    pairs = rows[:, None] != columns[None]
-    pairs &= np.isfinite(block)
-    if not pairs.any():
-        return {"value": np.nan, "low": np.nan, "high": np.nan}
-    block = np.where(pairs, block, 0.0)
     rng = np.random.default_rng(0)
-    drawn_RQ = _drawn(rng, len(rows))
-    others_RQ = drawn_RQ if within else _drawn(rng, len(columns))
+    drawn_RQ = _drawn(rng, len(first))
+    others_RQ = drawn_RQ if set(first) == set(second) else _drawn(rng, len(second))
+    return _interval(*_pair_means(values_QQ, first, second, drawn_RQ, others_RQ))
+
+
+def block_difference(
+    values_QQ: np.ndarray, queries: Sequence[int], controls: Sequence[int]
+) -> dict[str, float]:
+    """Returns the mean of a symmetric matrix over pairs of queries minus that over pairs of a query and a control.
+
+    The bootstrap interval draws queries and controls, and a drawn query is the same one in both means.
+    """
+    rng = np.random.default_rng(0)
+    drawn_RQ, others_RC = (_drawn(rng, len(x)) for x in (queries, controls))
+    value, means_R = _pair_means(values_QQ, queries, queries, drawn_RQ, drawn_RQ)
+    other, others_R = _pair_means(values_QQ, queries, controls, drawn_RQ, others_RC)
+    return _interval(value - other, means_R - others_R)
+
+
+def _interval(value: float, draws_R: np.ndarray) -> dict[str, float]:
+    known = draws_R[np.isfinite(draws_R)]
+    if math.isnan(value) or not len(known):
+        return {"value": math.nan, "low": math.nan, "high": math.nan}
+    low, high = np.percentile(known, [2.5, 97.5])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def _pair_means(
+    values_QQ: np.ndarray,
+    first: Sequence[int],
+    second: Sequence[int],
+    drawn_RQ: np.ndarray,
+    others_RQ: np.ndarray,
+) -> tuple[float, np.ndarray]:
+    """Returns the mean over pairs of different queries, and those [R] of draws; NaN where there is no pair."""
+    rows, columns = np.asarray(first), np.asarray(second)
+    block = np.array(values_QQ[np.ix_(rows, columns)])
+    pairs = (rows[:, None] != columns[None]) & np.isfinite(block)
+    block = np.where(pairs, block, 0.0)
     sums_R = np.einsum("ri,ij,rj->r", drawn_RQ, block, others_RQ)
     weights_R = np.einsum("ri,ij,rj->r", drawn_RQ, pairs.astype(float), others_RQ)
-    means_R = sums_R[weights_R > 0] / weights_R[weights_R > 0]
-    low, high = np.percentile(means_R, [2.5, 97.5])
-    value = float(block.sum() / pairs.sum())
-    return {"value": value, "low": float(low), "high": float(high)}
+    means_R = np.divide(sums_R, weights_R, out=np.full(len(sums_R), np.nan), where=weights_R > 0)
+    return float(block.sum() / pairs.sum()) if pairs.any() else math.nan, means_R
 
 
 def _drawn(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -95,11 +132,7 @@ def correlation_table(
       tasks, kinds: task and kind of each query.
       top: number of documents whose overlap is taken.
     """
-    matrices = {
-        "pearson": pearson(scores_NQ),
-        "spearman": spearman(scores_NQ),
-        "overlap": top_overlap(scores_NQ, top),
-    }
+    matrices = similarities(scores_NQ, top)
     by_task: dict[tuple[str, str], list[int]] = {}
     for q, names in enumerate(zip(kinds, tasks, strict=True)):
         by_task.setdefault(names, []).append(q)
@@ -168,7 +201,7 @@ def cumulative(
     sums, total = np.cumsum(positive), float(positive.sum())
     rows: list[dict[str, float | None]] = []
     for share in shares:
-        count = max(1, math.ceil(share * len(positive)))
+        count = max(1, math.ceil(share * len(positive) - ROUNDING))
         own, random = float(sums[count - 1]), total * count / len(positive)
         row: dict[str, float | None] = {"part": share, "documents": count}
         for prefix, value in (("", own), ("random_", random)):

@@ -207,9 +207,67 @@ def _methods(analyses: Mapping[str, Any]) -> Table:
     )
 
 
+def _methods_of_kinds(analyses: Mapping[str, Any]) -> Table:
+    return _table(
+        "Rankings by kind of query",
+        "Rankings by other methods or models compared with the first ones: Spearman correlations over all documents, and the "
+        f"share that the first {analyses['within']} documents have in common, as means over queries with Student intervals. Random "
+        f"rankings have a correlation of 0 and an overlap of {number(_chance(analyses), 2)} in expectation.",
+        ["kind", "method", "queries", "Spearman", "largest", "overlap"],
+        [
+            [
+                *(row["group"], row["method"], str(row["queries"])),
+                *(_interval(row["spearman"]), number(row["most"]), _interval(row["overlap"])),
+            ]
+            for row in analyses["methods_of_kinds"]
+        ],
+    )
+
+
+def _methods_of_queries(analyses: Mapping[str, Any]) -> Table:
+    others = analyses["methods_of_queries"]
+    return _table(
+        "Rankings by query",
+        "Spearman correlation of each query's scores with those of the first method or model, and the share of the first "
+        f"{analyses['within']} documents in common, which is {number(_chance(analyses), 2)} by chance.",
+        ["query", *(f"{name}: {what}" for name in others for what in ("Spearman", "overlap"))],
+        [
+            [str(q), *(number(own[what]) for own in rows for what in ("spearman", "overlap"))]
+            for q, rows in enumerate(zip(*others.values(), strict=True), 1)
+        ],
+    )
+
+
+def _chance(analyses: Mapping[str, Any]) -> float:
+    """Returns the overlap of random rankings."""
+    return float(analyses["methods"][-1]["overlap"])
+
+
+def _controls(analyses: Mapping[str, Any]) -> Table:
+    names = ("of_queries", "between", "of_controls", "difference")
+    return _table(
+        "Queries and controls",
+        "A control has the form of a kind of queries, and its prompt states the answer. Means over pairs of queries, pairs of a "
+        "query and a control, and pairs of controls; the difference is that of the first two. Intervals are bootstraps over queries and "
+        f"controls, and the overlap is of the first {analyses['within']} documents.",
+        ["kind", "measure", "queries", "query and control", "controls", "difference"],
+        [
+            [
+                row["kind"] or "all",
+                row["measure"],
+                *(_interval(row[name], _fixed) for name in names),
+            ]
+            for row in analyses["controls"]
+        ],
+    )
+
+
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], Table]] = {
     "methods": _methods,
+    "methods_of_kinds": _methods_of_kinds,
+    "methods_of_queries": _methods_of_queries,
     "correlations": _correlations,
+    "controls": _controls,
     "answer": _presence("answer", "Answers in documents", "answer"),
     "procedure": _presence("procedure", "Procedures in documents", "procedure"),
     "sources": _sources,

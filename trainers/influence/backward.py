@@ -18,7 +18,7 @@ from espalier.model.kernels import taps
 from espalier.model.kernels.cross_entropy import map_tokens, token_log_probs
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.trainers.checkpoints import state_tree
-from espalier.trainers.influence.consumers import Consumer, Gradients, Rows
+from espalier.trainers.influence.consumers import Consumer, Covariances, Gradients, Rows
 from espalier.trainers.influence.sites import HEAD, Site
 from espalier.trainers.objectives.base import Batch
 from espalier.trainers.objectives.forward import decoder_arguments
@@ -153,7 +153,10 @@ def backward(
     rows, length = batch["decoder_input_tokens"].shape
     # The square of a matrix that is used twice needs the sum of both gradients.
     twice = {path for path, site in sites.items() if site.tied and consumer.squares}
-    consumers = {path: Gradients(consumer.dtype) if path in twice else consumer for path in sites}
+    consumers: dict[str, Consumer] = dict.fromkeys(sites, consumer)
+    if isinstance(consumer, Covariances):
+        consumers = {path: consumer.at(site) for path, site in sites.items()}
+    consumers |= {path: Gradients(consumer.dtype) for path in twice}
     outs = {path: consumers[path].zeros(site, rows, length) for path, site in sites.items()}
 
     def loss(outs: Any) -> tuple[jax.Array, jax.Array]:

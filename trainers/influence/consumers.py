@@ -114,6 +114,7 @@ class Covariances:
     Attributes:
       blocks: n.
       dtype: dtype of the sums.
+      gradient_blocks: n of g g^T, which `at` sets.
     """
 
     squares: ClassVar[bool] = False
@@ -121,22 +122,29 @@ class Covariances:
 
     blocks: int = 1
     dtype: str = "float32"
+    gradient_blocks: int | None = None
+
+    def at(self, site: Site) -> "Covariances":
+        """Returns the consumer of one site, whose blocks are those of the site."""
+        return dataclasses.replace(self, gradient_blocks=site.blocks(self.blocks)[1])
 
     def zeros(self, site: Site, batch: int, length: int) -> Any:
-        def square(width: int) -> jax.Array:
-            size = kronecker.block_size(width, self.blocks)
-            return jnp.zeros((*site.lead, self.blocks, size, size), self.dtype)
+        def square(width: int, blocks: int) -> jax.Array:
+            size = kronecker.block_size(width, blocks)
+            return jnp.zeros((*site.lead, blocks, size, size), self.dtype)
 
-        count = jnp.zeros(site.lead, self.dtype)
-        return {"a": square(site.inputs), "s": square(site.outputs), "count": count}
+        widths = (site.inputs, site.outputs)
+        a, s = (square(d, n) for d, n in zip(widths, site.blocks(self.blocks), strict=True))
+        return {"a": a, "s": s, "count": jnp.zeros(site.lead, self.dtype)}
 
     def dense(self, a_BTX, g_BTY, mask_BT, inputs):
-        def square(x):
-            parts = kronecker.split(x.reshape(-1, x.shape[-1]), self.blocks)
+        def square(x, blocks):
+            parts = kronecker.split(x.reshape(-1, x.shape[-1]), blocks)
             # One plain product for each block: XLA copies the operands of one with a batch axis.
-            return jnp.stack([parts[:, n].T @ parts[:, n] for n in range(self.blocks)])
+            return jnp.stack([parts[:, n].T @ parts[:, n] for n in range(blocks)])
 
-        return {"a": square(a_BTX), "s": square(g_BTY), "count": mask_BT.sum()}
+        a, s = square(a_BTX, self.blocks), square(g_BTY, self.gradient_blocks or self.blocks)
+        return {"a": a, "s": s, "count": mask_BT.sum()}
 
     def experts(self, a_RX, g_RY, rows, inputs):
         def square(x):
@@ -193,7 +201,8 @@ class Squares:
     precision: Precision = "highest"
 
     def zeros(self, site: Site, batch: int, length: int) -> Any:
-        widths = [kronecker.padded_width(d, self.blocks) for d in (site.inputs, site.outputs)]
+        sizes = zip((site.inputs, site.outputs), site.blocks(self.blocks), strict=True)
+        widths = [kronecker.padded_width(d, blocks) for d, blocks in sizes]
         return jnp.zeros((*site.lead, *widths), self.dtype)
 
     def dense(self, a_BTX, g_BTY, mask_BT, inputs):

@@ -39,7 +39,9 @@ STAGES = ("covariances", "eigen", "squares")
 SAVE_SECONDS = 300.0  # between two saves of an unfinished sum
 _PARTIAL = ".partial"
 UNFINISHED = (f"covariances{_PARTIAL}", f"squares{_PARTIAL}")  # folders of unfinished sums
-_Unit = tuple[str, tuple[int, ...]]  # a site, and the index [L, E, n] of its covariances
+_Unit = tuple[
+    str, str, tuple[int, ...]
+]  # a site, a side, and the index [L, E, n] of its covariance
 _SIDES = ("a", "s")
 _DEVICE = "device"  # of this process, without a mesh
 
@@ -218,9 +220,10 @@ def write_eigen(
     with files.opened(covariances) as (tensors, _):
         by_site = files.by_site(tensors)
         units = [
-            (path, index)
+            (path, side, index)
             for path in sorted(by_site)
-            for index in np.ndindex(by_site[path]["a"].shape[:-2])
+            for side in _SIDES
+            for index in np.ndindex(by_site[path][side].shape[:-2])
         ]
         layout: dict[str, Any] = {}
         for path in sorted(by_site):
@@ -230,22 +233,20 @@ def write_eigen(
                 layout |= {f"{path}:l{side}": (np.float64, shape[:-1])}
 
         def decompose(unit: _Unit, device: Any) -> dict[str, np.ndarray]:
-            path, (*lead, block) = unit
-            index = (*lead, slice(block, block + 1))
-            own = {side: by_site[path][side][index] for side in _SIDES}
+            path, side, (*lead, block) = unit
+            own = {side: by_site[path][side][(*lead, slice(block, block + 1))]}
             own["count"] = by_site[path]["count"][tuple(lead)]
             result = kronecker.eigendecomposition(own, name=path, dtype=dtype, eigh=_eigh(device))
             return {name: x.astype(layout[f"{path}:{name}"][0]) for name, x in result.items()}
 
         def empty(unit: _Unit) -> dict[str, np.ndarray]:
-            path, index = unit
-            names = ("qa", "la", "qs", "ls")
-            wanted = {name: layout[f"{path}:{name}"] for name in names}
+            path, side, index = unit
+            wanted = {name: layout[f"{path}:{name}"] for name in (f"q{side}", f"l{side}")}
             return {n: np.empty((1, *s[len(index) :]), d) for n, (d, s) in wanted.items()}
 
         def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
             with Bar(total=len(units), desc="eigenvectors", unit="matrix") as progress:
-                for (path, index), result in _shared_out(
+                for (path, _, index), result in _shared_out(
                     units, devices or [_DEVICE], decompose, empty
                 ):
                     for name, values in result.items():

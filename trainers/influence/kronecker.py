@@ -127,7 +127,7 @@ def eigendecomposition(
     """Returns `qa`, `qs` [..., n, s, s] and eigenvalues `la`, `ls` [..., n, s] of sums over tokens, decomposed in float64.
 
     Args:
-      sums: `a` and `s`, and `count`, the number of tokens.
+      sums: `a` and `s`, or one of them, and `count`, the number of tokens.
       name: the site, for errors.
       dtype: dtype of the eigenvectors; eigenvalues are float64.
       eigh: decomposes a stack of symmetric matrices.
@@ -137,7 +137,7 @@ def eigendecomposition(
     """
     count = np.maximum(np.asarray(sums["count"], np.float64), 1.0)[..., None, None, None]
     result = {}
-    for side in ("a", "s"):
+    for side in (side for side in ("a", "s") if side in sums):
         mean = np.asarray(sums[side], np.float64) / count
         if not np.isfinite(mean).all():
             raise FactorError(

@@ -27,8 +27,8 @@ GROUPS = {
 }
 DEFAULT = ("mlp",)
 HEAD = "head"
-# Its covariance of gradients is [V, V].
-_LARGEST_HEAD = 16_384
+# Most tokens in a block of the head's covariance of gradients, which would be [V, V].
+HEAD_BLOCK = 16_384
 
 
 class SiteError(ValueError):
@@ -79,6 +79,10 @@ class Site:
     def stack(self) -> tuple[int, ...]:
         """(E,) for experts, () elsewhere."""
         return () if self.experts is None else (self.experts,)
+
+    def blocks(self, least: int) -> tuple[int, int]:
+        """Returns how many diagonal blocks the two covariances have, of inputs and gradients: `least`, more for a large head."""
+        return least, max(least, -(-self.outputs // HEAD_BLOCK) if self.path == HEAD else 1)
 
     def matches(self, pattern: str) -> bool:
         return any(re.fullmatch(pattern, path) for path in (self.path, self.module))
@@ -186,7 +190,7 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
     """Returns the sites that names in GROUPS, or patterns of whole paths of modules or matrices, choose; sorted by path.
 
     Raises:
-      SiteError: the model has no taps, a pattern is malformed or matches no site, or the head is too large.
+      SiteError: the model has no taps, a pattern is malformed or matches no site.
     """
     sites, rest = discover(model, params)
     if set(sites) <= {HEAD}:
@@ -206,11 +210,6 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
             if not matching:
                 raise SiteError(_no_match(name, pattern, sites, rest))
             chosen |= matching
-    if HEAD in chosen and chosen[HEAD].outputs > _LARGEST_HEAD:
-        raise SiteError(
-            f"--modules names the head, whose covariance of {chosen[HEAD].outputs:,} rows is too large: at most "
-            f"{_LARGEST_HEAD:,} rows of the vocabulary can be tapped. Choose other modules."
-        )
     return {path: chosen[path] for path in sorted(chosen)}
 
 
@@ -231,6 +230,20 @@ def _matches_parameter(pattern: str, path: str) -> bool:
 def _some(paths: Any) -> str:
     names = list(paths)
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def blocked_head(sites: Mapping[str, Site], blocks: int) -> str | None:
+    """Returns a sentence on what a large head's blocks leave out; None if it has no more blocks than the other matrices."""
+    head = sites.get(HEAD)
+    if head is None or (count := head.blocks(blocks)[1]) == blocks:
+        return None
+    size = -(-head.outputs // count)
+    sizes = [min(size, head.outputs - first) for first in range(0, head.outputs, size)]
+    left_out = 1 - sum(own * own for own in sizes) / head.outputs**2
+    return (
+        f"head: the covariance of the gradients of {head.outputs:,} tokens is approximated by {count} diagonal blocks of at most "
+        f"{size:,} tokens; {100 * left_out:.1f} % of its entries, between tokens of different blocks, are taken as zero"
+    )
 
 
 def weights(sites: Mapping[str, Site]) -> int:

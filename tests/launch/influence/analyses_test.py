@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from espalier.launch.inference.row_files import RowFileError
-from espalier.launch.influence import analyses, labels, scorers, statistics, tables
+from espalier.launch.influence import analyses, labels, pages, scorers, statistics, tables
 from espalier.model import layer_groups
 
 
@@ -51,6 +51,21 @@ def test_the_bootstrap_of_a_block_has_the_spread_of_its_queries():
     got = statistics.block_mean(np.outer(u, u), every, every)
     error = 2 * u.mean() * u.std() / math.sqrt(60)
     assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+
+
+def test_the_difference_of_blocks_is_exact_and_its_interval_has_the_spread_of_its_queries():
+    """Correlations u_i u_j of queries with mean 1 and controls with mean 0.5: pairs differ by 1 x (1 - 0.5)."""
+    r = np.random.default_rng(2)
+    u = np.concatenate([r.normal(1, 0.2, size=60), r.normal(0.5, 0.2, size=60)])
+    own, stated = [*range(60)], [*range(60, 120)]
+    got = statistics.block_difference(np.outer(u, u), own, stated)
+    pairs = [u[i] * u[j] for i, j in itertools.combinations(own, 2)]
+    assert got["value"] == pytest.approx(np.mean(pairs) - u[:60].mean() * u[60:].mean())
+    # By the delta method, d/dmean of m^2 - m c is 2 m - c, and of c -m.
+    m, c = u[:60].mean(), u[60:].mean()
+    error = math.hypot((2 * m - c) * u[:60].std(), m * u[60:].std()) / math.sqrt(60)
+    assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert math.isnan(statistics.block_difference(np.outer(u, u), [0], [1])["value"])
 
 
 def test_a_power_law_has_its_slope_and_noise_stays_within_the_interval():
@@ -172,6 +187,23 @@ def test_random_rankings_are_beside_the_methods():
     }
 
 
+def test_rankings_of_another_model_are_compared_by_query_and_kind():
+    r = np.random.default_rng(5)
+    first = r.normal(size=(30, 4))
+    other = first + r.normal(size=(30, 4))
+    got = analyses.by_query({"small": first, "large": other, "none": 0 * first}, top=6)
+    assert list(got) == ["large", "none"]
+    for q, one in enumerate(got["large"]):
+        tops = [{*np.argsort(x[:, q])[-6:].tolist()} for x in (first, other)]
+        want = stats.spearmanr(first[:, q], other[:, q])[0], len(tops[0] & tops[1]) / 6
+        assert (one["spearman"], one["overlap"]) == pytest.approx(want)
+    facts, constant = analyses.by_kind(got, {"facts": [0, 2]})
+    own = [got["large"][q]["spearman"] for q in (0, 2)]
+    assert facts["spearman"]["value"] == pytest.approx(np.mean(own))
+    assert facts["most"] == max(own) and facts["queries"] == 2
+    assert constant["spearman"] is None and constant["most"] is None
+
+
 def test_scores_of_scanned_blocks_are_named_by_their_layers():
     """A dense layer, and twice two kinds of layers: block 1 has layers 1 and 3, block 2 has layers 2 and 4."""
     shapes = {f"layers/block_{block}/up": (1 + (block > 0), 8) for block in range(3)}
@@ -247,7 +279,7 @@ def test_all_analyses_become_tables_and_what_is_not_possible_is_named():
     assert got["answer_of_queries"][1]["rank"] == 1
     assert {row["group"] for row in got["cumulative"]} == {labels.ALL, "factual", "reasoning"}
     assert got["methods"][1]["spearman"] == pytest.approx(-1)
-    assert [text.split()[0] for text in got["omitted"]] == ["The", "Layers", "Tokens"]
+    assert [text.split()[0] for text in got["omitted"]] == ["The", "Controls", "Layers", "Tokens"]
     made = tables.tables(got)
     titles = {table["title"]: table for table in made}
     assert {"Methods", "Correlations of queries", "Power law", "Answers in documents"} <= set(
@@ -262,14 +294,82 @@ def test_all_analyses_become_tables_and_what_is_not_possible_is_named():
     bare = analyses.analyse(
         given(sources=None, matching=None, others={}, queries=[query()] * 4, nats=[None] * 4)
     )
-    assert {"sources", "answer", "methods"}.isdisjoint(bare) and len(bare["omitted"]) == 5
+    assert {"sources", "answer", "methods"}.isdisjoint(bare) and len(bare["omitted"]) == 6
+    assert all(row["per_nat"] is None for row in bare["curves"])
     tables.tables(bare)
+
+
+def test_controls_are_apart_and_compared_with_queries_of_their_kind():
+    """Queries 0 and 1 have equal scores, and control 2 others."""
+    scores = np.random.default_rng(6).normal(size=(40, 4))
+    scores[:, 1] = scores[:, 0]
+    first = int(scores[:, 0].argmax())
+    fact = {"kind": "factual", "answer": [["paris"]]}
+    made = given(
+        scores_NQ=scores,
+        queries=[
+            *(query(**fact), query(**fact), query(**fact, control=True)),
+            query(kind="reasoning"),
+        ],
+        matching={("answer", q): np.array([first]) for q in (0, 2)},
+        nats=[1.0, 2.0, 0.5, 1.0],
+    )
+    got = analyses.analyse(made)
+    rows = {row["measure"]: row for row in got["controls"]}
+    assert {row["kind"] for row in got["controls"]} == {"factual"} and len(rows) == 3
+    tops = [{*np.argsort(-column)[:5].tolist()} for column in scores.T]
+    for name, own in (
+        ("pearson", np.corrcoef(scores.T)),
+        ("spearman", stats.spearmanr(scores)[0]),
+        ("overlap", np.array([[len(x & y) / 5 for y in tops] for x in tops])),
+    ):
+        assert rows[name]["of_queries"]["value"] == pytest.approx(1)
+        assert rows[name]["between"]["value"] == pytest.approx(own[0, 2])
+        assert rows[name]["difference"]["value"] == pytest.approx(1 - own[0, 2])
+        assert math.isnan(rows[name]["of_controls"]["value"])  # a single one
+    shares = {row["group"]: row["share"]["value"] for row in got["answer"]}
+    assert shares["factual"] == 1 and shares["factual (control)"] == (first in tops[2])
+    groups = {row["group"] for row in got["cumulative"]}
+    assert groups == {labels.NOT_CONTROLS, "factual", "factual (control)", "reasoning"}
+    assert {row["kind"] for row in got["correlations"]} >= {"factual", "factual (control)"}
+    (table,) = (one for one in tables.tables(got) if one["title"] == "Queries and controls")
+    assert [row[:3] for row in table["rows"]] == [["factual", name, "1.00"] for name in rows]
+
+
+def test_curves_are_sums_of_the_first_documents_per_nat():
+    scores = np.array([[3.0, 1], [-1, 1], [2, 0], [5, 2], [0, 2]] + [[0, 0]] * 7)
+    made = given(
+        scores_NQ=scores,
+        queries=[query()] * 2,
+        nats=[2.0, 1.0],
+        matching={},
+        others={},
+        sources=None,
+    )
+    rows = analyses.analyse(made)["curves"]
+    counts = [row["documents"] for row in rows]
+    assert counts == [1, 2, 5, 10, 12] and {row["group"] for row in rows} == {labels.ALL}
+    firsts = [(5 / 2 + 2) / 2, (8 / 2 + 4) / 2] + [(10 / 2 + 6) / 2] * 3
+    assert [row["per_nat"]["value"] for row in rows] == pytest.approx(firsts)
+    random = [(10 / 2 + 6) / 2 * k / 12 for k in counts]
+    assert [row["random_per_nat"]["value"] for row in rows] == pytest.approx(random)
+    half = stats.t.ppf(0.975, 1) * np.std([5 / 2, 2], ddof=1) / math.sqrt(2)
+    assert rows[0]["per_nat"]["high"] == pytest.approx(firsts[0] + half)
+    drawn = pages.curves([{**row, "group": r"$\x$ of _"} for row in rows])
+    assert drawn.startswith("<svg") and drawn.count("<path") > 10
+    assert pages.curves([{**row, "per_nat": None} for row in rows]) is None
+    # A part of so many documents is so many, whatever its rounding.
+    for count in (*range(1, 400), 4_999_999):
+        part = statistics.cumulative(np.ones(count), 1.0, shares=[k / count for k in (1, count)])
+        assert [row["documents"] for row in part] == [1, count]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"correct": "yes"}, "'correct' is 'yes': give true or false"),
+        ({"control": 1}, "'control' is 1: give true or false"),
+        ({"control": True, "answer": "q"}, "the prompt of a control states the answer"),
         ({"task": 3}, "'task' must be a text"),
         ({"kind": "x" * 200}, "'kind' must be a text of at most 100"),
         ({"answer": {"a": 1}}, "'answer' is not what can be searched for"),

@@ -1,6 +1,7 @@
 """The command `influence` on a tiny run: factors, scores, reports, what continues after a stop, and bad input."""
 
 import argparse
+import functools
 import itertools
 import json
 import pathlib
@@ -13,16 +14,18 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from espalier.common.storage import mirror, paths
 from espalier.data.tasks import in_seqio
 from espalier.launch import environment
-from espalier.launch.inference import shards
+from espalier.launch.inference import generate, shards
 from espalier.launch.influence import inputs, methods, outputs, scorers
 from espalier.launch.load.load_run import LoadError
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import conjugate, documents, files, kronecker, lexical, scores
 from espalier.trainers.influence import fit as stages
+from espalier.trainers.influence import sites as site_list
 from espalier.trainers.scoring.scoring import Row
 
 DOCUMENTS = [
@@ -137,7 +140,8 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     printed = capsys.readouterr().out.splitlines()
     assert "6 documents, 2 queries, method ekfac" in printed and len(printed) < 10
     assert any(line.startswith("   first of the top: document 3 (") for line in printed)
-    assert printed[-1] == f"written: {report}/report.md, report.json and viewer.html"
+    assert printed[-1] == f"written: {report}/report.md, report.json, curves.svg and viewer.html"
+    assert "](curves.svg)" in (report / "report.md").read_text()
     text = (report / "report.md").read_text()
     assert "# Influence of 6 documents (ekfac)" in text and "import os" in text
     assert "## Answers in documents" in text
@@ -173,6 +177,20 @@ def test_a_fit_ranks_documents_for_their_own_halves_with_several_dampings(place,
     assert own == kronecker.RELATIVE and default.split()[0] == f"{own:g}"
     assert place.fit("--sweep_documents=0") == 0
     assert "second halves" not in capsys.readouterr().out
+
+
+def test_a_large_head_is_fitted_in_blocks_which_are_stated(place, capsys, monkeypatch):
+    monkeypatch.setattr(site_list, "HEAD_BLOCK", 100)  # of 264 tokens
+    flags = ("--modules=head", "--sweep_documents=0", f"--out={place.folder / 'head'}")
+    assert place.fit(*flags) == 0
+    said = "264 tokens is approximated by 3 diagonal blocks of at most 88 tokens; 66.7 %"
+    assert said in capsys.readouterr().out
+    eigen, _ = files.read(place.folder / "head" / "eigen")
+    assert eigen["head:qa"].shape == (1, 16, 16) and eigen["head:qs"].shape == (3, 88, 88)
+    status, out = place.score(f"--factors={place.folder / 'head'}", "--rank=0", out="head.jsonl")
+    assert status == 0
+    got = np.array([row["scores"] for row in read(out)])
+    assert np.isfinite(got).all() and got[0, 0] > 0  # the document with the query's text
 
 
 def test_identity_and_cosine_are_products_of_gradients(place, trained_run):
@@ -234,6 +252,142 @@ def test_other_methods_and_low_ranks(place, capsys):
         table["compression"]["query_dtype"] == "int8"
         and table["compression"]["kept"]["least"] > 0.5
     )
+
+
+def test_rankings_of_two_models_are_compared_and_documents_are_removed(place, capsys):
+    """The averaged and the last parameters are two models; beside scipy and sums of the files of scores."""
+    outs = {}
+    for params in ("ema", "raw"):
+        flags = ("--method=identity", f"--params={params}")
+        status, outs[params] = place.score(*flags, out=f"{params}.jsonl", factors=False)
+        assert status == 0
+    capsys.readouterr()
+    flags = [f"--scores={outs['ema']}", f"--beside={outs['raw']}", "--within=2"]
+    assert place.command("influence", "report", *flags, f"--out={place.folder / 'two'}") == 0
+    table = json.loads((place.folder / "two" / "report.json").read_text())["analyses"]
+    ema, raw = (np.array([row["scores"] for row in read(outs[name])]) for name in ("ema", "raw"))
+    for q, got in enumerate(table["methods_of_queries"]["identity (raw.jsonl)"]):
+        tops = [{*np.argsort(-x[:, q].astype(np.float32), kind="stable")[:2]} for x in (ema, raw)]
+        assert got["spearman"] == pytest.approx(stats.spearmanr(ema[:, q], raw[:, q])[0], abs=1e-6)
+        assert got["overlap"] == len(tops[0] & tops[1]) / 2
+    kinds = {row["group"]: row["queries"] for row in table["methods_of_kinds"]}
+    assert kinds == {"all queries": 2, "factual": 1}
+    text = (place.folder / "two" / "report.md").read_text()
+    assert "## Rankings by query" in text and "0.33 by chance" in text
+
+    removed, kept = place.folder / "removed.jsonl", place.folder / "kept.jsonl"
+
+    def remove(*flags):
+        own = (f"--scores={outs['ema']}", f"--out={removed}", *flags)
+        return place.command("influence", "remove", *own)
+
+    documents = read(place.documents)
+    for flags, column in (((), ema.sum(1)), (("--kind=factual",), ema[:, 0])):
+        assert remove("--top=2", f"--kept={kept}", *flags) == 0
+        firsts = np.argsort(-column, kind="stable")[:2].tolist()
+        assert [row["document"] for row in read(removed)] == firsts
+        np.testing.assert_allclose(
+            [row["score"] for row in read(removed)], column[firsts], rtol=1e-5
+        )
+        assert read(kept) == [row for i, row in enumerate(documents) if i not in firsts]
+    printed = capsys.readouterr().out
+    assert "2 of 6 documents removed by the highest sums over 1 queries" in printed
+    assert remove("--top=2", "--rank_by=per_norm") == 0
+    norms = np.array([row["norm"] for row in read(outs["ema"])])
+    ratios = np.divide(ema.sum(1), norms, out=np.zeros(6), where=norms > 0)
+    assert [row["document"] for row in read(removed)] == np.argsort(-ratios)[:2].tolist()
+    drawn = []
+    for seed in (0, 0, 1, 2, 3):
+        assert remove("--top=2", f"--random_seed={seed}") == 0
+        drawn.append(tuple(row["document"] for row in read(removed)))
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 2
+
+    capsys.readouterr()
+    changed = write(place.folder / "other.jsonl", [{"text": "a"}])
+    for flags, message in (
+        (("--top=6",), "--top=6 must be at least 1, and less than the 6 documents"),
+        (("--top=2", "--kind=none"), "has --kind=none and --task=None"),
+        (("--top=2", f"--documents={changed}"), "--documents is read for --kept=FILE"),
+        (("--top=2", f"--kept={kept}", f"--documents={changed}"), "has changed since it was"),
+        (("--top=2", f"--kept={place.documents}"), "is the file of --documents"),
+        (("--top=2", f"--kept={removed}"), "is the file of --out"),
+    ):
+        assert remove(*flags) == 2, flags
+        assert message in capsys.readouterr().err
+    assert read(place.documents) == documents
+
+
+def test_the_model_writes_completions_once(place, trained_run, capsys, monkeypatch):
+    """They are the most probable bytes one after the other, and score as if they were given."""
+    asked = [
+        {"prompt": "import ", "kind": "code", "answer": "os"},
+        {"prompt": [5, 6]},
+    ]
+    queries = write(place.folder / "asked.jsonl", asked)
+    flags = ("--method=identity", "--rank=0", "--completion_tokens=3")
+    status, out = place.score(*flags, out="own.jsonl", queries=queries, factors=False)
+    assert status == 0
+    written = read(f"{out}.completions.jsonl")
+    assert [
+        {k: v for k, v in row.items() if k in ("prompt", "kind", "answer")} for row in written
+    ] == asked
+    logits = jax.jit(functools.partial(conjugate.logits_of, trained_run.model))
+    for row, context in zip(written, ([0, *BYTES[:7]], [0, 5, 6]), strict=True):
+        tokens = []
+        while len(tokens) < 3:
+            texts = scores.Row(context=context, targets=[*tokens, 1])
+            arrays = documents.columns([texts], [0], 1, 24)
+            at = len(context) + len(tokens) - 1
+            tokens.append(int(logits(trained_run.params["ema"], arrays)[0, at].argmax()))
+            if tokens[-1] == 1:  # EOS
+                break
+        assert row["ended"] == ("eos" if tokens[-1] == 1 else "length")
+        assert row["completion_tokens"] == tokens[: -1 if tokens[-1] == 1 else None]
+    given = [
+        {**q, "completion": row["completion_tokens"]} for q, row in zip(asked, written, strict=True)
+    ]
+    again = place.score(
+        *flags[:2], out="given.jsonl", queries=write(place.folder / "g.jsonl", given), factors=False
+    )[1]
+    assert read(out) == read(again)
+
+    def decodes(*args, **options):
+        raise AssertionError("the completions are there")
+
+    monkeypatch.setattr(generate, "decoder_and_texts", decodes)
+    before = pathlib.Path(f"{out}.completions.jsonl").read_bytes()
+    assert place.score(*flags, out="own.jsonl", queries=queries, factors=False)[0] == 0
+    assert pathlib.Path(f"{out}.completions.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert place.command("influence", "report", f"--scores={out}", f"--beside={again}") == 0
+    printed = capsys.readouterr().out
+    assert f"**{written[0]['completion'].strip()}" in printed
+    assert "identity, 2 completions of its own" in printed
+
+    def error(*more, out="own.jsonl", queries=queries):
+        status, _ = place.score(*flags[:2], *more, out=out, queries=queries, factors=False)
+        assert status == 2
+        return capsys.readouterr().err
+
+    assert "of other --completion_tokens" in error("--completion_tokens=4")
+    assert "of another model" in error("--completion_tokens=3", "--params=raw")
+    assert "must be at least 1" in error("--completion_tokens=0", out="x.jsonl")
+    assert "has a completion, and with" in error(
+        "--completion_tokens=3", queries=place.queries, out="x.jsonl"
+    )
+    assert "With --completion_tokens=N the model writes" in error(out="x.jsonl")
+    assert "decodes in one process" in error(
+        "--completion_tokens=3", "--beam_pipeline_options=--runner=DirectRunner", out="x.jsonl"
+    )
+    assert not (place.folder / "x.jsonl.completions.jsonl").exists()
+    path = pathlib.Path(f"{out}.completions.jsonl")
+    path.write_bytes(before.replace(b'"ended"', b'"end"'))
+    assert "of other queries" in error("--completion_tokens=3")
+    rows = [{**row, "completion_tokens": [9]} for row in written]
+    write(path, rows)
+    assert "has scores of other completions" in error("--completion_tokens=3")
+    assert place.command("influence", "report", f"--scores={out}") == 2
+    assert "has changed since it was scored" in capsys.readouterr().err
 
 
 def test_shared_tokens_are_also_those_of_an_encoders_inputs():

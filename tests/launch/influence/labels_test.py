@@ -76,3 +76,36 @@ def test_matches_are_the_numbers_of_documents():
 def test_what_cannot_be_searched_is_an_error(value):
     with pytest.raises(ValueError, match="text"):
         labels.pattern(value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stated"),
+    [
+        ("Rome is a city. The city is", True),
+        ("Romeo is a man. The city is", False),
+        ([{"role": "user", "content": "It is ROME."}, {"role": "assistant"}], True),
+        ([{"role": "user", "content": "It is Paris."}], False),
+        ([5, 6], True),  # ids are not searched
+    ],
+)
+def test_a_control_states_its_answer(prompt, stated):
+    row = {"prompt": prompt, "completion": "c", "kind": "fact", "control": True, "answer": "Rome"}
+    if stated:
+        assert labels.query(row, "").group == "fact (control)"
+        return
+    with pytest.raises(labels.RowFileError, match="or remove 'control'"):
+        labels.query(row, "q.jsonl, line 1")
+    assert labels.query({**row, "control": False}, "").group == "fact"
+
+
+def test_groups_have_controls_apart():
+    def query(**own):
+        return labels.Query(prompt="p", completion="c", **own)
+
+    facts, stated = query(kind="fact"), query(kind="fact", control=True)
+    assert labels.groups([facts, facts]) == {"fact": [0, 1]}
+    assert labels.groups([facts, stated]) == {"fact": [0], "fact (control)": [1]}
+    assert labels.groups([stated, stated]) == {"fact (control)": [0, 1]}
+    mixed = labels.groups([facts, query(), query(control=True)])
+    assert mixed == {"all but controls": [0, 1], "fact": [0], "(control)": [2]}
+    assert labels.groups([query(), query()]) == {"all queries": [0, 1]}

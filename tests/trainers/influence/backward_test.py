@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import linalg
 
 from espalier.model.config import TransformerConfig
 from espalier.model.mlp import GatedMlp
@@ -35,7 +36,7 @@ def float64():
 BIASED = functools.partial(GatedMlp, use_bias=True)
 
 
-def made(*, mlp=BIASED, **settings):
+def made(*, mlp=BIASED, tied=True, **settings):
     """A model without rotation, whose angles are float32, and parameters of some size."""
     config = TransformerConfig(
         **{
@@ -44,7 +45,8 @@ def made(*, mlp=BIASED, **settings):
             **settings,
         }
     )
-    model = Transformer(config=config, block=functools.partial(Block, mlp=mlp))
+    block = functools.partial(Block, mlp=mlp)
+    model = Transformer(config=config, block=block, tie_embeddings=tied)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     r = np.random.default_rng(0)
     params = jax.tree.map(
@@ -457,6 +459,46 @@ def test_conjugate_gradients_start_at_ekfac_descend_and_converge(gauss_newton):
     assert conjugate.solve(exact, curvature, q, steps=3).residuals[0] < 1e-10
     negative = conjugate.solve(lambda v: {path: -v[path]}, curvature, q, steps=3)
     assert negative.stopped == "curvature" and np.isfinite(negative.x[path]).all()
+
+
+# ---- Large heads.
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_covariance_of_a_large_head_is_its_diagonal_blocks(tied, monkeypatch):
+    """With 13 tokens in blocks of 5, 5 and 3: beside numpy's blocks, and a dense inverse of the curvature in their eigenvectors."""
+    monkeypatch.setattr(sites, "HEAD_BLOCK", 5)
+    head = Case(*made(num_layers=1, tied=tied), ("head",))
+    site, spied = head.sites[sites.HEAD], jax.device_get(head(Spy()))[sites.HEAD]
+    a, g = (spied[name].reshape(-1, spied[name].shape[-1]) for name in "ag")
+    sums = jax.device_get(head(Covariances(1, F64)))[sites.HEAD]
+    assert sums["a"].shape == (1, 6, 6) and sums["s"].shape == (3, 5, 5)
+    np.testing.assert_allclose(sums["a"][0], a.T @ a, atol=1e-10)
+    bases = []
+    for n, part in enumerate((slice(0, 5), slice(5, 10), slice(10, 13))):
+        own = (g.T @ g)[part, part]
+        np.testing.assert_allclose(sums["s"][n, : len(own), : len(own)], own, atol=1e-10)
+        assert not sums["s"][n, len(own) :].any()
+        bases.append(np.linalg.eigh(own)[1])
+    blocks = {sites.HEAD: kronecker.eigendecomposition(sums, name="", dtype=np.float64)}
+    squares = {p: np.asarray(x) / 3 for p, x in head(Squares(1, F64), rotation(blocks)).items()}
+    curvature = kronecker.Curvature.of(
+        head.sites, blocks, squares, kronecker.Damping(0.1), dtype=np.float64
+    )
+    d_BXY = head.autodiff[sites.HEAD]
+    qs = linalg.block_diag(*bases)
+    q = np.kron(np.linalg.eigh(a.T @ a)[1], qs)
+    values = np.square(d_BXY.reshape(3, -1) @ q).mean(0)
+    dense = q @ np.diag(values) @ q.T + 0.1 * values.mean() * np.eye(len(values))
+    want = np.linalg.solve(dense, d_BXY.reshape(3, -1).T).T.reshape(d_BXY.shape)
+    got = curvature({sites.HEAD: jnp.asarray(d_BXY)})[sites.HEAD]
+    np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-8 * np.abs(want).max())
+    assert (site.blocks(1), site.blocks(4)) == ((1, 3), (4, 4))
+    assert sites.blocked_head(head.sites, 4) is None
+    said = sites.blocked_head(head.sites, 1)
+    assert "13 tokens is approximated by 3 diagonal blocks of at most 5 tokens; 65.1 %" in said
+    monkeypatch.setattr(sites, "HEAD_BLOCK", 13)
+    assert sites.blocked_head(head.sites, 1) is None
 
 
 # ---- Mixtures of experts.

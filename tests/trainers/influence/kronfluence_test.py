@@ -1,4 +1,4 @@
-"""Factors and scores of a tiny transformer equal kronfluence's, in float64 with the data's own labels."""
+"""Every entry of factors and scores of a tiny transformer is kronfluence's, in float64 with the data's own labels."""
 
 import functools
 import pathlib
@@ -102,19 +102,23 @@ def factors(ours, golden):
 
 
 def test_factors_are_kronfluences(factors, ours, golden):
-    sums, _, squares = factors
+    """An eigenvector's sign is free. All eigenvalues differ, so their order is not."""
+    sums, eigen, squares = factors
     for path in ours[0]:
         for layer in range(2):
             module = module_of(path, layer)
+            ours_ = {"lambda": squares[path][layer].T}
             for side in "as":
-                got = sums[path][side][layer, 0] / sums[path]["count"][layer]
+                ours_[side] = sums[path][side][layer, 0] / sums[path]["count"][layer]
+                ours_[f"l{side}"] = eigen[path][f"l{side}"][layer, 0]
+                vectors, want = eigen[path][f"q{side}"][layer, 0], golden[f"{module}/q{side}"]
                 np.testing.assert_allclose(
-                    got, golden[f"{module}/{side}"], rtol=1e-11, atol=1e-12, err_msg=module
+                    vectors * np.sign((vectors * want).sum(0)), want, atol=1e-9
                 )
-            own = squares[path][layer]
-            np.testing.assert_allclose(
-                [own.sum(), own.max()], golden[f"{module}/lambda"], rtol=1e-10
-            )
+            for name, got in ours_.items():
+                want = golden[f"{module}/{name}"]
+                bounds = {"rtol": 1e-9, "atol": 1e-11 * np.abs(want).max()}
+                np.testing.assert_allclose(got, want, **bounds, err_msg=f"{module}/{name}")
 
 
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "identity"])
@@ -133,5 +137,11 @@ def test_scores_are_kronfluences(strategy, label, factors, ours, golden):
     inputs = {path: {"p": x} for path, x in grads.items()}
     results = run(Scores(3, dtype=F64), inputs, batch_of(golden, "train"))
     scores, _ = queries.total_scores(chosen, results)
-    want = golden[f"scores/{strategy}_{label}"]
+    name = f"scores/{strategy}_{label}"
+    for path in chosen:
+        for layer in range(2):
+            want = golden[f"{module_of(path, layer)}/{name}"]
+            got = results[path]["scores"][layer]
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10 * np.abs(want).max())
+    want = golden[name]
     np.testing.assert_allclose(scores, want, rtol=1e-9, atol=1e-10 * np.abs(want).max())

@@ -1,8 +1,8 @@
-"""Writes kronfluence.npz: factors and scores of kronfluence for a tiny transformer in float64, with the data's own labels.
+"""Writes kronfluence.npz: every entry of kronfluence's factors and scores for a tiny transformer, with the data's own labels.
 
   .venv-peers/bin/python tests/trainers/influence/goldens/make_kronfluence.py
 
-Made with torch 2.13 and kronfluence 1.0.1. Rows are padded, the last position of a row predicts nothing, and MLPs have
+Made with torch 2.13 and kronfluence 1.0.1, in float64. Rows are padded, the last position of a row predicts nothing, and MLPs have
 biases. The weights are stored under this project's names, with kernels [in, out].
 """
 
@@ -156,21 +156,27 @@ def main():
                         score_dtype=F64,
                         per_sample_gradient_dtype=F64,
                         precondition_dtype=F64,
+                        compute_per_module_scores=True,
                     ),
                 )
-                scores = analyzer.load_pairwise_scores(name)["all_modules"]
-                out[f"scores/{name}"] = scores.numpy().T  # [documents, queries]
+                scores = analyzer.load_pairwise_scores(name)
+                for module, values in scores.items():
+                    out[f"{module}/scores/{name}"] = values.numpy().T  # [documents, queries]
+                out[f"scores/{name}"] = sum(scores.values()).numpy().T
         covariances = analyzer.load_covariance_matrices("ekfac")
         lambdas = analyzer.load_lambda_matrices("ekfac")
+        eigen = analyzer.load_eigendecomposition("ekfac")
         for module in task.get_influence_tracked_modules():
             a = covariances["activation_covariance"][module].numpy()
             s = covariances["gradient_covariance"][module].numpy()
             count = int(covariances["num_activation_covariance_processed"][module])
             out |= {f"{module}/a": a / count, f"{module}/s": s / count}
             rows_ = int(lambdas["num_lambda_processed"][module])
-            # Signs and order of eigenvectors are free, so the sum and the largest are compared.
-            values = lambdas["lambda_matrix"][module].numpy() / rows_
-            out[f"{module}/lambda"] = np.array([values.sum(), values.max()])
+            # [outputs, inputs]; eigenvalues ascend, and differ, so that their order is not free.
+            out[f"{module}/lambda"] = lambdas["lambda_matrix"][module].numpy() / rows_
+            for side, kind in (("a", "activation"), ("s", "gradient")):
+                for letter, what in (("l", "eigenvalues"), ("q", "eigenvectors")):
+                    out[f"{module}/{letter}{side}"] = eigen[f"{kind}_{what}"][module].numpy()
     np.savez_compressed(pathlib.Path(__file__).with_name("kronfluence.npz"), **out)
 
 
