@@ -50,8 +50,8 @@ class ByLayer:
         layer, layers = sizes["layer"], sizes["num_layers"]
         if layers % len(self.policies):
             raise ValueError(
-                f"{len(self.policies)} cache policies cannot be repeated over {layers} layers: list as many as divide "
-                f"{layers}, or {layers}."
+                f"{len(self.policies)} cache policies, which are repeated over the layers, do not divide their number, "
+                f"{layers}: list one for each layer, or a number that divides {layers}."
             )
         return OfLayer(self.of(layer).init(batch=batch, length=length, **sizes), layer)
 

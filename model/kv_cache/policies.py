@@ -58,7 +58,7 @@ def policy_from_text(name: str, settings: Mapping[str, str]) -> CachePolicy:
     Raises:
       ValueError: as `policy_named`, or a string is not a value of its field's type, or a malformed list.
     """
-    if ";" in name:
+    if set(name) & set("; *"):
         return _by_layer(name, settings)
     policy = _policy(name)
     hints = typing.get_type_hints(policy)

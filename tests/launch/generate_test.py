@@ -198,7 +198,7 @@ def test_streamed_text_is_the_whole_text(command, capsys, trained_run, monkeypat
         ["--cache_policy=snapkv", "--cache=capacity=64"],
         ["--cache_policy=sliding", "--cache=window=64"],
         ["--prefill_chunk=8"],
-        ["--cache_policy=full; snapkv capacity=64"],
+        ["--cache_policy=1*snapkv capacity=64"],
     ],
 )
 def test_a_cache_with_room_for_all_changes_nothing(generate, capsys, flags):
@@ -244,7 +244,7 @@ def test_an_int8_cache_takes_fewer_bytes(generate, capsys):
         ),
         (["--cache_policy=none"], "Unknown cache policy 'none': choose from"),
         (["--cache_policy=full; tova", "--cache=capacity=3"], "write capacity after the names"),
-        (["--cache_policy=98*full; tova"], "99 cache policies cannot be repeated over"),
+        (["--cache_policy=98*full; tova"], "99 cache policies, which are repeated"),
         (["--temperature=-1"], "temperature"),
         (["--top_p=2"], "top_p"),
         (["--max_new_tokens=0"], "max_new_tokens"),
