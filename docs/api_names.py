@@ -90,6 +90,7 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "model.kv_cache.snapkv:SnapKV",
             "model.kv_cache.snapkv:PyramidKV",
             "model.kv_cache.snapkv:AdaKV",
+            "model.kv_cache.by_layer:ByLayer",
         ),
     ),
     "training": (

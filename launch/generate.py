@@ -48,8 +48,9 @@ snapkv         what the prompt's end attends to:
                capacity=1024 window=32 kernel=7 pooling=max group_vote=mean
 pyramidkv      snapkv, more in shallow layers: the settings of snapkv, beta=20.0
 adakv          snapkv, shared among heads: the settings of snapkv, safeguard=0.2
-h2o            what all of the prompt attends to: capacity=1024 window=None group_vote=mean
-tova           what the last token attends to: capacity=1024
+h2o            what all of the prompt attends to:
+               capacity=1024 window=None kernel=1 pooling=max group_vote=mean
+tova           what the last token attends to: capacity=1024 kernel=1 pooling=max
 random         a control: capacity=1024 window=32 seed=0"""
 
 
@@ -67,8 +68,9 @@ class GenerateFlags:
       token_healing: draw the last token of a text again among the tokens that begin with its text, so that a text that ends
         within a word is completed; it is the first of the new tokens (default for --prompt).
       seed: random seed of sampling.
-      cache_policy: the policy that selects which keys and values of the prompt stay cached.
-      cache: a setting of the policy, such as capacity=1024; repeatable.
+      cache_policy: the policy that selects which keys and values of the prompt stay cached; or policies by layer, each with
+        its settings, such as '2*full; snapkv capacity=512', a list that is repeated over the layers.
+      cache: a setting of a single policy, such as capacity=1024; repeatable.
       compare: continue with the full cache too, and report how many continuations are equal and the costs of both; rows of
         --output get "full" and "same_tokens", the number of tokens before the first difference.
       cache_dtype: type of cached keys and values (default: the model's).

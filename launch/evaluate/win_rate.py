@@ -9,6 +9,10 @@ Rows are matched by "id" if all have one, else by prompt. A comparing judge sees
 disagreement is a tie, and identical answers are a tie without a question. Missing or unreadable replies are
 requested again, and finally counted as invalid, outside all shares.
 
+With --opponents each of --systems is judged against each opponent, and only that: checkpoints of a run against stored
+answers of fixed systems, for example. A table has their rates by opponent and the mean. A new checkpoint or opponent adds
+its own questions to those in --out.
+
 With --by_language every row has a "language", which launch.generate copies from its prompts (launch.prepare
 arena_prompts writes such prompts): the judge then prefers answers in it, and a table and languages.png have the rates by
 language. A rate at equal length is what a logistic regression on the answers' difference in length predicts for none.
@@ -54,6 +58,7 @@ class WinRateFlags:
       a: file with the answers of the first system.
       b: file with the answers of the second system.
       systems: answers of two systems or more, each against each, instead of --a and --b.
+      opponents: answers of one system or more that each of --systems, of which one is enough, is judged against.
       judge: which judge compares the answers, see below.
       out: write the results to this folder.
       attempts: maximum attempts to get a readable reply (default 3).
@@ -64,6 +69,7 @@ class WinRateFlags:
     a: Answers | None = None
     b: Answers | None = None
     systems: Annotated[Sequence[Answers], setting_flags.MANY] | None = None
+    opponents: Annotated[Sequence[Answers], setting_flags.MANY] | None = None
     judge: Annotated[str, "KIND:WHERE"]
     out: setting_flags.Folder
     attempts: int | None = None
@@ -76,7 +82,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _files(flags: argparse.Namespace) -> dict[str, str]:
-    """Returns the files of answers by the names of their systems.
+    """Returns the files of answers by the names of their systems, opponents last.
 
     Raises:
       JudgeError: flags that exclude each other, or two systems of the same name.
@@ -84,14 +90,16 @@ def _files(flags: argparse.Namespace) -> dict[str, str]:
     pair = (flags.a, flags.b)
     if flags.systems is not None and pair != (None, None) or flags.systems is None and None in pair:
         raise JudgeError("Give either --a=FILE and --b=FILE, or --systems with two files or more.")
+    if flags.opponents and flags.systems is None:
+        raise JudgeError("--opponents needs --systems=FILE, and not --a and --b.")
     paths: dict[str, str] = {}
-    for text in flags.systems or pair:
+    for text in [*(flags.systems or pair), *(flags.opponents or ())]:
         name, equals, path = text.partition("=")
         if not equals:
             name, path = pathlib.Path(text).stem, text
         if name in paths:
             raise JudgeError(
-                f"{paths[name]} and {path} both have the name {name!r}: name them, such as --a=NAME={path}."
+                f"{paths[name]} and {path} both have the name {name!r}: name them, such as NAME={path}."
             )
         paths[name] = path
     return paths
@@ -116,7 +124,8 @@ def _run(start: cli.Start) -> None:
     flags = setting_flags.filled(start.flags, WinRateFlags)
     chosen = spec.parse(flags.judge)
     systems = answers.read(_files(flags), by_language=flags.by_language)
-    answers.pairs(systems)  # reports errors in the answers before a model is loaded
+    opponents = len(flags.opponents or ())
+    answers.pairs(systems, opponents=opponents)  # reports errors before a model is loaded
     judge = spec.build(
         chosen,
         attempts=flags.attempts,
@@ -124,20 +133,24 @@ def _run(start: cli.Start) -> None:
         config=None if chosen.checkpoint is None else start(),
         config_text=start.config.text,
     )
-    win_rates(systems, judge, out=flags.out)
+    win_rates(systems, judge, out=flags.out, opponents=opponents)
 
 
-def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str, Any]:
+def win_rates(
+    systems: Sequence[System], judge: Judge, *, out: str, opponents: int = 0
+) -> dict[str, Any]:
     """Judges the answers of every two systems; prints tables and writes all files of `out`.
+
+    With `opponents` the last systems are fixed opponents of the others, see `answers.pairs`.
 
     Returns:
       The content of summary.json: 'judge', 'systems', 'pairs' and, of answers with languages, 'languages' as in
-      launch/evaluate/judges/shares.py, and counts of the questions.
+      launch/evaluate/judges/shares.py, with opponents 'opponents' as in `shares.against`, and counts of the questions.
 
     Raises:
       JudgeError: answers that do not match, or a judge that cannot be reached.
     """
-    pairs = answers.pairs(systems)
+    pairs = answers.pairs(systems, opponents=opponents)
     folder = pathlib.Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +171,8 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
         ],
         "questions": tally.summary(),
     }
+    if opponents:
+        summary["opponents"] = shares.against(pairs, outcomes, prompts=prompts, opponents=opponents)
     languages = [answer.language for answer in systems[0].answers]
     if any(languages):
         summary["languages"] = [
@@ -168,6 +183,8 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
     files.write_json(folder / SUMMARY, summary, synced=False)  # counted again from the answers
     shares.plot(summary, folder / PLOT)
     shares.print_tables(summary)
+    if opponents:
+        shares.print_opponents(summary["opponents"])
     if any(languages):
         shares.print_languages(summary["languages"])
     print(f"{tally}; {folder / SUMMARY}", file=sys.stderr)

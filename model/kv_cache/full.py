@@ -73,7 +73,7 @@ class FullCache:
         q_BTNH: jax.Array,
         form: AttentionForm,
     ) -> Any:
-        """Adds T tokens. Without a ring, tokens beyond the caller's length overwrite the last slots."""
+        """Adds T tokens; raises the errors of `Slots.put`."""
         if not isinstance(state, Reading):
             return self.extend(state, k_BTKH, v_BTKH, positions_BT, form)
         held = state.slots.put(k_BTKH, v_BTKH, positions_BT)

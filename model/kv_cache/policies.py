@@ -1,12 +1,14 @@
 """Cache policies and their settings by name, for `--cache_policy`."""
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.kv_cache.by_layer import ByLayer
 from espalier.model.kv_cache.full import FullCache, Sliding, StreamingLLM
 from espalier.model.kv_cache.selecting import H2O, Oracle, Random, Tova
 from espalier.model.kv_cache.snapkv import AdaKV, PyramidKV, SnapKV
@@ -24,6 +26,8 @@ POLICIES: dict[str, type] = {
     "random": Random,
     "oracle": Oracle,
 }
+
+_COUNT = re.compile("[1-9][0-9]{0,3}")  # of layers
 
 
 def policy_named(name: str, **settings: Any) -> CachePolicy:
@@ -46,9 +50,16 @@ def policy_named(name: str, **settings: Any) -> CachePolicy:
 def policy_from_text(name: str, settings: Mapping[str, str]) -> CachePolicy:
     """Returns a policy from settings as strings, which are parsed by the types of its fields.
 
+    Args:
+      name: a policy's name, or a list of policies by layer with their settings, such as '2*full; snapkv capacity=512',
+        which is repeated over the layers.
+      settings: of a single policy.
+
     Raises:
-      ValueError: as `policy_named`, or a string is not a value of its field's type.
+      ValueError: as `policy_named`, or a string is not a value of its field's type, or a malformed list.
     """
+    if set(name) & set("; *"):
+        return _by_layer(name, settings)
     policy = _policy(name)
     hints = typing.get_type_hints(policy)
     values: dict[str, Any] = {}
@@ -61,6 +72,26 @@ def policy_from_text(name: str, settings: Mapping[str, str]) -> CachePolicy:
                 f"{_settings(policy)}"
             ) from None
     return policy_named(name, **values)
+
+
+def _by_layer(text: str, settings: Mapping[str, str]) -> ByLayer:
+    if settings:
+        raise ValueError(
+            f"Cache policies by layer have settings of their own: write {', '.join(settings)} after the names that it is for, "
+            "such as 'full; snapkv capacity=512'."
+        )
+    policies: list[CachePolicy] = []
+    for part in text.split(";"):
+        first, *pairs = part.split() or [""]
+        count, times, name = first.rpartition("*")
+        own = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if len(own) < len(pairs) or (times and not _COUNT.fullmatch(count)):
+            raise ValueError(
+                f"Cache policies by layer: {part.strip()!r} is not [N*]NAME [SETTING=VALUE ...] with each setting once, such "
+                "as '2*snapkv capacity=512'."
+            )
+        policies += [policy_from_text(name, own)] * int(count or 1)
+    return ByLayer(tuple(policies))
 
 
 def _policy(name: str) -> type:

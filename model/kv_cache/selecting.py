@@ -199,11 +199,37 @@ def check_choice(policy: Any, name: str, choices: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tova(Selecting):
+class Voted(Selecting):
+    """Keeps the last tokens of a prompt, and the earlier ones with the most votes, pooled along the prompt.
+
+    Attributes:
+      kernel: odd width of the pooling; 1 for none.
+      pooling: 'max' or 'average'.
+    """
+
+    kernel: int = 1
+    pooling: Pooling = "max"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel = {self.kernel} must be odd and positive")
+        check_choice(self, "pooling", Pooling)
+
+    def pooled_scores(self, votes_BXS: jax.Array, state: Reading, window: int) -> jax.Array:
+        """Returns scores [B, X, S]; the last `window` tokens rank first, and lend no votes to their neighbours."""
+        at_BS = state.positions_BS
+        prefix_BS = (at_BS >= 0) & ~recent(at_BS, window)
+        votes_BXS = pooled(votes_BXS, prefix_BS, self.kernel, self.pooling)
+        return ranked(votes_BXS, at_BS, window)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tova(Voted):
     """TOVA (arXiv 2401.06104): keeps the last token, and the tokens that it attends to most on average.
 
     The average is over all heads. The paper also evicts tokens during generation; here only the prompt is
-    compressed.
+    compressed. The paper does not pool: `kernel` and `pooling` are SnapKV's, to compare both at the same pooling.
     """
 
     @property
@@ -213,15 +239,16 @@ class Tova(Selecting):
     def scores(self, state: Reading) -> jax.Array:
         seen = state.evidence
         votes_BKGS = votes(seen.q_BWNH, seen.positions_BW, state.slots, state.known_form)
-        return ranked(votes_BKGS.mean((1, 2))[:, None], state.positions_BS, window=1)
+        return self.pooled_scores(votes_BKGS.mean((1, 2))[:, None], state, window=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class H2O(Selecting):
+class H2O(Voted):
     """H2O (arXiv 2306.14048): keeps recent tokens, and those with the most attention of all queries.
 
     The paper also evicts one token for every new one. Here generated tokens are not evicted, as in
-    comparisons with SnapKV. Attention is recomputed for a block of queries at a time.
+    comparisons with SnapKV. Attention is recomputed for a block of queries at a time. The paper does not
+    pool: `kernel` and `pooling` are SnapKV's, to compare both at the same pooling.
 
     Attributes:
       window: number of recent tokens, which are always kept; None for half the capacity, as in the paper.
@@ -247,7 +274,7 @@ class H2O(Selecting):
     def scores(self, state: Reading) -> jax.Array:
         votes_BKS = of_group(state.evidence, self.group_vote)
         window = self.capacity // 2 if self.window is None else self.window
-        return ranked(votes_BKS, state.positions_BS, window)
+        return self.pooled_scores(votes_BKS, state, window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -50,9 +50,17 @@ class Slots:
         """Returns the slots with T tokens added.
 
         Raises:
-          ValueError: T > 1 with a ring. The last tokens would overwrite tokens that the first still sees.
+          ValueError: T > 1 with a ring. The last tokens would overwrite tokens that the first still sees. Or T exceeds the
+            empty slots; compiled code, which does not know `at`, overwrites the last slots then.
         """
         T = k_BTKH.shape[1]
+        if self.ring is None:
+            used = 0 if isinstance(self.at, jax.core.Tracer) else int(self.at)
+            if used + T > self.length:
+                raise ValueError(
+                    f"A cache of {self.length} slots with {self.length - used} empty ones takes no {T} tokens more: compress "
+                    "it with a larger `length`, or read all tokens again into an empty one."
+                )
         if self.ring is not None and T != 1:
             raise ValueError(
                 f"A cache of a fixed number of slots takes one token at a time after the prompt, "

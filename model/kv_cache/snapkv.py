@@ -18,18 +18,12 @@ import numpy as np
 from espalier.model.kv_cache import selecting
 from espalier.model.kv_cache.base import AttentionForm, KeyValues
 from espalier.model.kv_cache.full import Reading
-from espalier.model.kv_cache.selecting import (
-    GroupVote,
-    Pooling,
-    Selecting,
-    check_choice,
-    check_window,
-)
+from espalier.model.kv_cache.selecting import GroupVote, Voted, check_choice, check_window
 from espalier.model.kv_cache.slots import Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SnapKV(Selecting):
+class SnapKV(Voted):
     """Keeps the last `window` tokens, and the earlier tokens that they attend to most.
 
     The votes are the window's attention weights (softmax over all keys), summed over its queries
@@ -40,8 +34,6 @@ class SnapKV(Selecting):
     Attributes:
       window: number of last tokens, which vote and are always kept. It should be longer than the text
         that a chat template adds after the question; otherwise the question has no vote.
-      kernel: odd width of the pooling; 1 for none.
-      pooling: 'max' or 'average'.
       group_vote: 'mean' or 'max' over the query heads of a key/value head, before pooling.
 
     Raises:
@@ -50,15 +42,11 @@ class SnapKV(Selecting):
 
     window: int = 32
     kernel: int = 7
-    pooling: Pooling = "max"
     group_vote: GroupVote = "mean"
 
     def __post_init__(self):
         super().__post_init__()
         check_window(self.capacity, self.window)
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel = {self.kernel} must be odd and positive")
-        check_choice(self, "pooling", Pooling)
         check_choice(self, "group_vote", GroupVote)
 
     @property
@@ -66,12 +54,10 @@ class SnapKV(Selecting):
         return self.window
 
     def scores(self, state: Reading) -> jax.Array:
-        seen, at_BS = state.evidence, state.positions_BS
+        seen = state.evidence
         votes_BKGS = selecting.votes(seen.q_BWNH, seen.positions_BW, state.slots, state.known_form)
         votes_BKS = selecting.of_group(votes_BKGS, self.group_vote)
-        prefix_BS = (at_BS >= 0) & ~selecting.recent(at_BS, self.window)
-        votes_BKS = selecting.pooled(votes_BKS, prefix_BS, self.kernel, self.pooling)
-        return selecting.ranked(votes_BKS, at_BS, self.window)
+        return self.pooled_scores(votes_BKS, state, self.window)
 
 
 _Tokens = TypeVar("_Tokens", int, np.ndarray, jax.Array)

@@ -198,6 +198,7 @@ def test_streamed_text_is_the_whole_text(command, capsys, trained_run, monkeypat
         ["--cache_policy=snapkv", "--cache=capacity=64"],
         ["--cache_policy=sliding", "--cache=window=64"],
         ["--prefill_chunk=8"],
+        ["--cache_policy=1*snapkv capacity=64"],
     ],
 )
 def test_a_cache_with_room_for_all_changes_nothing(generate, capsys, flags):
@@ -242,6 +243,8 @@ def test_an_int8_cache_takes_fewer_bytes(generate, capsys):
             "token_healing draws the last token of a text anew, and no prompt is",
         ),
         (["--cache_policy=none"], "Unknown cache policy 'none': choose from"),
+        (["--cache_policy=full; tova", "--cache=capacity=3"], "write capacity after the names"),
+        (["--cache_policy=98*full; tova"], "99 cache policies, which are repeated"),
         (["--temperature=-1"], "temperature"),
         (["--top_p=2"], "top_p"),
         (["--max_new_tokens=0"], "max_new_tokens"),
@@ -292,6 +295,17 @@ def test_a_conversation_is_answered_line_by_line(
     assert chat("", "--prompt=one") == f"{first['text']}\n"
     (again,) = generate([{"text": "one"}], template, "--chat")
     assert again["tokens"] == first["tokens"]
+    # A cache of few tokens does not shorten what is read: each turn reads all turns before it.
+    prompts, stream = [], Decoder.stream
+    monkeypatch.setattr(
+        Decoder,
+        "stream",
+        lambda self, rows, **how: prompts.extend(rows) or stream(self, rows, **how),
+    )
+    chat("one\ntwo\n", "--cache_policy=snapkv", "--cache=capacity=6", "--cache=window=3")
+    before, after = prompts
+    assert len(before) > 6 and after[: len(before)] == before
+    assert len(after) >= 2 * len(before)
     assert command("generate", *checkpoint, "--chat", "--num_samples=2") == 2
     assert "--chat has one answer to each line" in capsys.readouterr().err
 

@@ -51,10 +51,11 @@ def read(files: Mapping[str, str], *, by_language: bool = False) -> list[System]
     ]
 
 
-def pairs(systems: Sequence[System]) -> list[Pair]:
+def pairs(systems: Sequence[System], *, opponents: int = 0) -> list[Pair]:
     """Returns a pair of answers for every prompt and every two systems, in the order of the first system's rows.
 
-    Rows are matched by their "id" if all have one, else by their prompts.
+    Rows are matched by their "id" if all have one, else by their prompts. The last `opponents` systems, if any, are compared
+    with each of the others, and nothing else is.
 
     Raises:
       JudgeError: fewer than two systems, two answers of one system to a prompt, or prompts without an answer by
@@ -62,6 +63,8 @@ def pairs(systems: Sequence[System]) -> list[Pair]:
     """
     if len(systems) < 2:
         raise JudgeError("--systems needs at least two files, to compare their answers.")
+    own = range(len(systems) - opponents)
+    against = itertools.product(own, range(len(own), len(systems)))
     by_id = all(answer.id is not None for system in systems for answer in system.answers)
     by_key = [_by_key(system, by_id) for system in systems]
     first = by_key[0]
@@ -76,7 +79,7 @@ def pairs(systems: Sequence[System]) -> list[Pair]:
             systems=(systems[i].name, systems[j].name),
             language=language_name(answer.language),
         )
-        for i, j in itertools.combinations(range(len(systems)), 2)
+        for i, j in (against if opponents else itertools.combinations(own, 2))
         for number, (key, answer) in enumerate(first.items())
     ]
 

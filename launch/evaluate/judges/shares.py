@@ -67,6 +67,19 @@ def print_languages(summaries: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
+def print_opponents(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Prints a row for each system, with its rates against each opponent and their mean, of `against`."""
+    from rich.console import Console
+
+    title = "wins and half of the ties against each opponent in %, with 95 % intervals over prompts"
+    names = [*summaries[0]["opponents"], "mean"]
+    table = table_of(title, ("system",), [*names, "prompts of the mean"])
+    for one in summaries:
+        rates = (_cell(share) for share in [*one["opponents"].values(), one["mean"]])
+        table.add_row(one["system"], *rates, f"{one['prompts']:,}")
+    Console(width=max(160, 40 + 22 * len(names)), markup=False).print(table)
+
+
 def table_of(title: str, names: Sequence[str], numbers: Sequence[str]) -> Any:
     """Returns a table with columns of names and columns of numbers."""
     from rich.table import Table
@@ -282,6 +295,41 @@ def by_language(
         else None,
         "worst": min(judged, key=lambda code: judged[code]["rate"]["value"]) if judged else None,
     }
+
+
+def against(
+    pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, prompts: int, opponents: int
+) -> list[dict[str, Any]]:
+    """Summarises the outcomes of systems against fixed opponents.
+
+    Args:
+      pairs, outcomes: of each system, of each opponent, of each prompt, in this order.
+
+    Returns:
+      Of each system its name as 'system'; 'opponents': name -> {'value', 'low', 'high'} of wins and half of the ties, None
+      without a judged pair; 'prompts': number of prompts that are judged against all opponents; 'mean': of these prompts'
+      rates, each averaged over opponents before the interval, since opponents answer the same prompts; None without any.
+    """
+    values = {A: 1.0, TIE: 0.5, B: 0.0, None: np.nan}
+    scores_SOP = np.array([values[o.verdict] for o in outcomes]).reshape(-1, opponents, prompts)
+    of_pairs = iter(pairs[::prompts])
+    summaries = []
+    for scores_OP in scores_SOP:
+        named = [next(of_pairs).systems for _ in range(opponents)]
+        whole_P = scores_OP.mean(0)
+        whole_P = whole_P[~np.isnan(whole_P)]
+        summaries.append(
+            {
+                "system": named[0][0],
+                "opponents": {
+                    opponent: _interval(scores_P[~np.isnan(scores_P)])
+                    for (_, opponent), scores_P in zip(named, scores_OP, strict=True)
+                },
+                "prompts": len(whole_P),
+                "mean": _interval(whole_P),
+            }
+        )
+    return summaries
 
 
 def system_summary(system: System) -> dict[str, Any]:

@@ -297,6 +297,19 @@ def test_intervals_are_normal_for_many_prompts():
         assert found[side] == pytest.approx(0.15 + sign * 1.959964 * deviation, abs=1.01 / n)
 
 
+def test_the_mean_over_opponents_is_of_prompts_that_all_have_judged():
+    named = [Pair(id=str(i), prompt="p", a="x", b="y", systems=(a, b)) for a in "st" for b in "op" for i in range(3)]  # fmt: skip
+    verdicts = ["a", "a", None, "b", "tie", "a", *[None] * 3, "a", "a", "a"]
+    one, other = shares.against(
+        named, [Outcome(verdict=v) for v in verdicts], prompts=3, opponents=2
+    )
+    assert one["opponents"]["o"] == intervals.bounded([1, 1])
+    assert one["opponents"]["p"] == intervals.bounded([0, 0.5, 1])
+    assert one["prompts"] == 2 and one["mean"] == intervals.bounded([0.5, 0.75])
+    assert other["opponents"]["o"] is other["mean"] is None and other["prompts"] == 0
+    shares.print_opponents([one, other])
+
+
 def test_only_identical_answers_are_all_ties(tmp_path):
     pairs = [pair(text, text, str(i)) for i, text in enumerate(("x", "", "y"))]
     writer = Scripted(None)

@@ -12,6 +12,7 @@ import pytest
 
 from espalier.launch.evaluate import win_rate as win_rate_command
 from espalier.launch.evaluate.judges import pairwise, spec
+from espalier.launch.plots import intervals
 
 GARBAGE = "Both have merits."
 
@@ -281,6 +282,35 @@ def test_each_against_each(win_rate, endpoint, tmp_path):
     assert summary["pairs"][0]["counts"] == COUNTS
 
 
+def test_fixed_opponents_are_asked_about_once(win_rate, endpoint, tmp_path, capsys):
+    (tmp_path / "c.jsonl").write_text(rows(["good good good"] * 5))
+    (tmp_path / "d.jsonl").write_text(rows(["bad"] * 5))
+    opponents = ["--opponents", str(tmp_path / "b.jsonl"), f"fixed={tmp_path / 'd.jsonl'}"]
+
+    def against(*names):
+        files = ["--systems", *(str(tmp_path / f"{name}.jsonl") for name in names), *opponents]
+        return win_rate(judge_of(endpoint), files=files)
+
+    summary = against("a")
+    assert [(p["a"], p["b"]) for p in summary["pairs"]] == [("a", "b"), ("a", "fixed")]
+    assert summary["pairs"][0]["counts"] == COUNTS
+    (one,) = summary["opponents"]
+    # Against b: win, win, loss, tie, tie; against the other: win, win, tie, win, tie.
+    assert [share["value"] for share in one["opponents"].values()] == [0.6, 0.8]
+    assert (one["system"], one["prompts"]) == ("a", 5)
+    assert one["mean"] == pytest.approx(intervals.bounded([1, 1, 0.25, 0.75, 0.5]))
+    # Both orders of 8 pairs that differ; both opponents say "bad" to the first prompt, which is one pair.
+    assert summary["questions"]["asked"] == 2 * 7 and set(endpoint.asked.values()) == {1}
+    said = capsys.readouterr().out
+    assert "against each opponent" in said and "70.0 (" in said
+    # Another checkpoint adds its own questions, and none about two systems or two opponents.
+    summary = against("a", "c")
+    assert [(p["a"], p["b"]) for p in summary["pairs"][2:]] == [("c", "b"), ("c", "fixed")]
+    assert [found["mean"]["value"] for found in summary["opponents"]] == pytest.approx([0.7, 1.0])
+    assert summary["questions"]["kept"] == 14 and summary["questions"]["asked"] == 2 * 9
+    assert set(endpoint.asked.values()) == {1}
+
+
 def test_log_probabilities_are_those_of_score(win_rate, command, trained_run, tmp_path):
     summary = win_rate(f"logprob:{trained_run.path}")
     (pair,) = summary["pairs"]
@@ -399,6 +429,12 @@ def test_malformed_judges_are_named(win_rate, capsys, judge, message):
         (["--a=x.jsonl", "--b=y/x.jsonl"], "both have the name 'x'"),
         (["--systems", "x.jsonl"], "needs at least two files"),
         (["--systems", "x.jsonl", "--b=x.jsonl"], "either --a=FILE and --b=FILE"),
+        (
+            ["--a=x.jsonl", "--b=y=x.jsonl", "--opponents", "z=x.jsonl"],
+            "--opponents needs --systems",
+        ),
+        (["--systems", "x.jsonl", "--opponents", "x.jsonl"], "both have the name 'x'"),
+        (["--opponents", "x.jsonl"], "either --a=FILE and --b=FILE"),
         (["--a=x.jsonl", "--b=none.jsonl"], "none.jsonl does not exist"),
         (["--a=x.jsonl", "--b=y=x.jsonl", "--attempts=0"], "--attempts=0 must be at least 1"),
         (["--a=x.jsonl", "--b=y=x.jsonl", "--out=x.jsonl"], "--out=x.jsonl cannot be created"),

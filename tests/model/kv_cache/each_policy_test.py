@@ -10,6 +10,7 @@ dim.
 import numpy as np
 import pytest
 
+from espalier.model.kv_cache.by_layer import ByLayer
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.kv_cache.snapkv import layer_budget
 from tests.model.kv_cache.two_prompts import (
@@ -22,6 +23,7 @@ from tests.model.kv_cache.two_prompts import (
     N,
     compress,
     kept,
+    pool,
     positions,
     read,
     reference_step,
@@ -73,22 +75,61 @@ def test_sliding_keeps_the_last_tokens():
         np.testing.assert_allclose(got, reference_step(LENGTHS + m, FORM, only), atol=1e-5)
 
 
-def test_h2o_sums_the_attention_of_all_queries():
-    policy = policy_named("h2o", capacity=8, window=3)
+POOLINGS = [
+    {},
+    {"kernel": 3},
+    {"kernel": 5, "pooling": "average"},
+]  # none by default, as in the papers
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_h2o_sums_the_attention_of_all_queries(pooling):
+    policy = policy_named("h2o", capacity=9, window=3, **pooling)
     for b, row in enumerate(kept(policy, compress(policy, read(policy), 1))):
-        received = weights(b).sum(1).reshape(K, N // K, -1).mean(1)
+        received = weights(b).sum(1).reshape(K, N // K, -1).mean(1)[:, :-3]
+        scores = pool(received, policy.kernel, policy.pooling)
         for head, found in enumerate(row):
             last = set(range(LENGTHS[b] - 3, LENGTHS[b]))
-            assert set(found) == top(received[head, :-3], 5) | last
+            assert set(found) == top(scores[head], 6) | last
+            assert not pooling or top(scores[head], 6) != top(received[head], 6)
 
 
-def test_tova_asks_the_last_query_alone_for_all_heads():
-    policy = policy_named("tova", capacity=8)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_tova_asks_the_last_query_alone_for_all_heads(pooling):
+    policy = policy_named("tova", capacity=8, **pooling)
     state = compress(policy, read(policy), 1)
     assert state.positions_BXS.shape == (B, 1, 9)
     for b, row in enumerate(kept(policy, state)):
-        scores = weights(b)[:, -1].mean(0)
-        assert set(row[0]) == top(scores[:-1], 7) | {LENGTHS[b] - 1}
+        votes = weights(b)[:, -1].mean(0)[None, :-1]
+        scores = pool(votes, policy.kernel, policy.pooling)
+        assert not pooling or top(scores[0], 7) != top(votes[0], 7)
+        assert set(row[0]) == top(scores[0], 7) | {LENGTHS[b] - 1}
+
+
+def test_each_layer_has_the_policy_that_a_list_repeats():
+    """Bit for bit: what is held, and what a token after it reads."""
+    policies = [
+        policy_named("full"),
+        policy_named("adakv", **SNAP),
+        policy_named("h2o", capacity=8),
+    ]
+    listed = ByLayer(tuple(policies))
+    for layer in (0, 4, 5):
+        alone, depth = policies[layer % 3], {"layer": layer, "num_layers": 6}
+        want, got = (compress(one, read(one, **depth), 1) for one in (alone, listed))
+        assert kept(listed, got) == kept(alone, want)
+        (want, _), (got, _) = step(alone, want, LENGTHS), step(listed, got, LENGTHS)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_lists_of_policies_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match="2 cache policies, .* do not divide their number, 3"):
+        read(ByLayer((policy_named("full"), policy_named("tova"))), num_layers=3)
+    for wrong in (policy_named("oracle"), ByLayer((policy_named("full"),))):
+        with pytest.raises(ValueError, match=f"{type(wrong).__name__} cannot be the cache policy"):
+            ByLayer((policy_named("full"), wrong))
+    with pytest.raises(ValueError, match="at least one policy"):
+        ByLayer(())
 
 
 def test_oracle_keeps_what_the_continuation_attends_to():

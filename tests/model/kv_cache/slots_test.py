@@ -111,6 +111,18 @@ def test_a_ring_overwrites_its_oldest_and_leaves_what_is_before_it():
         ring.put(jnp.ones((B, 2, K, H)), jnp.ones((B, 2, K, H)), jnp.zeros((B, 2)))
 
 
+def test_tokens_beyond_the_empty_slots_are_refused_where_their_number_is_known():
+    """Outside of compiled code it is; inside, tokens beyond all slots are known."""
+    held, k, _ = filled()
+    one, at = k[:, :1], jnp.full((B, 1), S)
+    held.with_room(1).put(one, one, at)
+    with pytest.raises(ValueError, match="6 slots with 0 empty ones takes no 1 tokens more"):
+        held.put(one, one, at)
+    more = jnp.ones((B, S + 1, K, H))
+    with pytest.raises(ValueError, match="takes no 7 tokens more"):
+        jax.eval_shape(lambda held: held.put(more, more, jnp.zeros((B, S + 1))), held)
+
+
 @pytest.mark.parametrize("heads", [2, 4])
 def test_heads_may_see_different_slots_of_one_store(heads):
     """Positions [B, X, S] over one key/value head: as attending head by head to its own slots."""

@@ -136,8 +136,13 @@ def snap_scores(b, window, kernel, pooling, group_vote, form=FORM):
     prefix = LENGTHS[b] - window
     votes = weights(b, form)[:, -window:, :prefix].sum(1).reshape(K, N // K, prefix)
     votes = votes.mean(1) if group_vote == "mean" else votes.max(1)
+    return pool(votes, kernel, pooling)
+
+
+def pool(votes, kernel, pooling):
+    """Votes [X, P] pooled over each position and its neighbours; an average divides by the kernel at the ends too."""
     half, out = kernel // 2, np.zeros_like(votes)
-    for j in range(prefix):
+    for j in range(votes.shape[1]):
         near = votes[:, max(0, j - half) : j + half + 1]
         out[:, j] = near.max(1) if pooling == "max" else near.sum(1) / kernel
     return out

@@ -7,6 +7,9 @@ equals its rows alone.
 Shapes: B batch, T prompt length, M new tokens, S slots, K key/value heads, V vocabulary.
 """
 
+import functools
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.by_layer import ByLayer
 from espalier.model.kv_cache.policies import POLICIES, policy_named
 from espalier.model.transformer import Transformer
 from espalier.trainers.decoding.decode import decode
@@ -93,8 +97,16 @@ def generate(model, params, policy, ids, lengths, **how):
 
 
 @pytest.fixture(scope="module")
-def full(model, params, ids):
-    return generate(model, params, policy_named("full"), ids, LENGTHS)
+def generated(model, params, ids):
+    """Returns `generate` of the prompts by a policy's name, each once."""
+    return functools.cache(
+        lambda name: generate(model, params, policy_named(name, **SMALL[name]), ids, LENGTHS)
+    )
+
+
+@pytest.fixture(scope="module")
+def full(generated):
+    return generated("full")
 
 
 def test_every_policy_has_small_settings_here():
@@ -109,10 +121,14 @@ AS_INT8 = ("full", "snapkv", "streaming_llm", "adakv")
     ("name", "dtype"),
     [*((name, None) for name in sorted(SMALL)), *((name, "int8") for name in AS_INT8)],
 )
-def test_every_policy_generates(name, dtype, model, params, ids, full):
+def test_every_policy_generates(name, dtype, model, params, ids, full, generated):
     """2: the first token's logits are the full cache's, exactly, whatever is dropped after it."""
     policy = policy_named(name, **SMALL[name])
-    logits, caches, after, tokens = generate(model, params, policy, ids, LENGTHS, cache_dtype=dtype)
+    logits, caches, after, tokens = (
+        generate(model, params, policy, ids, LENGTHS, cache_dtype=dtype)
+        if dtype
+        else generated(name)
+    )
     if policy.future == 0:
         np.testing.assert_array_equal(logits, full[0])
         np.testing.assert_array_equal(tokens[:, 0], full[3][:, 0])
@@ -148,19 +164,38 @@ def read(model, params, policy, ids, **how):
     return jax.jit(run)(params, ids, LENGTHS)
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("snapkv", 6), ("h2o", 30), ("oracle", 7)])
-def test_a_prompt_read_in_chunks_is_compressed_after_the_last(name, chunk, model, params, ids):
-    """Same logits and same kept tokens, whether chunks divide the prompt, or exceed it."""
+CHUNKS = itertools.cycle((6, 7, 30))  # that divide the prompt, or not, or exceed it
+
+
+@pytest.mark.parametrize(("name", "chunk"), zip(sorted(SMALL), CHUNKS, strict=False))
+def test_a_prompt_read_in_chunks_is_compressed_after_the_last(
+    name, chunk, model, params, ids, generated
+):
+    """Every policy: the logits, slots, positions and owners of slots of a prompt that is read whole."""
     policy = policy_named(name, **SMALL[name])
-
-    def run(chunk):
-        return read(model, params, policy, ids, room=2, chunk=chunk)
-
-    (want, whole), (got, parts) = run(None), run(chunk)
+    want, whole, _, _ = generated(name)
+    got, parts = read(model, params, policy, ids, room=M - 1, chunk=chunk)
     np.testing.assert_allclose(got, want, atol=1e-5)
-    for one, other in zip(whole, parts, strict=True):
-        np.testing.assert_array_equal(one.positions_BXS, other.positions_BXS)
-        np.testing.assert_allclose(one.k_BKSH, other.k_BKSH, atol=1e-5)
+    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        exact = jnp.issubdtype(one.dtype, jnp.integer)
+        np.testing.assert_allclose(other, one, atol=0 if exact else 1e-5)
+
+
+def test_layers_with_policies_of_their_own_hold_what_each_keeps(model, params, ids, generated):
+    """No layer reads what another has dropped of the prompt, so both caches are those of either policy, bit for bit."""
+    tova = policy_named("tova", capacity=5)
+    logits, caches, after, tokens = generate(
+        model, params, ByLayer((policy_named("full"), tova)), ids, LENGTHS
+    )
+    of_full, of_tova = generated("full"), read(model, params, tova, ids, room=M - 1)
+    np.testing.assert_array_equal(logits, of_full[0])
+    for got, want in zip(caches, (of_full[1][0], of_tova[1][1]), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got.state, want)
+    assert jax.tree.structure(caches) == jax.tree.structure(after)
+    parts = read(model, params, ByLayer((policy_named("full"), tova)), ids, room=M - 1, chunk=7)[1]
+    for got, want in zip(jax.tree.leaves(parts), jax.tree.leaves(caches), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_chunk_without_tokens_is_refused(model, params, ids):
