@@ -75,7 +75,7 @@ def print_opponents(summaries: Sequence[Mapping[str, Any]]) -> None:
     names = [*summaries[0]["opponents"], "mean"]
     table = table_of(title, ("system",), [*names, "prompts of the mean"])
     for one in summaries:
-        rates = (_cell(share) for share in [*one["opponents"].values(), one["mean"]])
+        rates = (cell(share) for share in [*one["opponents"].values(), one["mean"]])
         table.add_row(one["system"], *rates, f"{one['prompts']:,}")
     Console(width=max(160, 40 + 22 * len(names)), markup=False).print(table)
 
