@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from espalier.model.hf.config_fields import ConfigFields, UnsupportedConfig
+from espalier.model.hf.config_fields import NEUTRAL, ConfigFields, UnsupportedConfig
 from espalier.model.hf.description import describe, differences, native_shapes
 from espalier.model.hf.mapping import Piece, Row, hf_shapes, pieces_of
 from espalier.model.mlp import by_kind
@@ -117,10 +117,11 @@ class Family:
     )
     prefix: str = "model."
 
-    def model(self, config_json: Mapping[str, Any]) -> Any:
+    def model(self, config_json: Mapping[str, Any], *, refuse_unknown: bool = True) -> Any:
         """Returns the model of a config.json, with scanned layers and the dtype of config.json.
 
-        Its factories are `functools.partial`s of this project's classes.
+        Its factories are `functools.partial`s of this project's classes. Without `refuse_unknown`, fields that are not
+        known are passed over.
 
         Raises:
           UnsupportedConfig: a field has an unsupported value, or a field whose default differs
@@ -135,7 +136,7 @@ class Family:
         settings = {"block": Block, **self.fixed}
         for part in self.parts:
             settings |= part.read(fields)
-        fields.refuse_unread(self.silent)
+        fields.refuse_unread(self.silent, unknown_too=refuse_unknown)
         for name, value in list(settings.items()):
             if name.partition(".")[0] == "norm":
                 settings |= {copy + name.removeprefix("norm"): value for copy in self.norms}
@@ -171,6 +172,15 @@ class Family:
                 f"A {self.name!r} model cannot have these settings: " + "; ".join(different) + "."
             )
         return config
+
+    def completed(self, config_json: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields that a config.json's model follows from, absent ones with their defaults, unknown ones left out.
+
+        Raises:
+          UnsupportedConfig: see `model`.
+        """
+        model = self.model(config_json, refuse_unknown=False)
+        return {**NEUTRAL, **self.neutral, **self.config(model)}
 
     def pieces(self, model: Transformer) -> list[Piece]:
         """Returns the pieces of every array of the model, with layers scanned or unrolled.
