@@ -144,7 +144,7 @@ def _check_config(merge: Merge, first: HfModel, other: HfModel, *, deep: bool) -
     (here, unread), (there, other_unread) = facts(first.config), facts(other.config)
     if (unread is None) != (other_unread is None) and here.get("model_type") == there.get("model_type"):
         path = other.path if unread is None else first.path
-        raise MergeError(f"{merge.file}: {path}/{unread or other_unread}")
+        raise MergeError(f"{merge.file}: {os.path.join(path, str(unread or other_unread))}")
     written = [{*model.config, *_rope(model.config)} for model in (first, other)]
     ignored = {*(_OF_DEPTH if deep else ()), *(("vocab_size",) if merge.tokens else ())}
     unknown = []

@@ -4,9 +4,11 @@ An absent field has the default of the Hugging Face class if that default has ne
 absence is an error. A field that is neither read nor known to say nothing of what the model computes is an error too.
 """
 
+import contextlib
 import math
+import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from espalier.model.config import TransformerConfig
@@ -124,6 +126,15 @@ def expected_type(key: str, value: Any) -> str | None:
 
 class UnsupportedConfig(ValueError):  # noqa: N818
     """A config.json that this project cannot reproduce exactly; the message has the key and a fix."""
+
+
+@contextlib.contextmanager
+def named(folder: str | os.PathLike) -> Iterator[None]:
+    """Context manager: errors about a config.json name its folder."""
+    try:
+        yield
+    except UnsupportedConfig as error:
+        raise UnsupportedConfig(os.path.join(folder, str(error))) from None
 
 
 class ConfigFields:

@@ -21,7 +21,11 @@ from espalier.model.transformer import Block, Transformer
 
 
 class UnsupportedModel(ValueError):  # noqa: N818
-    """A model that a family cannot express; the message names the features."""
+    """A model that a family cannot express; the message names the features, of which there are `count`."""
+
+    def __init__(self, message: str, *, count: int = 1):
+        super().__init__(message)
+        self.count = count
 
 
 def check_language_model(model: Any) -> None:
@@ -169,7 +173,8 @@ class Family:
             different = [str(error).removesuffix(".")]
         if different:
             raise UnsupportedModel(
-                f"A {self.name!r} model cannot have these settings: " + "; ".join(different) + "."
+                f"A {self.name!r} model cannot have these settings: " + "; ".join(different) + ".",
+                count=len(different),
             )
         return config
 

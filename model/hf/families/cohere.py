@@ -43,7 +43,7 @@ def _more(types: list[str]) -> dict[str, Any]:
 COHERE_LIKE = {**parts.LLAMA_LIKE, "norm": LayerNorm, "block.layout": "parallel"}
 _PARTS = (
     *(parts.KV_HEADS_OR_ALL, parts.rope("interleaved"), parts.TIED_HEAD, parts.BIAS),
-    field("logit_scale", "logit_scale", default=0.0625),
+    field("logit_scale", "logit_scale"),
 )
 COHERE_PARTS = (
     *_PARTS,
