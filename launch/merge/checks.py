@@ -142,7 +142,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_config(merge: Merge, first: HfModel, other: HfModel, *, deep: bool) -> None:
     (here, unread), (there, other_unread) = facts(first.config), facts(other.config)
-    if (unread is None) != (other_unread is None) and here.get("model_type") == there.get("model_type"):
+    if (unread is None) != (other_unread is None) and here.get("model_type") == there.get(
+        "model_type"
+    ):
         path = other.path if unread is None else first.path
         raise MergeError(f"{merge.file}: {os.path.join(path, str(unread or other_unread))}")
     written = [{*model.config, *_rope(model.config)} for model in (first, other)]
