@@ -20,8 +20,8 @@ from espalier.launch.run import run_vocabulary
 from espalier.launch.weights import source_models
 from espalier.launch.weights.target_folder import ConvertError, check_space, new_directory
 from espalier.model.adapters.adapter import adapters_of
-from espalier.model.hf.description import describe, differences
 from espalier.model.hf.config_fields import named
+from espalier.model.hf.description import describe, differences
 from espalier.model.hf.family import Family, UnsupportedModel
 from espalier.model.hf.files.gguf_file import GgufReader
 from espalier.model.hf.files.safetensors_files import (
