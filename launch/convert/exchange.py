@@ -20,6 +20,7 @@ from espalier.launch.run import run_vocabulary
 from espalier.launch.weights import source_models
 from espalier.launch.weights.target_folder import ConvertError, check_space, new_directory
 from espalier.model.adapters.adapter import adapters_of
+from espalier.model.hf.config_fields import named
 from espalier.model.hf.description import describe, differences
 from espalier.model.hf.family import Family, UnsupportedModel
 from espalier.model.hf.files.gguf_file import GgufReader
@@ -57,7 +58,8 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     record = {"generation_config": read_json(generation)} if generation.exists() else {}
-    family_of_config(config)  # Raises before files are opened.
+    with named(folder):
+        family_of_config(config).model(config)  # Raises before files are opened.
     with SafetensorsReader(folder) as tensors, new_directory(target) as partial:
         return _write(tensors, config, record, partial, dtype, tokenizer=folder)
 

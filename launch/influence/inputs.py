@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common.storage import paths
+from espalier.data.stream.rows import SENTENCE
 from espalier.data.text import documents as document_files
 from espalier.launch.config.setting_flags import File, Name
 from espalier.launch.inference import row_files
@@ -96,7 +97,7 @@ def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> R
         )
     labels.query(row, where)  # a wrong label is an error before documents are read
     asked = {**prompt_row(run, row["prompt"], where), "targets": row["completion"]}
-    query = scored_row(run, asked, where)
+    query = _read(run, asked, where)
     if not query.targets:
         raise LoadError(
             f"{where}: the completion is empty, so there is nothing to explain: give its text, such as {QUERY_EXAMPLE}."
@@ -107,6 +108,16 @@ def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> R
             f"{where}: the query has {read} tokens, and the context {length}: shorten it, or raise --length."
         )
     return query
+
+
+def _read(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
+    """Returns a row of a file; raises LoadError if it has what only routers of sentences read."""
+    read = scored_row(run, row, where)
+    if read.columns:
+        raise LoadError(
+            f"{where} has {SENTENCE!r}, which influence does not read: remove it, and give a model whose routers read no sentences."
+        )
+    return read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,7 +309,7 @@ class Documents:
 
     def _placed(self) -> Iterator[tuple[str, Row]]:
         for where, row in self._rows():
-            read = row if isinstance(row, Row) else scored_row(self.run, row, where)
+            read = row if isinstance(row, Row) else _read(self.run, row, where)
             short = self._cut(read)
             self.cut += short is not read
             yield where, short

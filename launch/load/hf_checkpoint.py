@@ -137,13 +137,15 @@ def _state(folder: str) -> tuple[tuple[Any, ...], ...]:
 
 @functools.cache
 def _recorded(checkpoint: str, state: tuple[Any, ...]) -> tuple[str, Mapping[str, Any]]:
+    from espalier.model.hf.config_fields import named
     from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
     from espalier.model.hf.registry import family_of_config
 
     del state  # a part of the key
     source = pathlib.Path(checkpoint)
     config = read_json(source / CONFIG_JSON)
-    family_of_config(config)  # raises before files are opened
+    with named(source):
+        family_of_config(config).model(config)  # raises before files are opened
     folder = tempfile.mkdtemp(prefix="espalier_hf_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with SafetensorsReader(source) as tensors:

@@ -11,124 +11,25 @@ import numpy as np
 from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
 from espalier.launch.merge.models import HfModel, Model, NativeModel
 from espalier.launch.merge.settings import Merge, MergeError
+from espalier.model.hf import registry
+from espalier.model.hf.config_fields import SILENT, UnsupportedConfig
+from espalier.model.hf.family import UnsupportedModel
 
-# What transformers computes with where config.json lacks a field, by model_type; absent and null differ.
-# VARIES: the default differs between versions of transformers.
-VARIES: Any = object()
-
-_ALL = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_qk_norm": False,
-    "use_sliding_window": False,
-    "rope.rope_type": "default",
-}
-_LLAMA = {
-    **_ALL,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope.rope_theta": 10_000.0,
-}
-_COHERE = {
-    **_ALL,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "layer_norm_eps": 1e-5,
-    "logit_scale": 0.0625,
-}
-_T5 = {
-    "layer_norm_epsilon": 1e-6,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-}
-_FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    "cohere": {**_COHERE, "rope.rope_theta": VARIES},
-    "cohere2": {**_COHERE, "rope.rope_theta": 10_000.0, "sliding_window": 4096},
-    "llama": _LLAMA,
-    "mistral": {**_LLAMA, "sliding_window": 4096},
-    "mixtral": {
-        **_LLAMA,
-        "rms_norm_eps": 1e-5,
-        "rope.rope_theta": 1e6,
-        "sliding_window": None,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": {
-        **_ALL,
-        "tie_word_embeddings": True,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "rope.rope_theta": 10_000.0,
-        "sliding_window": 4096,
-        "query_pre_attn_scalar": VARIES,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-    "gpt2": {
-        "tie_word_embeddings": True,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-    },
-    "t5": {**_T5, "tie_word_embeddings": True, "feed_forward_proj": "relu"},
-    "mt5": {**_T5, "tie_word_embeddings": VARIES, "feed_forward_proj": "gated-gelu"},
-}
-# Fields of config.json that do not change the function that is computed.
-_SILENT = {
-    *("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "unk_token_id"),
-    *(
-        "id2label",
-        "label2id",
-        "problem_type",
-        "auto_map",
-        "finetuning_task",
-        "task_specific_params",
-    ),
-    *("initializer_range", "initializer_factor", "output_router_logits", "router_aux_loss_coef"),
-    *(
-        "attention_dropout",
-        "hidden_dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "attn_pdrop",
-        "dropout_rate",
-    ),
-    *("classifier_dropout", "summary_first_dropout", "pretraining_tp", "max_position_embeddings"),
-    *(
-        "_attn_implementation",
-        "attn_implementation",
-        "unsloth_version",
-        "unsloth_fixed",
-        "max_length",
-    ),
-    *("gradient_checkpointing", "architectures", "rope_scaling", "rope_parameters", "rope_theta"),
-}
+_ROPE = ("rope_scaling", "rope_parameters", "rope_theta")
 _RELATED = 0.1  # least correlation of embeddings of models of one start; others have none
 _COMPARED = 1 << 20  # values
 _EMBEDDING = re.compile(r"(^|[./])(token_embed|embed_tokens|wte|shared|word_embeddings)([./]|$)")
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers")
-_OF_DEPTH = {*_DEPTHS, "layer_types", "max_window_layers", "no_rope_layers"}
-
-
-def defaults_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the defaults of the fields of a config.json that are known; of the rotary embedding as `rope.NAME`."""
-    return _FAMILIES.get(str(config.get("model_type")), _ALL)
+# Numbers of layers, and what else differs with them; hf_output compares the kinds of the layers themselves.
+_OF_DEPTH = {
+    *("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers"),
+    *("layer_types", "mlp_layer_types", "no_rope_layers", "mlp_only_layers", "max_window_layers"),
+    *("decoder_sparse_step", "sliding_window_pattern", "no_rope_layer_interval"),
+}
 
 
 def is_tied(model: Model) -> bool:
     """Returns whether a model's head is the table of the tokens."""
-    if not isinstance(model, HfModel):
-        return False
-    default = defaults_of(model.config).get("tie_word_embeddings")
-    return model.config.get("tie_word_embeddings", default) is True
+    return isinstance(model, HfModel) and facts(model.config)[0].get("tie_word_embeddings") is True
 
 
 def check(merge: Merge, models: Mapping[str, Model]) -> None:
@@ -210,9 +111,25 @@ def _some_values(model: Model, name: str | None) -> np.ndarray | None:
     return model.read(name)(0, min(size, _COMPARED)).astype(np.float64)
 
 
-def facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a config.json that decide the computed function, the rotary embedding's in one spelling."""
-    result = {key: value for key, value in config.items() if key not in _SILENT}
+def facts(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Returns the fields of a config.json that decide the computed function, and why its family cannot read it, if so.
+
+    Absent fields have the defaults of the family in model/hf/families/; of a config.json that no family reads, only the fields
+    that it has are known. The rotary embedding has one spelling, `rope.NAME`.
+    """
+    silent = {*SILENT, "name_or_path", "attn_implementation", "auto_map", *_ROPE} - {"model_type"}
+    of_family, completed, reason = set[str](), dict[str, Any](), None
+    if family := next((x for x in registry.FAMILIES if x.name == config.get("model_type")), None):
+        try:
+            of_family, completed = {*family.silent}, family.completed(config)
+        except (UnsupportedConfig, UnsupportedModel) as error:
+            reason = str(error)
+    result = {key: x for key, x in config.items() if key not in silent | of_family}
+    result |= {key: x for key, x in completed.items() if key not in silent}
+    return {**result, **_rope(completed or config)}, reason
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(config.get(key), dict):
@@ -220,35 +137,33 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_type", rope.pop("type", "default"))
     if config.get("rope_theta") is not None:
         rope.setdefault("rope_theta", config["rope_theta"])
-    return result | {f"rope.{key}": value for key, value in rope.items() if value is not None}
+    return {f"rope.{key}": value for key, value in rope.items() if value is not None}
 
 
 def _check_config(merge: Merge, first: HfModel, other: HfModel, *, deep: bool) -> None:
-    here, there = facts(first.config), facts(other.config)
-    defaults = defaults_of(first.config)
+    (here, unread), (there, other_unread) = facts(first.config), facts(other.config)
+    if (unread is None) != (other_unread is None) and here.get("model_type") == there.get(
+        "model_type"
+    ):
+        path = other.path if unread is None else first.path
+        raise MergeError(f"{merge.file}: {os.path.join(path, str(unread or other_unread))}")
+    written = [{*model.config, *_rope(model.config)} for model in (first, other)]
     ignored = {*(_OF_DEPTH if deep else ()), *(("vocab_size",) if merge.tokens else ())}
     unknown = []
-    for key in sorted({*here, *there} - ignored):
+    # Fields of a file before those that follow from them.
+    for key in sorted({*here, *there} - ignored, key=lambda x: (x not in set.union(*written), x)):
         name = key.removeprefix("rope.")
-        lacking = other if key in here else first
-        if (key in here) != (key in there) and key not in defaults:
-            unknown.append(f"{name} ({lacking.path})")
-            continue
-        a, b = (side.get(key, defaults.get(key)) for side in (here, there))
-        if VARIES in (a, b):
-            raise MergeError(
-                f"{merge.file}: {lacking.path}/config.json has no {name}, whose default differs between versions of "
-                "transformers: add the value that the model was trained with."
-            )
-        if not _same(a, b):
+        if (key in here) != (key in there):
+            unknown.append(f"{name} ({(other if key in here else first).path})")
+        elif not _same(here[key], there[key]):
             remedy = (
                 "add `tokenizer_source: union` to align vocabularies"
                 if key == "vocab_size"
                 else "models that compute differently cannot be merged; if one config.json is wrong, correct it"
             )
             raise MergeError(
-                f"{merge.file}: {name} is {_shown(a, key in here)} in {first.path}/config.json, and "
-                f"{_shown(b, key in there)} in {other.path}/config.json: {remedy}."
+                f"{merge.file}: {name} is {_shown(here[key], key in written[0])} in {first.path}/config.json, and "
+                f"{_shown(there[key], key in written[1])} in {other.path}/config.json: {remedy}."
             )
     if unknown:
         print(

@@ -4,9 +4,11 @@ An absent field has the default of the Hugging Face class if that default has ne
 absence is an error. A field that is neither read nor known to say nothing of what the model computes is an error too.
 """
 
+import contextlib
 import math
+import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from espalier.model.config import TransformerConfig
@@ -86,7 +88,7 @@ SILENT = {
     *("task_specific_params", "output_past"),
 }
 # Common fields of which one value is known.
-_NEUTRAL = {
+NEUTRAL = {
     **dict.fromkeys(("is_encoder_decoder", "is_decoder", "add_cross_attention"), False),
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "use_sliding_window"), False),
     "tie_encoder_decoder": False,
@@ -124,6 +126,15 @@ def expected_type(key: str, value: Any) -> str | None:
 
 class UnsupportedConfig(ValueError):  # noqa: N818
     """A config.json that this project cannot reproduce exactly; the message has the key and a fix."""
+
+
+@contextlib.contextmanager
+def named(folder: str | os.PathLike) -> Iterator[None]:
+    """Context manager: errors about a config.json name its folder."""
+    try:
+        yield
+    except UnsupportedConfig as error:
+        raise UnsupportedConfig(os.path.join(folder, str(error))) from None
 
 
 class ConfigFields:
@@ -179,15 +190,18 @@ class ConfigFields:
             if self.get(key, value) != value:
                 raise self.error(key, f"only {value!r} is supported")
 
-    def refuse_unread(self, silent: Iterable[str]) -> None:
-        """Raises UnsupportedConfig if there are fields that nothing has read, other than null ones, the `silent` and common ones."""
+    def refuse_unread(self, silent: Iterable[str], *, unknown_too: bool = True) -> None:
+        """Raises UnsupportedConfig if there are fields that nothing has read, other than null ones, the `silent` and common ones.
+
+        Without `unknown_too`, only common fields of another value than is known are refused.
+        """
         known = {*self._read, *silent, *SILENT}
-        self.neutral(**{key: value for key, value in _NEUTRAL.items() if key not in known})
+        self.neutral(**{key: value for key, value in NEUTRAL.items() if key not in known})
         known |= self._read
         unknown = sorted(
             x for x, value in self._fields.items() if value is not None and x not in known
         )
-        if unknown:
+        if unknown and unknown_too:
             shown = ", ".join(f"{key[:80]} = {reprlib.repr(self._fields[key])}" for key in unknown)
             raise UnsupportedConfig(
                 f"config.json ({self.family}): {shown}: not known here, so the model might compute something else. Remove what "

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from espalier.model.hf.config_fields import ConfigFields, UnsupportedConfig
+from espalier.model.hf.config_fields import NEUTRAL, ConfigFields, UnsupportedConfig
 from espalier.model.hf.description import describe, differences, native_shapes
 from espalier.model.hf.mapping import Piece, Row, hf_shapes, pieces_of
 from espalier.model.mlp import by_kind
@@ -21,7 +21,11 @@ from espalier.model.transformer import Block, Transformer
 
 
 class UnsupportedModel(ValueError):  # noqa: N818
-    """A model that a family cannot express; the message names the features."""
+    """A model that a family cannot express; the message names the features, of which there are `count`."""
+
+    def __init__(self, message: str, *, count: int = 1):
+        super().__init__(message)
+        self.count = count
 
 
 def check_language_model(model: Any) -> None:
@@ -117,10 +121,11 @@ class Family:
     )
     prefix: str = "model."
 
-    def model(self, config_json: Mapping[str, Any]) -> Any:
+    def model(self, config_json: Mapping[str, Any], *, refuse_unknown: bool = True) -> Any:
         """Returns the model of a config.json, with scanned layers and the dtype of config.json.
 
-        Its factories are `functools.partial`s of this project's classes.
+        Its factories are `functools.partial`s of this project's classes. Without `refuse_unknown`, fields that are not
+        known are passed over.
 
         Raises:
           UnsupportedConfig: a field has an unsupported value, or a field whose default differs
@@ -135,7 +140,7 @@ class Family:
         settings = {"block": Block, **self.fixed}
         for part in self.parts:
             settings |= part.read(fields)
-        fields.refuse_unread(self.silent)
+        fields.refuse_unread(self.silent, unknown_too=refuse_unknown)
         for name, value in list(settings.items()):
             if name.partition(".")[0] == "norm":
                 settings |= {copy + name.removeprefix("norm"): value for copy in self.norms}
@@ -168,9 +173,19 @@ class Family:
             different = [str(error).removesuffix(".")]
         if different:
             raise UnsupportedModel(
-                f"A {self.name!r} model cannot have these settings: " + "; ".join(different) + "."
+                f"A {self.name!r} model cannot have these settings: " + "; ".join(different) + ".",
+                count=len(different),
             )
         return config
+
+    def completed(self, config_json: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields that a config.json's model follows from, absent ones with their defaults, unknown ones left out.
+
+        Raises:
+          UnsupportedConfig: see `model`.
+        """
+        model = self.model(config_json, refuse_unknown=False)
+        return {**NEUTRAL, **self.neutral, **self.config(model)}
 
     def pieces(self, model: Transformer) -> list[Piece]:
         """Returns the pieces of every array of the model, with layers scanned or unrolled.

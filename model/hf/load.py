@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from espalier.model.hf.config_fields import named
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
 from espalier.model.hf.mapping import Piece
 from espalier.model.hf.plan import Plan, plan
@@ -32,8 +33,9 @@ def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Tra
       WeightFileError, MismatchedTensors, UnsupportedConfig, UnsuitableDtypeError.
     """
     config = read_json(pathlib.Path(directory) / "config.json")
-    family = family_of_config(config)
-    model = family.model(config)
+    with named(directory):
+        family = family_of_config(config)
+        model = family.model(config)
     with SafetensorsReader(directory) as source:
         arrays = fill(plan(family, model, source, dtype=dtype))
     arrays = {path: jax.device_put(x, may_alias=True) for path, x in arrays.items()}

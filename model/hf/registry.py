@@ -67,15 +67,20 @@ def family_of_model(model: Any) -> Family:
     """Returns the first family that can express the model.
 
     Raises:
-      UnsupportedModel: no family can; the message has the reason for each.
+      UnsupportedModel: no family can; the message names what the nearest one lacks.
     """
     check_language_model(model)
-    reasons = []
+    reasons: list[UnsupportedModel] = []
     for family in FAMILIES:
         try:
             family.config(model)
         except UnsupportedModel as error:
-            reasons.append(str(error))
+            reasons.append(error)
         else:
             return family
-    raise UnsupportedModel("\n".join(reasons))
+    nearest = min(reasons, key=lambda error: error.count)
+    raise UnsupportedModel(
+        f"No family of Hugging Face has this model. The nearest lacks least: {nearest} Change these settings before training, or "
+        "use the run, which every command here reads.",
+        count=nearest.count,
+    )

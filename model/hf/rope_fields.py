@@ -135,7 +135,10 @@ def _rope(
     kind, same = own.pop("rope_type", None), own.pop("type", None)
     kind = kind or same or "default"
     if not isinstance(kind, str) or kind not in _NEEDED:
-        raise fields.error(key, f"rope type {kind!r} is not supported; {', '.join(_NEEDED)} are")
+        raise fields.error(
+            key,
+            f"rope type {kind!r} is not supported, and {', '.join(_NEEDED)} are: use a model with one of these",
+        )
     needed, optional = _NEEDED[kind], _OPTIONAL.get(kind, {})
     known = {"rope_theta", _SHARE, *needed, *optional, *_MORE.get(kind, ())}
     if unknown := sorted({*own} - known):

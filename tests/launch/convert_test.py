@@ -208,6 +208,66 @@ def test_tensors_that_do_not_fit_are_named_before_any_work(
     assert not [path.name for path in tmp_path.iterdir() if path.name != "hf"]
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (
+            "cohere2_moe_0",
+            {"router_noise": 0.1},
+            ("router_noise = 0.1", "Remove what says nothing"),
+        ),
+        (
+            "llama_0",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "rope_parameters": None},
+            ("rope_scaling = ", "'longrope' is not supported, and default, linear", "use a model"),
+        ),
+        ("qwen3_moe_0", {"norm_topk_prob": "yes"}, ("norm_topk_prob = 'yes'", "true or false")),
+        (
+            "cohere2_moe_0",
+            {"expert_selection_fn": "sparsemax"},
+            ("expert_selection_fn = 'sparsemax'", "supported are softmax and sigmoid"),
+        ),
+    ],
+)
+def test_a_bad_config_is_one_error_with_file_key_and_remedy(tmp_path, capsys, name, change, words):
+    config, tensors = golden(name)
+    write_checkpoint(tmp_path / "hf", config | change, tensors)
+    assert convert.main([f"--from_hf={tmp_path}/hf", f"--to={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and f"{tmp_path}/hf/config.json (" in error
+    assert all(word in error for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shard_that_is_cut_short_is_named(llama, tmp_path, capsys):
+    _, config, tensors = llama
+    write_checkpoint(tmp_path / "hf", config, tensors, shard=1000)
+    shard = sorted((tmp_path / "hf").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert convert.main([f"--from_hf={tmp_path}/hf", f"--to={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and f"{shard} is damaged" in error and "Copy or download" in error
+
+
+def test_a_router_that_no_family_has_is_one_error_on_the_nearest(tmp_path, capsys):
+    config, tensors = golden("qwen3_moe_0")
+    write_checkpoint(tmp_path / "hf", config, tensors)
+    assert convert.main([f"--from_hf={tmp_path}/hf", f"--to={tmp_path}/run"]) == 0
+    record = tmp_path / "run" / "model.json"
+    model = json.loads(record.read_text())
+    model["settings"]["moe.MoeMlp.score"] = "sigmoid"
+    record.write_text(json.dumps(model))
+    capsys.readouterr()
+    for more in ([], ["--family=qwen3_moe"]):
+        assert convert.main([f"--from={tmp_path}/run", f"--to_hf={tmp_path}/back", *more]) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(error) == 1
+        assert (
+            "'qwen3_moe' model cannot have these settings: block.mlp.score is sigmoid" in error[0]
+        )
+    assert not (tmp_path / "back").exists()
+
+
 def test_code_that_comes_with_a_checkpoint_is_not_run(llama, tmp_path, capsys):
     _, config, tensors = llama
     config = {**config, "model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Own"}}

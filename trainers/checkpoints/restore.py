@@ -22,6 +22,7 @@ from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manif
 from espalier.trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
     ComputedCheckpoint,
+    SavedArrays,
     as_saved,
     describe,
     list_differences,
@@ -95,11 +96,20 @@ def _check_same_arrays(path: epath.Path, saved: Mapping[str, Any], wanted: state
             saved[name].dtype in ("bfloat16", "float16") and saved[name].dtype != wanted[name].dtype
             for name in saved.keys() & wanted.keys()
         )
-        remedy = " It was trained in a narrower dtype, which loses small updates; Recipe.rounding = 'nearest' goes on so."
+        layout = SavedArrays(saved, {name: tuple(x.shape) for name, x in wanted.items()})
+        found = (layout.find(name, tuple(x.shape)) for name, x in wanted.items())
+        remedy = ""
+        if narrow:
+            remedy = " It was trained in a narrower dtype, which loses small updates; Recipe.rounding = 'nearest' goes on so."
+        if any(array is not None and array.moved for array in found):
+            remedy += (
+                " Its layers are scanned in other groups, or on one side only (layer_pattern, scan_layers): parameters are moved "
+                "between these, an optimiser's state is not."
+            )
         raise CheckpointMismatchError(
             f"checkpoint {path} is of another model or optimiser: {list_differences(differences)}. "
             "Use the configuration it was saved with, or start from its parameters with "
-            f"INITIAL_CHECKPOINT_PATH and INITIAL_SCOPE = 'params'.{remedy if narrow else ''}"
+            f"INITIAL_CHECKPOINT_PATH and INITIAL_SCOPE = 'params'.{remedy}"
         )
 
 

@@ -650,6 +650,11 @@ def test_what_an_encoder_reads_is_at_most_the_length(tmp_path):
     rows = [{"inputs": [5] * count, "targets": [7] * 2} for count in (8, 9)]
     source = inputs.Source(documents=write(tmp_path / "d.jsonl", rows)).of(run, 8)
     assert [len(row.encoder_inputs) for row in source] == [8, 8] and source.cut == 1
+    embedded = write(tmp_path / "e.jsonl", [{**rows[0], "sentence_embedding": [0.5, 1.0]}])
+    with pytest.raises(
+        LoadError, match="e.jsonl, line 1 has 'sentence_embedding', which influence does not"
+    ):
+        list(inputs.Source(documents=embedded).of(run, 8))
 
 
 def test_bad_settings_files_and_factors(place, trained_run, capsys, tmp_path):

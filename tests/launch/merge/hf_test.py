@@ -426,11 +426,23 @@ def test_a_tied_head_that_one_model_stores_is_left_out(tmp_path, absent):
 
 def test_fields_that_one_model_lacks(tmp_path, capsys):
     folders.pair(tmp_path)
-    config = without(folders.CONFIG, "tie_word_embeddings", "logit_scale", "layer_norm_eps")
+    config = without(folders.CONFIG, "tie_word_embeddings", "layer_norm_eps")
     (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "unheard_of": 1}))
     merged(tmp_path, linear(tmp_path))
     warnings = [x for x in capsys.readouterr().err.splitlines() if "not compared" in x]
     assert len(warnings) == 1 and f"unheard_of ({tmp_path}/a)" in warnings[0]
+
+
+def test_absent_fields_have_the_defaults_of_their_family(tmp_path, capsys):
+    folders.pair(tmp_path)
+    rotated = _SMOLLM3 | {"no_rope_layers": [1, 1, 1, 0, 1], "rms_norm_eps": 1e-6}
+    _rewrite(tmp_path, _SMOLLM3, rotated)
+    merged(tmp_path, linear(tmp_path))
+    assert "not compared" not in capsys.readouterr().err
+    _rewrite(tmp_path, _SMOLLM3, rotated | {"no_rope_layers": [1] * 5})
+    text = r"no_rope_layers is \[1, 1, 1, 0, 1\] \(by default\) in .*a/config.json, and \[1, 1, 1, 1, 1\] in"
+    with pytest.raises(MergeError, match=text):
+        run.merge_all(linear(tmp_path), str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("tensors_before", [0, 7, 20])
@@ -562,7 +574,7 @@ REFUSALS = {
     "logit_scale": (change("logit_scale", 0.125), r"logit_scale is 0\.0625 in .*a/config.json, and 0\.125 in .*b/config"),
     "absent": (lambda root: _rewrite(root, folders.CONFIG, {**without(folders.CONFIG, "rope_theta"), "rope_parameters": {"rope_theta": 5e5}}), "rope_theta is 10000.0"),
     "default": (lambda root: _rewrite(root, without(folders.CONFIG, "tie_word_embeddings"), {**folders.CONFIG, "tie_word_embeddings": False}), r"tie_word_embeddings is True \(by default\) in .*a/config.json, and False in .*b/config"),
-    "unclear default": (lambda root: _rewrite(root, folders.CONFIG, without(folders.CONFIG, "rope_theta")), "b/config.json has no rope_theta, whose default differs"),
+    "unclear default": (lambda root: _rewrite(root, folders.CONFIG, without(folders.CONFIG, "rope_theta")), r"b/config.json \(cohere\): neither rope_theta nor .* default differs"),
     "rope": (change("rope_theta", 4e6), "rope_theta"),
     "eps": (change("layer_norm_eps", 1e-6), "layer_norm_eps"),
     "heads": (change("num_attention_heads", 4), "num_attention_heads"),

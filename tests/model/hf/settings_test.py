@@ -2,7 +2,9 @@
 
 goldens/published_configs.json holds what published config.json files say, older spellings included; what
 is left out there says nothing of the maths. Aya 23's is of its report (arXiv 2405.15032) and model card,
-those of Cohere2-MoE are of other readers of its released models, the others' of their model cards.
+those of Cohere2-MoE are of other readers of its released models, the others' of their model cards. Those of
+SmolLM3 and Apertus were checked with the defaults of transformers' classes, and where these differ (SmolLM3's
+base; Apertus's MLP and heads of keys and values) with other readers.
 """
 
 import functools
@@ -87,6 +89,15 @@ def test_aya_has_the_reported_parameters(name, non_embedding, embedding):
     assert sizes.pop("model.embed_tokens.weight") == embedding
     assert sum(sizes.values()) == non_embedding
     assert "lm_head.weight" not in sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("apertus_8b", 8_053_338_240), ("smollm3_3b", 3_075_098_624)]
+)
+def test_models_have_the_parameters_of_their_sizes(name, parameters):
+    """The sums of the tensors' sizes, by hand: of names that say 8 and 3 billion."""
+    family = registry.family_of_config(PUBLISHED[name])
+    assert sum(map(np.prod, family.shapes(family.model(PUBLISHED[name])).values())) == parameters
 
 
 def test_every_factory_is_a_partial_of_a_class():

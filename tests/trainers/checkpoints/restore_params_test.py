@@ -1,6 +1,7 @@
 """Parameters read whole and in part, by path pattern, onto other layouts and dtypes."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -11,9 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from espalier.model.layer_groups import Group
-from espalier.trainers.checkpoints import state_tree
+from espalier.model.transforms import base
+from espalier.trainers.checkpoints import state_tree, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.initial import InitialCheckpoint, transformed
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+from espalier.trainers.checkpoints.restore import restore_state
 from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
 from espalier.trainers.train_state import TrainState
 
@@ -255,8 +259,13 @@ def saved_layouts(tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
     for layout in LAYOUTS:
         with Checkpointer(root / layout) as checkpointer:
-            checkpointer.save(1, {"params": in_layout(layout)})
+            checkpointer.save(1, whole_state(layout))
     return root
+
+
+def whole_state(layout):
+    moments = {kind: in_layout(layout, seed) for kind, seed in (("mu", 6), ("nu", 7))}
+    return {"params": in_layout(layout), "opt_state": moments}
 
 
 @pytest.mark.parametrize("here", LAYOUTS)
@@ -279,6 +288,38 @@ def test_layers_are_found_in_another_layout(saved_layouts, there, here):
     params = restore_params(saved_layouts / there, wanted, added=[".*/gate"])
     assert_equal(params["layers"]["block_0"].pop("gate"), np.zeros(3))
     assert_equal(params, expected)
+
+
+@pytest.mark.parametrize("there", LAYOUTS)
+def test_an_optimisers_state_goes_on_only_in_its_own_layout(saved_layouts, there):
+    """Moments of one layer never become those of another: every other layout is refused, and the message says why."""
+    for here in LAYOUTS:
+        state = whole_state(here)
+        if here == there:
+            assert_equal(restore_state(saved_layouts / there, shapes(state)).state, state)
+            continue
+        with pytest.raises(CheckpointMismatchError, match="layers are scanned in other groups"):
+            restore_state(saved_layouts / there, shapes(state))
+
+
+def test_moments_are_not_carried_into_another_layout(saved_layouts):
+    """A transform that copies each array by name."""
+
+    class Copy:
+        def plan(self, sources, target):
+            return [base.copied(path, shape, sources[0]) for path, shape in target.items()]
+
+    state = TrainState(step=0, **whole_state("two and two"))
+    for there, error in (("two and two", None), ("two", "no layers/block_2"), ("one", "block_")):
+        step, initial = saved_layouts / there / "1", InitialCheckpoint(moments="carry")
+        made = functools.partial(
+            transformed, step, step_dir.read_manifest(step), state, Copy(), initial
+        )
+        if error is None:
+            assert_equal(made().opt_state, state.opt_state)
+            continue
+        with pytest.raises(base.TransformError, match=error):
+            made()
 
 
 def test_fewer_layers_are_another_model(saved_layouts):
