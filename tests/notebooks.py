@@ -1,0 +1,235 @@
+"""Executes the notebooks of docs/notebooks, and compares what they show with what they store.
+
+  python -m tests.notebooks                        all of them, in the order of ORDER, as tests/python_docs_test.py does
+  python -m tests.notebooks --write                stores what they show now
+  python -m tests.notebooks --write --folder=DIR merge_with_search
+                                                   only this one, with the runs that earlier calls left in DIR
+
+The cells run in this process, without Jupyter: they are plain Python without magics. Like Jupyter, a cell shows what it prints, its
+figures, and the value of its last expression, unless that ends with a semicolon. The process has one device, and is otherwise as a
+user's: the programs of `xla_backend_optimization_level=0` (tests/conftest.py) would take longer.
+
+Texts are compared word for word and numbers with a tolerance, since sums in another order move the results of a training. What a
+notebook says of its results is checked by its function in `tests/notebook_claims.py`.
+"""
+
+import argparse
+import ast
+import base64
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "docs" / "notebooks"
+# A notebook may read the runs of those before it.
+ORDER = (
+    "start_to_finish",
+    "import_and_lora",
+    "dpo_and_indicators",
+    "low_rank",
+    "influence",
+    "bam",
+    "nexus",
+    "merge_with_search",
+    "arbitrage",
+    "snapkv",
+)
+NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+# Paths and times, which differ from one machine to the next.
+OF_A_MACHINE = re.compile(r"/(?:tmp|home|root|usr|work|var)/|\b20\d\d-\d\d-\d\d|\d\d:\d\d:\d\d")
+DPI = 70
+PAGE = "docs/use/python.md"
+RUN_OF_PAGE = "/tmp/espalier_tiny"
+REMEDY = "python -m tests.notebooks --write stores what notebooks show now; look at it, and at what the text says of it."
+
+
+def path_of(name: str) -> pathlib.Path:
+    return NOTEBOOKS / f"{name}.ipynb"
+
+
+def read(name: str) -> dict[str, Any]:
+    notebook: dict[str, Any] = json.loads(path_of(name).read_text(encoding="utf-8"))
+    return notebook
+
+
+def write(name: str, notebook: dict[str, Any]) -> None:
+    text = json.dumps(notebook, indent=1, ensure_ascii=False)
+    path_of(name).write_text(text + "\n", encoding="utf-8")
+
+
+def text_of(cell: dict[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def _lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
+
+
+def execute(source: str, name: str, namespace: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the outputs of a cell, in the format of notebooks."""
+    from matplotlib import pyplot
+
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    value, out = None, io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(tree, name, "exec"), namespace)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), name, "eval"), namespace)
+    outputs: list[dict[str, Any]] = []
+    if out.getvalue():
+        outputs.append(
+            {"name": "stdout", "output_type": "stream", "text": _lines(out.getvalue())}
+        )
+    for number in pyplot.get_fignums():
+        png = io.BytesIO()
+        pyplot.figure(number).savefig(
+            png, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None}
+        )
+        image = base64.b64encode(png.getvalue()).decode("ascii")
+        outputs.append(
+            {
+                "data": {"image/png": image, "text/plain": ["<Figure>"]},
+                "metadata": {},
+                "output_type": "display_data",
+            }
+        )
+    pyplot.close("all")
+    if value is not None and not source.rstrip().endswith(";"):
+        data = {"text/plain": _lines(repr(value))}
+        if hasattr(value, "_repr_html_"):
+            data["text/html"] = _lines(value._repr_html_())
+        outputs.append({"data": data, "metadata": {}, "output_type": "execute_result"})
+    return outputs
+
+
+def run(notebook: dict[str, Any], name: str) -> dict[str, Any]:
+    """Executes the cells, replaces their outputs, and returns the names that they define."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(code, 1):
+        cell["outputs"] = execute(text_of(cell), f"{name}, code {number}", namespace)
+        cell["execution_count"] = number
+        for output in cell["outputs"]:
+            if output["output_type"] == "execute_result":
+                output["execution_count"] = number
+    return namespace
+
+
+def run_page(folder: pathlib.Path) -> dict[str, Any]:
+    """Executes the blocks of docs/use/python.md, with a run of the notebooks, and returns the names that they define."""
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == page.count("```") // 2
+    os.chdir(folder / "espalier_notebooks")  # the run's texts are relative to it
+    pathlib.Path("my_data").mkdir()
+    lines = [json.dumps({"text": f"def f_{i}(x):\n    return x + {i}\n"}) for i in range(200)]
+    pathlib.Path("my_data/code.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks, 1):
+        code = block.replace(RUN_OF_PAGE, "runs/base")
+        exec(compile(code, f"{PAGE}, block {number}", "exec"), names)
+    return names
+
+
+def texts(cell: dict[str, Any]) -> list[str]:
+    """Returns what a cell shows: its texts, and '<Figure>' for each image."""
+    return [
+        "".join(output["text"] if "text" in output else output["data"]["text/plain"])
+        for output in cell["outputs"]
+    ]
+
+
+def differences(stored: dict[str, Any], shown: dict[str, Any]) -> list[str]:
+    """Returns a message for each cell that shows something else than it stores."""
+    messages = []
+    for number, (before, now) in enumerate(zip(stored["cells"], shown["cells"], strict=True), 1):
+        if before["cell_type"] == "code":
+            one, other = "\0".join(texts(before)), "\0".join(texts(now))
+            if not alike(one, other):
+                messages.append(f"cell {number} stores\n{one}\nand shows\n{other}")
+    return messages
+
+
+def alike(stored: str, shown: str) -> bool:
+    """Returns whether two texts have the same words and spaces between lines, and numbers that are near each other."""
+    words = [re.sub(r"[ -]+", " ", NUMBER.sub("#", text)) for text in (stored, shown)]
+    numbers = [
+        [float(x.replace(",", "").replace("−", "-")) for x in NUMBER.findall(text)]
+        for text in (stored, shown)
+    ]
+    return words[0] == words[1] and all(
+        abs(a - b) <= 0.02 + 0.05 * abs(a) for a, b in zip(*numbers, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def _place(folder: pathlib.Path) -> Iterator[None]:
+    """Context manager: the temporary folder is `folder`, and the working directory afterwards as before."""
+    before = os.getcwd()
+    tempfile.tempdir = str(folder)
+    os.environ["ESPALIER_CACHE"] = str(folder / "cache")
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None
+        os.chdir(before)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="names of notebooks; all by default")
+    parser.add_argument("--write", action="store_true", help="stores what the notebooks show")
+    parser.add_argument("--folder", type=pathlib.Path, help="of their files, which stay")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the result of each")
+    flags = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = _all(flags, (flags.folder or pathlib.Path(temporary)).resolve())
+    if flags.json:
+        flags.json.write_text(json.dumps(results), encoding="utf-8")
+    for name, messages in results.items():
+        print(f"{name}: {'as stored' if not messages else ''}", *messages, sep="\n")
+    return 1 if any(results.values()) else 0
+
+
+def _all(flags: argparse.Namespace, folder: pathlib.Path) -> dict[str, list[str]]:
+    import matplotlib
+
+    from tests import notebook_claims
+
+    matplotlib.use("Agg")
+    results: dict[str, list[str]] = {}
+    with _place(folder):
+        for name in [name for name in ORDER if name in (flags.names or ORDER)]:
+            notebook, began = read(name), time.process_time()
+            try:
+                names = run(notebook, name)
+                results[name] = [] if flags.write else differences(read(name), notebook)
+                getattr(notebook_claims, name)(names)
+                if flags.write:
+                    write(name, notebook)
+            except Exception:
+                results.setdefault(name, []).append(traceback.format_exc())
+            seconds = time.process_time() - began
+            print(f"{name}: {seconds:.0f} s of processor time", file=sys.stderr, flush=True)
+        if not flags.names:
+            try:
+                notebook_claims.page(run_page(folder))
+                results[PAGE] = []
+            except Exception:
+                results[PAGE] = [traceback.format_exc()]
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())
