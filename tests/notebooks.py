@@ -6,8 +6,8 @@
                                                    only this one, with the runs that earlier calls left in DIR
 
 The cells run in this process, without Jupyter: they are plain Python without magics. Like Jupyter, a cell shows what it prints, its
-figures, and the value of its last expression, unless that ends with a semicolon. The process has one device, and is otherwise as a
-user's: the programs of `xla_backend_optimization_level=0` (tests/conftest.py) would take longer.
+figures, and the value of its last expression, unless that ends with a semicolon. Programs are compiled as in all tests
+(tests/conftest.py), but for one device.
 
 Texts are compared word for word and numbers with a tolerance, since sums in another order move the results of a training. What a
 notebook says of its results is checked by its function in `tests/notebook_claims.py`.
@@ -17,6 +17,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -78,6 +79,7 @@ def _lines(text: str) -> list[str]:
 def execute(source: str, name: str, namespace: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the outputs of a cell, in the format of notebooks."""
     from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -92,25 +94,24 @@ def execute(source: str, name: str, namespace: dict[str, Any]) -> list[dict[str,
             {"name": "stdout", "output_type": "stream", "text": _lines(out.getvalue())}
         )
     for number in pyplot.get_fignums():
-        png = io.BytesIO()
-        pyplot.figure(number).savefig(
-            png, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None}
-        )
-        image = base64.b64encode(png.getvalue()).decode("ascii")
-        outputs.append(
-            {
-                "data": {"image/png": image, "text/plain": ["<Figure>"]},
-                "metadata": {},
-                "output_type": "display_data",
-            }
-        )
+        image = _png(pyplot.figure(number))
+        outputs.append({"data": image, "metadata": {}, "output_type": "display_data"})
     pyplot.close("all")
     if value is not None and not source.rstrip().endswith(";"):
-        data = {"text/plain": _lines(repr(value))}
+        data: dict[str, Any] = {"text/plain": _lines(repr(value))}
+        if isinstance(value, Figure):
+            data = _png(value)
         if hasattr(value, "_repr_html_"):
             data["text/html"] = _lines(value._repr_html_())
         outputs.append({"data": data, "metadata": {}, "output_type": "execute_result"})
     return outputs
+
+
+def _png(figure: Any) -> dict[str, Any]:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    image = base64.b64encode(png.getvalue()).decode("ascii")
+    return {"image/png": image, "text/plain": ["<Figure>"]}
 
 
 def run(notebook: dict[str, Any], name: str) -> dict[str, Any]:
@@ -193,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=pathlib.Path, help="of their files, which stay")
     parser.add_argument("--json", type=pathlib.Path, help="file for the result of each")
     flags = parser.parse_args(argv)
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    importlib.import_module("tests.conftest")  # sets the variables and options of JAX
     with tempfile.TemporaryDirectory() as temporary:
         results = _all(flags, (flags.folder or pathlib.Path(temporary)).resolve())
     if flags.json:

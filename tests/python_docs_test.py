@@ -5,7 +5,6 @@ programs, and one device is several times faster than the eight of this process.
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -21,11 +20,9 @@ README = notebooks.ROOT / "docs" / "README.md"
 def results(tmp_path_factory):
     """What is wrong with each notebook, and with the page."""
     file = tmp_path_factory.mktemp("notebooks") / "results.json"
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     ended = subprocess.run(
         [sys.executable, "-m", "tests.notebooks", f"--json={file}"],
         cwd=notebooks.ROOT,
-        env=environment,
         capture_output=True,
         text=True,
         check=False,
