@@ -22,9 +22,18 @@ def import_and_lora(names: Names) -> None:
 
 
 def dpo_and_indicators(names: Names) -> None:
-    table = names["table"]
-    assert table.loc["hard", "llh_gap"] > table.loc["gentle", "llh_gap"]
-    assert table.loc["hard", "reward"] < table.loc["gentle", "reward"] - 0.2
+    gentle, hard = (names["runs"][name] for name in ("gentle", "hard"))
+    last = names["table"]
+    assert abs(last.loc["hard", "accuracy"] - last.loc["gentle", "accuracy"]) < 0.15
+    assert last.loc["hard", "llh_gap"] > 2 * last.loc["gentle", "llh_gap"]
+    first = gentle["indicators/llh_gap"].dropna().iloc[0]
+    assert last.loc["gentle", "llh_gap"] > first
+    reward = gentle["indicators/reward"].dropna()
+    assert abs(reward.iloc[-1] - reward.iloc[0]) < 0.15 and reward.iloc[0] > 0.35
+    assert hard["indicators/reward"].dropna().iloc[-1] < 0.15
+    assert last.loc["hard", "llh_chosen"] < last.loc["gentle", "llh_chosen"] - 1
+    assert last.loc["hard", "entropy"] > 2 * last.loc["gentle", "entropy"]
+    assert last.loc["hard", "kl"] > 5 > last.loc["gentle", "kl"]
 
 
 def low_rank(names: Names) -> None:
