@@ -90,9 +90,7 @@ def execute(source: str, name: str, namespace: dict[str, Any]) -> list[dict[str,
             value = eval(compile(ast.Expression(last.value), name, "eval"), namespace)
     outputs: list[dict[str, Any]] = []
     if out.getvalue():
-        outputs.append(
-            {"name": "stdout", "output_type": "stream", "text": _lines(out.getvalue())}
-        )
+        outputs.append({"name": "stdout", "output_type": "stream", "text": _lines(out.getvalue())})
     for number in pyplot.get_fignums():
         image = _png(pyplot.figure(number))
         outputs.append({"data": image, "metadata": {}, "output_type": "display_data"})

@@ -37,7 +37,9 @@ def test_it_runs_and_shows_what_it_stores_and_says(results, name):
     assert results[name] == [], "\n".join([*results[name], notebooks.REMEDY])
 
 
-@pytest.mark.parametrize("path", sorted(notebooks.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(notebooks.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_outputs_are_stored_without_traces_of_a_machine(path):
     assert path.stem in notebooks.ORDER
     text = path.read_text(encoding="utf-8")

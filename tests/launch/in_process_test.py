@@ -20,7 +20,9 @@ def merge_file(tmp_path, monkeypatch):
 def test_what_a_command_prints_is_returned_and_the_process_stays_as_it_was():
     before = list(sys.argv), os.environ.get("ESPALIER_HUGE_PAGES")
     user_data.register_files(name="x", files="texts.jsonl", vocabulary=vocabularies.byte())
-    printed = command("prepare embed_domains --dim=4 --domain a=texts.jsonl\n --output='my domains.json'")
+    printed = command(
+        "prepare embed_domains --dim=4 --domain a=texts.jsonl\n --output='my domains.json'"
+    )
     assert os.path.exists("my domains.json") and printed.endswith("\n")
     assert (sys.argv, os.environ.get("ESPALIER_HUGE_PAGES")) == before
     assert "x" not in tasks.names()
