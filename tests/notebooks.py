@@ -99,7 +99,7 @@ def execute(source: str, name: str, namespace: dict[str, Any]) -> list[dict[str,
         data: dict[str, Any] = {"text/plain": _lines(repr(value))}
         if isinstance(value, Figure):
             data = _png(value)
-        if hasattr(value, "_repr_html_"):
+        elif hasattr(value, "_repr_html_"):
             data["text/html"] = _lines(value._repr_html_())
         outputs.append({"data": data, "metadata": {}, "output_type": "execute_result"})
     return outputs
