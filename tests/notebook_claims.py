@@ -74,6 +74,10 @@ def bam(names: Names) -> None:
     losses = names["losses"]
     for kind in names["KINDS"]:
         assert losses.loc[[*names["KINDS"]], kind].idxmin() == kind
+    for row, kind in enumerate(names["KINDS"]):
+        shares = names["shares"]["chosen"][kind]["attention"][1]
+        assert shares.index(max(shares)) == row and names["shares"]["experts"][row] == kind
+    assert abs(losses.loc["mixture", "mean"] - losses.loc["base", "mean"]) < 0.05
     assert losses.loc["mixture", "mean"] < losses.loc[[*names["KINDS"], "upcycled"], "mean"].min()
 
 
@@ -98,6 +102,7 @@ def merge_with_search(names: Names) -> None:
         assert table.loc["merged", kind] < 2 * table.loc[kind, kind]
     ratios = names["ratios"]
     assert (ratios.iloc[4:].max(axis=1) < ratios.iloc[1:4].max(axis=1).min()).all()
+    assert ratios.iloc[0].max() < 2.3
 
 
 def arbitrage(names: Names) -> None:
