@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -125,12 +125,14 @@ def run(notebook: dict[str, Any], name: str) -> dict[str, Any]:
     return namespace
 
 
-def run_page(folder: pathlib.Path) -> dict[str, Any]:
-    """Executes the blocks of docs/use/python.md, with a run of the notebooks, and returns the names that they define."""
+def run_page() -> dict[str, Any]:
+    """Executes the blocks of docs/use/python.md with a run of the notebooks; returns the names that they define."""
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == page.count("```") // 2
-    os.chdir(folder / "espalier_notebooks")  # the run's texts are relative to it
+    os.chdir(
+        pathlib.Path(tempfile.gettempdir(), "espalier_notebooks")
+    )  # the run's texts are relative to it
     pathlib.Path("my_data").mkdir()
     lines = [json.dumps({"text": f"def f_{i}(x):\n    return x + {i}\n"}) for i in range(200)]
     pathlib.Path("my_data/code.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -190,46 +192,60 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="names of notebooks; all by default")
     parser.add_argument("--write", action="store_true", help="stores what the notebooks show")
     parser.add_argument("--folder", type=pathlib.Path, help="of their files, which stay")
-    parser.add_argument("--json", type=pathlib.Path, help="file for the result of each")
+    parser.add_argument("--json", action="store_true", help="prints results as JSON lines")
     flags = parser.parse_args(argv)
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     importlib.import_module("tests.conftest")  # sets the variables and options of JAX
+    failed = False
     with tempfile.TemporaryDirectory() as temporary:
-        results = _all(flags, (flags.folder or pathlib.Path(temporary)).resolve())
-    if flags.json:
-        flags.json.write_text(json.dumps(results), encoding="utf-8")
-    for name, messages in results.items():
-        print(f"{name}: {'as stored' if not messages else ''}", *messages, sep="\n")
-    return 1 if any(results.values()) else 0
+        for name, messages in _results(flags, (flags.folder or pathlib.Path(temporary)).resolve()):
+            failed |= bool(messages)
+            shown = "\n".join([f"{name}: {'failed' if messages else 'good'}", *messages])
+            print(json.dumps([name, messages]) if flags.json else shown, flush=True)
+    return int(failed)
 
 
-def _all(flags: argparse.Namespace, folder: pathlib.Path) -> dict[str, list[str]]:
+def _results(flags: argparse.Namespace, folder: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields the name of each notebook, and of the page if all notebooks are executed, with what is wrong with it."""
     import matplotlib
 
-    from tests import notebook_claims
-
     matplotlib.use("Agg")
-    results: dict[str, list[str]] = {}
     with _place(folder):
         for name in [name for name in ORDER if name in (flags.names or ORDER)]:
-            notebook, began = read(name), time.process_time()
-            try:
-                names = run(notebook, name)
-                results[name] = [] if flags.write else differences(read(name), notebook)
-                if flags.write:
-                    write(name, notebook)
-                getattr(notebook_claims, name)(names)
-            except Exception:
-                results.setdefault(name, []).append(traceback.format_exc())
+            began = time.process_time()
+            yield name, _failures(lambda name=name: _check(name, stored=not flags.write))
             seconds = time.process_time() - began
             print(f"{name}: {seconds:.0f} s of processor time", file=sys.stderr, flush=True)
         if not flags.names:
-            try:
-                notebook_claims.page(run_page(folder))
-                results[PAGE] = []
-            except Exception:
-                results[PAGE] = [traceback.format_exc()]
-    return results
+            yield PAGE, _failures(_check_page)
+
+
+def _failures(check: Callable[[], list[str]]) -> list[str]:
+    try:
+        return check()
+    except Exception:
+        return [traceback.format_exc()]
+
+
+def _check(name: str, *, stored: bool) -> list[str]:
+    """Executes a notebook and checks its claims; compares its outputs, or stores them. Returns the differences."""
+    from tests import notebook_claims
+
+    notebook = read(name)
+    names = run(notebook, name)
+    messages = differences(read(name), notebook) if stored else []
+    if not stored:
+        write(name, notebook)
+    getattr(notebook_claims, name)(names)
+    return messages
+
+
+def _check_page() -> list[str]:
+    from tests import notebook_claims
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        notebook_claims.page(run_page())
+    return []
 
 
 if __name__ == "__main__":

@@ -17,24 +17,36 @@ README = notebooks.ROOT / "docs" / "README.md"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What is wrong with each notebook, and with the page."""
-    file = tmp_path_factory.mktemp("notebooks") / "results.json"
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.notebooks", f"--json={file}"],
-        cwd=notebooks.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert file.exists(), ended.stderr
-    return json.loads(file.read_text())
+def wrong(tmp_path_factory):
+    """Returns what is wrong with a notebook, or with the page, as soon as it has been executed."""
+    errors = tmp_path_factory.mktemp("notebooks") / "errors"
+    results = {}
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.notebooks", "--json"],
+            cwd=notebooks.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+        ) as process,
+    ):
+
+        def result(name):
+            while name not in results:
+                line = process.stdout.readline()
+                assert line, errors.read_text()
+                results.update([json.loads(line)])
+            return results[name]
+
+        yield result
+        process.kill()
 
 
 @pytest.mark.parametrize("name", [*notebooks.ORDER, notebooks.PAGE])
-def test_it_runs_and_shows_what_it_stores_and_says(results, name):
-    assert results[name] == [], "\n".join([*results[name], notebooks.REMEDY])
+def test_it_runs_and_shows_what_it_stores_and_says(wrong, name):
+    messages = wrong(name)
+    assert not messages, "\n".join([*messages, notebooks.REMEDY])
 
 
 @pytest.mark.parametrize(
