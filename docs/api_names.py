@@ -26,6 +26,7 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "launch.load.load:Run",
             "launch.load.load:Generation",
             "launch.train:train",
+            "launch.in_process:command",
             "trainers.decoding.settings:Sampling",
             "trainers.decoding.settings:Beams",
         ),

@@ -50,6 +50,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Files that take longest, which begin first: no worker is left with one at the end while others have nothing to do.
 LONGEST = (
     "methods_test.py",
+    "python_docs_test.py",
     "launch/papers/code_mix/recipes_test.py",
     "trainers/influence/fit_test.py",
     "launch/influence/influence_test.py",
