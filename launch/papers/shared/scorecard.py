@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -217,11 +218,11 @@ def _draw(records: Mapping[str, Any]) -> Any:
     ]
     if not shown:
         return None
-    figure, (axes,) = panels.panels(1, (8.0, 0.62 * len(shown) + 0.9))
+    figure, (axes,) = panels.panels(1, (8.0, 0.66 * len(shown) + 0.9))
     for at, (_, head) in enumerate(shown):
         _draw_row(axes, at, head)
     axes.axvline(0, color="black", lw=1, ls="--")
-    axes.set_xlim(-1.1, 3.4)
+    axes.set_xlim(-1.1, 4.2)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=10)
     axes.set_xticks([0], ["no effect"], fontsize=10)
@@ -251,7 +252,7 @@ def _draw_row(axes: Any, at: int, head: Mapping[str, Any]) -> None:
         if None not in (head["low"], head["high"]):
             axes.plot([head["low"] / scale, head["high"] / scale], [at, at], color=colour, lw=2.5)
         axes.plot(head["value"] / scale, at, "o", ms=7, color=colour)
-    axes.text(1.15, at - 0.02, head["what"], fontsize=9, va="bottom")
+    axes.text(1.15, at - 0.02, textwrap.fill(head["what"], 50), fontsize=9, va="bottom")
     theirs = "" if head["paper"] is None else f"; paper {_paper(head)}"
     axes.text(
         1.15, at + 0.04, f"here {_ours(head)}{theirs}", fontsize=8.5, va="top", color="#444444"
