@@ -486,7 +486,7 @@ GROUPS = ("evaluate", "prepare", "influence")  # their first argument names a su
 def test_the_top_of_launch_holds_the_commands_and_what_they_share():
     launch = pathlib.Path(ROOT, "launch")
     files = {path.stem for path in launch.glob("*.py")}
-    shared = {"cli", "environment", "input_errors", "predictions"}
+    shared = {"cli", "environment", "in_process", "input_errors", "predictions"}
     folders = {path.parent.name for path in launch.glob("*/__main__.py")}
     assert files | folders == {*COMMANDS, *shared, "__init__", "__main__"}
     assert set(cli.command_names()) == COMMANDS
