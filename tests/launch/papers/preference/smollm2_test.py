@@ -70,7 +70,7 @@ def test_the_sweep_of_preferences_trains_this_model_with_losses_that_alone_diffe
     runs = {run.arm: run for run in file.read("launch/papers/preference/experiment.py:smollm,1")}
     trained = {arm: run for arm, run in runs.items() if not run.made}
     assert list(trained) == ["dpo", "dpo_nll", "dpo_low_beta"]
-    assert {run.parent for run in trained.values()} == {"model/seed10"}
+    assert {run.parent for run in trained.values()} == {"model/seed20"}
     found = {}
     for arm, run in trained.items():
         given = [*run.bindings, "MODEL_DIR='x'", "INITIAL_CHECKPOINT_PATH='model'"]
