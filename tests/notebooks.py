@@ -130,9 +130,8 @@ def run_page() -> dict[str, Any]:
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == page.count("```") // 2
-    os.chdir(
-        pathlib.Path(tempfile.gettempdir(), "espalier_notebooks")
-    )  # the run's texts are relative to it
+    # The run's texts are relative to it.
+    os.chdir(pathlib.Path(tempfile.gettempdir(), "espalier_notebooks"))
     pathlib.Path("my_data").mkdir()
     lines = [json.dumps({"text": f"def f_{i}(x):\n    return x + {i}\n"}) for i in range(200)]
     pathlib.Path("my_data/code.jsonl").write_text("\n".join(lines), encoding="utf-8")
