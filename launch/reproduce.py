@@ -7,7 +7,8 @@ The same command continues where it stopped: runs and measurements stay in --mod
   espalier reproduce code_mix --again --out=docs/reproductions   # the page again, from results.json
 
 Seeds run in blocks, such as 5, 8 and 12: after each, the claims are judged, and only the arms of those that are still
-undecided go on. On two idle cores a paper takes between half an hour and two and a half hours; its page says how long.
+undecided go on. A page keeps the parts that --parts does not name, if their criteria are the same now: parts of a paper can
+run at different times, and on different machines. On two idle cores a paper takes between half an hour and two and a half hours; its page says how long.
 espalier reproduce PAPER --help lists the flags of a paper.
 The exit status is 1 if a claim that must hold fails or was not measured by one of --parts, and 75 if --minutes or a
 signal stopped the command.
@@ -125,8 +126,10 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
             # The page has a command for everyone: where the runs and the page lie on this machine is left out.
             words = re.sub(r"--model_dir[= ]\S+", f"--model_dir=runs/{slug}", " ".join(arguments))
             words = re.sub(r"--out[= ]\S+", "--out=docs/reproductions", words)
-            facts = _facts(report.claims, experiment, pathlib.Path(flags.model_dir), words)
-            found = measured(experiment, report, settings)
+            kept, before = _kept(out / slug, report.claims, experiment, flags.parts)
+            model_dir = pathlib.Path(flags.model_dir)
+            facts = _facts(report.claims, experiment, model_dir, words, before)
+            found = kept | measured(experiment, report, settings)
     except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED
@@ -167,16 +170,52 @@ def measured(experiment: Any, report: Any, settings: Mapping[str, Any]) -> dict[
     return found
 
 
+def _kept(
+    folder: pathlib.Path, claims: Sequence[Any], experiment: Any, parts: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the measurements of those parts of a written page that do not run now, and the page's facts of them.
+
+    Raises:
+      ValueError: their criteria are others now, so that they would be lost.
+    """
+    from espalier.launch.papers.shared import criteria, page
+
+    path = folder / page.RECORD
+    if not path.exists() or "headline" not in json.loads(path.read_bytes()):
+        return {}, {}
+    found, facts = _recorded(folder)
+    kept = {part: value for part, value in found.items() if part not in parts}
+    if not kept:
+        return {}, {}
+    try:
+        fixed = criteria.kept(facts["criteria"], tuple(kept), claims, experiment)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has the parts {', '.join(kept)}, and {error}: run them too (--parts), or write to another folder (--out)."
+        ) from error
+    print(f"kept of {path}: {', '.join(kept)}", flush=True)
+    return kept, {**facts, "criteria": fixed}
+
+
 def _facts(
-    claims: Sequence[Any], experiment: Any, model_dir: pathlib.Path, words: str
+    claims: Sequence[Any],
+    experiment: Any,
+    model_dir: pathlib.Path,
+    words: str,
+    before: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns what the numbers of a page depend on; the criteria are fixed by it before the first run."""
     from espalier.launch.papers.shared import criteria
 
+    commands = dict.fromkeys((*before.get("command", "").splitlines(), f"espalier reproduce {words}"))
+    versions = {}
+    for name in ("jax", "flax", "numpy"):
+        known = before.get("versions", {}).get(name, "").split(" and ")
+        versions[name] = " and ".join(filter(None, dict.fromkeys((*known, importlib.metadata.version(name)))))
     return {
-        "command": f"espalier reproduce {words}",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
-        "criteria": criteria.fix(model_dir, claims, experiment),
+        "command": "\n".join(commands),
+        "versions": versions,
+        "criteria": criteria.fix(model_dir, claims, experiment, before.get("criteria")),
     }
 
 

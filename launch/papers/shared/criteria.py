@@ -14,16 +14,23 @@ from espalier.launch.papers.shared import sweeps
 from espalier.launch.papers.shared.claim import Claim, finite
 
 _FILE = "criteria.json"
+_PART = 4  # of `_bounds`
 _INCLUDE = re.compile(r"^include\s+['\"]([^'\"]+)['\"]", flags=re.MULTILINE)
 
 
-def fix(folder: pathlib.Path, claims: Sequence[Claim], experiment: Any) -> dict[str, Any]:
+def fix(
+    folder: pathlib.Path,
+    claims: Sequence[Claim],
+    experiment: Any,
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Writes the criteria into the folder of an experiment before its first run, and returns those in force.
 
     Args:
       folder: of the runs.
       claims: of the paper.
       experiment: its module, with SWEEPS, SEEDS and EARLIER.
+      before: criteria of parts that were judged elsewhere, of `kept`; all other parts are later ones.
 
     Returns:
       {'date', 'commit', 'dirty', 'late', 'earlier': the rounds before this one, 'claims': name -> what the claim may not
@@ -41,13 +48,44 @@ def fix(folder: pathlib.Path, claims: Sequence[Claim], experiment: Any) -> dict[
             files.write_json(path, fixed, synced=True)
         before = fixed.get("design", {})
         return {**fixed, "changed": [name for name in design if before.get(name) != design[name]]}
-    fixed = {
-        **_now(late=started),
-        **{"earlier": list(experiment.EARLIER), "claims": _bounds(claims), "design": design},
-    }
+    if before is not None and not started:
+        fixed = _with_later({**before}, folder, claims, design)
+    else:
+        fixed = {
+            **_now(late=started),
+            **{"earlier": list(experiment.EARLIER), "claims": _bounds(claims), "design": design},
+        }
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, fixed, synced=True)  # its date is before the runs
     return {**fixed, "changed": []}
+
+
+def kept(
+    fixed: Mapping[str, Any], parts: Sequence[str], claims: Sequence[Claim], experiment: Any
+) -> dict[str, Any]:
+    """Returns what criteria say of the parts of a page that are kept, as `before` of `fix`.
+
+    Args:
+      fixed: criteria that the page has.
+      parts: that are kept.
+      claims: of the paper.
+      experiment: its module.
+
+    Raises:
+      ValueError: claims or runs of these parts are others now.
+    """
+    now, design = _bounds([one for one in claims if one.part in parts]), _design(experiment)
+    changed = [f"the part `{part}`" for part in parts if part not in experiment.PARTS]
+    changed += [f"the claim {name}" for name in now if fixed["claims"].get(name) != now[name]]
+    some = [part for part in parts if part in design]
+    changed += [f"the runs of `{one}`" for one in some if fixed["design"].get(one) != design[one]]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} changed since they were judged")
+    of_parts = {
+        name: {part: one for part, one in fixed.get(name, {}).items() if part in parts}
+        for name in ("design", "later")
+    }
+    return {**fixed, **of_parts, "claims": now, "changed": []}
 
 
 def _now(*, late: bool) -> dict[str, Any]:
@@ -61,15 +99,16 @@ def _with_later(
     """Returns criteria in force with the parts that the experiment did not have when they were fixed."""
     if "design" not in fixed:  # a record without parts says nothing of them
         return fixed
-    new = [part for part in design if part not in fixed["design"]]
-    if not new:
+    known = {*fixed["design"], *(bounds[_PART] for bounds in fixed["claims"].values())}
+    now = dict.fromkeys((*design, *(one.part for one in claims)))
+    if not (new := [part for part in now if part not in known]):
         return fixed
     later = {part: _now(late=(folder / part).is_dir()) for part in new}
     of_new = _bounds([one for one in claims if one.part in new])
     return {
         **fixed,
         "claims": {**fixed["claims"], **of_new},
-        "design": {**fixed["design"], **{part: design[part] for part in new}},
+        "design": {**fixed["design"], **{one: design[one] for one in new if one in design}},
         "later": {**fixed.get("later", {}), **later},
     }
 

@@ -1,8 +1,11 @@
 """The reproductions' own parts: intervals, stages, tables of results, and the papers that the command knows."""
 
 import importlib
+import json
 import pathlib
 import re
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -170,6 +173,116 @@ def test_papers_are_the_folders_that_measure_and_report(tmp_path, monkeypatch, c
         assert reproduce.main(["complete", "--again", flag, f"--out={tmp_path}"]) == 2
         name = flag.partition("=")[0]
         assert f"{name} is of runs, and --again runs nothing" in capsys.readouterr().err
+
+
+_TWO_PARTS = """
+from espalier.launch.papers.shared import page
+from espalier.launch.papers.shared.claim import Claim, Planned
+from espalier.launch.papers.shared.results import Results, compare
+
+TITLE, SEEDS, SWEEPS, EARLIER = "Two parts", (5,), {}, ()
+PARTS = {"one": "a part", "two": "another"}
+
+
+class Runs(Results):
+    def row_scores(self, row):
+        return {"loss": row["loss"]}
+
+
+def run(*, model_dir, seeds, parts, **settings):
+    gains = {"a": 0.0, "b": 1.0}
+    return {
+        part: [
+            {"arm": arm, "seed": s, "loss": 3 + gain + 0.01 * s * gain}
+            for s in range(seeds)
+            for arm, gain in gains.items()
+        ]
+        for part in parts
+    }
+
+
+planned = Planned(sd=0.1, expected=1.0, source="a pilot")
+REPORT = page.Report(
+    slug="two_parts",
+    title=TITLE,
+    source="Here",
+    claims=[
+        Claim(
+            name=name,
+            statement="It rises",
+            condition="by more than BOUND",
+            part=part,
+            measure=compare("loss", ("a", "b")),
+            above=BOUND,
+            required=True,
+            planned=planned,
+            looks=(5,),
+        )
+        for name, part in (("A1", "one"), ("A2", "two"))
+    ],
+    places={part: part for part in PARTS},
+    read=lambda measured: {part: Runs(rows) for part, rows in measured.items()},
+    figures=lambda parts: {},
+    setup=lambda parts: [],
+    tables=lambda parts: [],
+    headline=None,
+)
+"""
+
+
+def test_parts_of_a_paper_run_at_different_times_and_a_page_has_both(tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "papers" / "two_parts", tmp_path / "out"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    monkeypatch.setattr(papers, "__path__", [*papers.__path__, str(folder.parent)])
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+
+    def written(bound):
+        names = [f"{papers.__name__}.two_parts{name}" for name in ("", ".experiment", ".report")]
+        for name in names:
+            sys.modules.pop(name, None)
+        for name in ("experiment", "report"):
+            (folder / f"{name}.py").write_text(_TWO_PARTS.replace("BOUND", bound))
+        importlib.invalidate_caches()
+        # Two versions of one length in one second would be one file of compiled code.
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+    def reproduced(part, place):
+        return reproduce.main(
+            ["two_parts", f"--parts={part}", f"--model_dir={tmp_path / place}", f"--out={out}"]
+        )
+
+    written("0.5")
+    assert reproduced("one", "here") == 0
+    first = json.loads((out / "two_parts/results.json").read_text())
+    assert [one["verdict"] for one in first["claims"]] == ["holds", "not measured"]
+    capsys.readouterr()
+    assert reproduced("two", "there") == 0
+    assert "results.json: one" in capsys.readouterr().out
+    record = json.loads((out / "two_parts/results.json").read_text())
+    assert [one["verdict"] for one in record["claims"]] == ["holds", "holds"]
+    assert record["measured"]["one"] == first["measured"]["one"]
+    assert list(record["measured"]) == ["one", "two"]
+    assert [line.split()[3] for line in record["command"].splitlines()] == [
+        "--parts=one",
+        "--parts=two",
+    ]
+    shown = (out / "two_parts.md").read_text()
+    assert (
+        "those of the part `two` before its first run" in shown
+        and "none has changed since" in shown
+    )
+    # The criteria of the first part are those of its own first run.
+    assert record["criteria"]["date"] == first["criteria"]["date"]
+    # A part whose bound is another now is not kept, and nothing is lost.
+    written("0.6")
+    assert reproduced("two", "elsewhere") == 2
+    error = capsys.readouterr().err
+    assert (
+        "has the parts one, and the claim A1 changed since they were judged" in error
+        and "--out" in error
+    )
+    assert json.loads((out / "two_parts/results.json").read_text()) == record
 
 
 def test_results_are_one_table_with_pairs_of_the_seeds_that_all_arms_have():
