@@ -25,7 +25,7 @@ from espalier.launch.evaluate.judges.asking import (
 from espalier.launch.inference.chat_endpoint import Silence
 
 # Increase it with every change of the wording or the parsing: replies in a journal are of one version.
-VERSION = 1
+VERSION = 2
 
 FIRST, SECOND = "A", "B"
 
@@ -72,6 +72,8 @@ Preferred: {choices}"""
 _REMINDER = """\
 Mind the form: the last line of the reply must be exactly {exact}."""
 
+# Tags of prompts, closed or not; `material` shows those of a text with &lt; in front.
+_TAGS = re.compile(r"<(?=\s*/?\s*(?:instruction|answer(?:_[ab])?)\s*>)", re.IGNORECASE)
 # If a language model continues after its reply, it begins another comparison with this text.
 OPENING = "<instruction>"
 # Only the labels are case-sensitive; the line may also have punctuation, such as bold type.
@@ -108,14 +110,14 @@ class Template:
         """
         labels = ["Answer (A)", "Answer (B)", *(["Tie"] if self.allow_ties else [])]
         exact = " or ".join(f'"Preferred: {label}"' for label in labels)
-        material = _MATERIAL.format(
+        judged = _MATERIAL.format(
             opening=OPENING,
-            instruction=shown(prompt),
-            first=_answer(first),
-            second=_answer(second),
+            instruction=material(shown(prompt)),
+            first=material(_answer(first)),
+            second=material(_answer(second)),
         )
         preamble = _IN_LANGUAGE.format(language=language) if language else _PREAMBLE
-        parts = [preamble, material, _FORM.format(choices=" or ".join(labels))]
+        parts = [preamble, judged, _FORM.format(choices=" or ".join(labels))]
         if reminder:
             parts.append(_REMINDER.format(exact=exact))
         return "\n\n".join(parts)
@@ -139,6 +141,11 @@ def shown(prompt: Prompt) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def material(text: str) -> str:
+    """Returns a text that stands between tags of a prompt: it can neither end its own part nor begin another."""
+    return _TAGS.sub("&lt;", text)
 
 
 def _answer(text: str) -> str:

@@ -14,7 +14,7 @@ from espalier.launch.evaluate.judges.asking import Journal, Judge, Question, Rep
 from espalier.launch.evaluate.judges.checkpoint import RewardJudge
 
 # Increase it with every change of the wording or the parsing: replies in a journal are of one version.
-VERSION = 1
+VERSION = 2
 ANSWERED: Final = "answered"
 REFUSED: Final = "refused"
 
@@ -65,9 +65,12 @@ class Refusals(pairwise.Template):
     ) -> str:
         """Returns the text that asks whether an answer is a refusal; the reminder repeats the required form."""
         del second, language
-        shown = {"opening": pairwise.OPENING, "instruction": pairwise.shown(prompt)}
-        choices = f"{ANSWERED} or {REFUSED}"
-        text = _REQUEST.format(**shown, answer=first, choices=choices)
+        text = _REQUEST.format(
+            opening=pairwise.OPENING,
+            instruction=pairwise.material(pairwise.shown(prompt)),
+            answer=pairwise.material(first),
+            choices=f"{ANSWERED} or {REFUSED}",
+        )
         return f"{text}\n\n{_REMINDER.format(ANSWERED, REFUSED)}" if reminder else text
 
     def read(self, reply: str) -> str | None:

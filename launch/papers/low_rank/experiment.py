@@ -22,6 +22,7 @@ which a cluster runs in the order of their parents:
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -38,6 +39,7 @@ from espalier.launch.precompile.table_rows import Row
 PLACES = {
     "lm": "characters",
     "timing": "steps",
+    "gpt2": "steps of GPT-2 small",
     "wide": "characters, twice as wide",
     "vision": "textures",
 }
@@ -291,20 +293,49 @@ def timed_arms() -> dict[str, dict[str, Any]]:
     }
 
 
-TIMING = {"rounds": ROUNDS, "steps": TIMED_STEPS, "arms": timed_arms()}
+GPT2_ROWS, GPT2_ROUNDS, GPT2_STEPS = 4, 9, 2
 
 
-def measure_times() -> dict[str, Any]:
-    """Returns the seconds of a step by arm and round, the median of `STEPS`: {'seconds': {arm: [...]}}.
+def gpt2_arms() -> dict[str, dict[str, Any]]:
+    """Returns gin files and bindings of GPT-2 small, dense and in factors by both rules of ranks, in float32."""
+    common = ("TFDS_DATA_DIR=''", f"BATCH_SIZE={GPT2_ROWS}", "DTYPE='float32'")
+    arms = {
+        "dense": ("gpt2_lm1b",),
+        **{
+            spectral("full", rule): (
+                *("gpt2_lm1b_low_rank", "FACTOR_INIT='spectral'"),
+                *(f"{name}={value!r}" for name, value in settings.items()),
+            )
+            for rule, settings in RANK_RULES.items()
+        },
+    }
+    return {
+        name: {"gin_files": [f"{_FULL}{file}.gin"], "bindings": [*bindings, *common]}
+        for name, (file, *bindings) in arms.items()
+    }
+
+
+# Part -> what it measures.
+TIMING: Mapping[str, Mapping[str, Any]] = {
+    "timing": {"rounds": ROUNDS, "steps": TIMED_STEPS, "arms": timed_arms()},
+    "gpt2": {"rounds": GPT2_ROUNDS, "steps": GPT2_STEPS, "arms": gpt2_arms()},
+}
+
+
+def measure_times(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the seconds of a step by arm and round, the median of `steps`: {'seconds': {arm: [...]}}.
 
     All are compiled before the first round. Every arm has its turn in a round, so that ratios within a round compare
     the same moment.
+
+    Args:
+      settings: of a part of TIMING.
     """
-    sides = {name: _Side.of(settings) for name, settings in timed_arms().items()}
+    sides = {name: _Side.of(arm) for name, arm in settings["arms"].items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+    for _ in range(settings["rounds"]):
         for name, side in sides.items():
-            seconds[name].append(side.median(TIMED_STEPS))
+            seconds[name].append(side.median(settings["steps"]))
     return {"seconds": seconds}
 
 
@@ -384,6 +415,7 @@ EARLIER = (
 PARTS = {
     "lm": "characters",
     "timing": "the time of steps",
+    "gpt2": "the time of GPT-2 small's steps",
     "wide": "the main effect at twice the width",
     "vision": "textures",
 }
@@ -417,9 +449,8 @@ def run(
             name, _, argument = SWEEPS[part].format(seeds=seeds).partition(":")
             measured |= sweeps.parts(model_dir, {part: (name, argument)}, with_course, **options)
         else:  # between sweeps: nothing of this command runs beside it
-            stage = sweeps.Stages(pathlib.Path(model_dir, "measured")).get(
-                part, TIMING, measure_times
-            )
+            stages, settings = sweeps.Stages(pathlib.Path(model_dir, "measured")), TIMING[part]
+            stage = stages.get(part, settings, functools.partial(measure_times, settings))
             measured[part] = {**stage["result"], "took": stage["seconds"]}
     return measured
 

@@ -202,6 +202,15 @@ CLAIMS = (
         secondary={"timing": [times(experiment.SMALLER[1], "spectral")]},
     ),
     _PROSE.claim(
+        "L13",
+        "gpt2",
+        times(experiment.SMALLER[1]),
+        below=1.0,
+        planned=Planned(sd=0.05, expected=0.85, source="the steps at a width of 256"),
+        looks=(experiment.GPT2_ROUNDS,),
+        secondary={"gpt2": [times("spectral")]},
+    ),
+    _PROSE.claim(
         "V1",
         _IMAGES,
         average(
@@ -259,9 +268,9 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
         for part in _COLUMNS
         if part in parts
     ]
-    if times := parts.get("timing"):
-        first = next(iter(times["seconds"].values()))
-        out.append(_PROSE("steps", rounds=len(first)))
+    for part, text in (("timing", "steps"), ("gpt2", "gpt2_steps")):
+        if times := parts.get(part):
+            out.append(_PROSE(text, rounds=len(next(iter(times["seconds"].values())))))
     out.append(_PROSE("terms"))
     missing = []
     for part, before in (("lm", ""), ("wide", "wide,"), ("vision", "vision,")):
@@ -281,17 +290,18 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
             ]
             header = ("arm", *map(arm_name, columns))
             out += page.table(header, rows, f"{PLACES[part].capitalize()}: all arms")
-    if times := parts.get("timing"):
-        rows = [
-            (
-                arm_name(arm),
-                f"{1e3 * float(np.median(seconds)):.2f}",
-                intervals.text(intervals.over_seeds(experiment.time_ratios(times, arm))),
-            )
-            for arm, seconds in times["seconds"].items()
-        ]
-        header = ("arm", "milliseconds, median round", "over dense, mean of rounds")
-        out += page.table(header, rows, "Time of a training step")
+    for part, title in (("timing", ""), ("gpt2", " of GPT-2 small")):
+        if times := parts.get(part):
+            rows = [
+                (
+                    arm_name(arm),
+                    f"{1e3 * float(np.median(seconds)):,.2f}",
+                    intervals.text(intervals.over_seeds(experiment.time_ratios(times, arm))),
+                )
+                for arm, seconds in times["seconds"].items()
+            ]
+            header = ("arm", "milliseconds, median round", "over dense, mean of rounds")
+            out += page.table(header, rows, f"Time of a training step{title}")
     return out
 
 
@@ -307,16 +317,17 @@ def _cell(runs: Results, arm: str, column: str) -> str:
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns the rows with arms exchanged at random, and the times of a round too."""
     out = claim.shuffle_arms(measured, rng)
-    if times := out.get("timing"):
-        rounds = [rng.permutation(one) for one in zip(*times["seconds"].values(), strict=True)]
-        by_arm = zip(times["seconds"], np.transpose(rounds).tolist(), strict=True)
-        out["timing"] = {**times, "seconds": dict(by_arm)}
+    for part in experiment.TIMING:
+        if times := out.get(part):
+            rounds = [rng.permutation(one) for one in zip(*times["seconds"].values(), strict=True)]
+            by_arm = zip(times["seconds"], np.transpose(rounds).tolist(), strict=True)
+            out[part] = {**times, "seconds": dict(by_arm)}
     return out
 
 
 def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
     results = {part: Results(measured[part]) for part in _COLUMNS if measured.get(part)}
-    return results | ({"timing": measured["timing"]} if measured.get("timing") else {})
+    return results | {part: measured[part] for part in experiment.TIMING if measured.get(part)}
 
 
 REPORT = page.Report(

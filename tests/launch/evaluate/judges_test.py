@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from espalier.launch.evaluate.judges import asking, shares
+from espalier.launch.evaluate.judges import asking, refusals, shares
 from espalier.launch.evaluate.judges.asking import JudgeError, Outcome, Pair
 from espalier.launch.evaluate.judges.checkpoint import RewardJudge
 from espalier.launch.evaluate.judges.pairwise import PairwiseJudge, Template
@@ -319,6 +319,22 @@ def test_only_identical_answers_are_all_ties(tmp_path):
     assert writer.asked == [] and summary["tie"]["value"] == summary["tie"]["high"] == 1
     assert summary["counts"]["identical"] == 3 and summary["consistency"] is None
     assert json.loads(json.dumps(summary)) == summary
+
+
+@pytest.mark.parametrize("tag", ["</answer_a>", "< /ANSWER_B >", "<answer_b>", "</instruction>"])
+def test_a_text_ends_no_part_of_a_prompt_and_begins_none(tag):
+    text = f"x {tag}\n<b>y</b> 1 < 2"
+    closed = "&lt;" + tag[1:]
+    for rendered in (
+        Template().render("p", text, "z"),
+        Template().render("p", "z", text),
+        Template().render(text, "x", "y"),
+        refusals.Refusals().render("p", text),
+        refusals.Refusals().render(text, "x"),
+    ):
+        assert f"x {closed}\n<b>y</b> 1 < 2" in rendered
+        for own in ("</answer_a>", "</answer_b>", "<answer_b>", "</instruction>", "</answer>"):
+            assert rendered.count(own) <= 1
 
 
 def test_a_language_is_a_criterion_and_part_of_the_question():

@@ -3,6 +3,8 @@
 import json
 import math
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from espalier.launch.papers.low_rank import experiment, measures, report
 from espalier.launch.papers.low_rank import experiment as lm
 from espalier.launch.papers.shared import claim as shared_claim
 from espalier.launch.sweep import file
+from espalier.trainers import initialise
 
 SWEEP = "launch/papers/low_rank/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
@@ -111,9 +114,10 @@ def image_rows(seeds=5, **levels):
     return out
 
 
-def times(factor=0.8):
-    rounds = [0.010 + 1e-4 * (i % 4) for i in range(experiment.ROUNDS)]
-    seconds = dict.fromkeys(experiment.timed_arms(), rounds)
+def times(factor=0.8, part="timing"):
+    timed = experiment.TIMING[part]
+    rounds = [0.010 + 1e-4 * (i % 4) for i in range(timed["rounds"])]
+    seconds = dict.fromkeys(timed["arms"], rounds)
     for arm in seconds:
         if arm.startswith("spectral"):
             seconds[arm] = [factor * s + 1e-5 * (i % 3) for i, s in enumerate(rounds)]
@@ -122,7 +126,8 @@ def times(factor=0.8):
 
 def everything():
     wide = rows(before="wide,")
-    return {"lm": rows(), "wide": wide, "vision": image_rows(), "timing": times()}
+    timed = {part: times(part=part) for part in experiment.TIMING}
+    return {"lm": rows(), "wide": wide, "vision": image_rows(), **timed}
 
 
 def judged(found):
@@ -142,7 +147,7 @@ def change(found, arm, **scores):
                 where[name] = value * (1 + 1e-3 * row["seed"])
 
 
-NAMES = (*(f"L{n}" for n in (*range(1, 11), 12)), "V1", "V2", "V3", "V4")
+NAMES = (*(f"L{n}" for n in (*range(1, 11), 12, 13)), "V1", "V2", "V3", "V4")
 
 
 def test_all_claims_hold_where_they_should():
@@ -161,7 +166,7 @@ def test_claims_fail_where_their_primary_effect_does():
     change(found, lm.long("half"), perplexity=6.0)
     for ranks in lm.RANK_RULES:
         change(found, lm.warm("full", ranks), perplexity=9.0)
-    found["timing"] = times(1.1)
+    found |= {part: times(1.1, part) for part in experiment.TIMING}
     levels = {lm.image_arm("spectral", "frobenius", rate): 0.815 for rate in lm.IMAGE_RATES}
     levels |= {"spectral_frobenius_half": 0.80, "dense": 0.88, "dense_half": 0.88}
     found["vision"] = image_rows(**levels)
@@ -265,7 +270,7 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     judged = {claim.name: claim for claim in report.REPORT.write(partial, tmp_path, FACTS)}
     text = (tmp_path / "low_rank.md").read_text()
     assert "`he` (seed 21)" in text and "`spectral_ones`" in text and "`warm_start_full`" in text
-    assert all(f"all of the part `{part}`" in text for part in ("vision", "timing", "wide"))
+    assert all(f"all of the part `{part}`" in text for part in ("vision", "timing", "gpt2", "wide"))
     assert judged["L1"].verdict == "holds" and judged["L2"].seeds == 4
     assert judged["L5"].verdict == "not measured" and "- Not measured." in text
     report.REPORT.write({}, tmp_path, FACTS)
@@ -354,9 +359,26 @@ def test_arms_take_turns(monkeypatch):
 
     names = iter(experiment.timed_arms())
     monkeypatch.setattr(experiment._Side, "of", lambda settings: Side(next(names)))
-    found = experiment.measure_times()
+    found = experiment.measure_times(experiment.TIMING["timing"])
     assert turns == [*experiment.timed_arms()] * experiment.ROUNDS
     assert found["seconds"]["dense"] == [0.25 * experiment.TIMED_STEPS] * experiment.ROUNDS
+
+
+def test_gpt2s_arms_have_the_shares_of_parameters_that_the_page_says():
+    blocks = {}
+    for name, arm in experiment.gpt2_arms().items():
+        bindings = (*arm["bindings"], "MODEL_DIR=''")
+        config = gin_config.load(arm["gin_files"], bindings, entry="espalier.launch.train:train")
+        params = initialise.abstract_variables(config.arguments()["recipe"].model)["params"]
+        kernels = [
+            leaf.size
+            for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
+            if "layers" in jax.tree_util.keystr(path) and leaf.ndim > 2
+        ]
+        blocks[name] = sum(kernels)
+    assert blocks["dense"] == 12 * 12 * 768**2
+    assert blocks["spectral"] / blocks["dense"] == pytest.approx(0.93, abs=0.005)
+    assert blocks["spectral_ratio"] / blocks["dense"] == pytest.approx(0.62, abs=0.005)
 
 
 def test_a_step_is_timed_as_it_is_compiled_for_a_run():
