@@ -123,7 +123,7 @@ peers-kvpress: .venv-kvpress/.installed
 .venv-kvpress/.installed:
 	$(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/pip install -q --upgrade pip
-	.venv-kvpress/bin/pip install -q 'torch>=2.4' 'kvpress>=0.5'
+	.venv-kvpress/bin/pip install -q -c constraints/peers_kvpress.txt 'torch>=2.4' 'kvpress>=0.5'
 	@touch $@
 
 # lm-evaluation-harness with its Hugging Face backend.
@@ -132,7 +132,7 @@ peers-lm-eval: .venv-lm-eval/.installed
 .venv-lm-eval/.installed:
 	$(PYTHON) -m venv .venv-lm-eval
 	.venv-lm-eval/bin/pip install -q --upgrade pip
-	.venv-lm-eval/bin/pip install -q 'torch>=2.4' 'transformers>=5.0' 'lm-eval[hf]>=0.4.13' sentencepiece protobuf
+	.venv-lm-eval/bin/pip install -q -c constraints/peers_lm_eval.txt 'torch>=2.4' 'transformers>=5.0' 'lm-eval[hf]>=0.4.13' sentencepiece protobuf
 	@touch $@
 
 # XManager, whose protobuf is older than that of SeqIO's tokenizers; `launch.submit` runs its script there.

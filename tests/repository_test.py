@@ -97,6 +97,16 @@ def test_the_environment_of_beam_differs_where_beam_asks_for_it(packaging):
     assert "constraints/beam.txt" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+def test_the_environments_that_benchmarks_compare_with_are_pinned():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    torch = set()
+    for name in ("peers", "peers_kvpress", "peers_lm_eval"):
+        assert f"pip install -q -c constraints/{name}.txt" in makefile
+        torch.add(pins(f"{name}.txt")["torch"])
+        assert "espalier-lm" not in pins(f"{name}.txt")
+    assert len(torch) == 1
+
+
 def test_the_supported_versions_are_those_that_are_tested(packaging):
     oldest = packaging["python_requires"].removeprefix(">=")
     rows = [
