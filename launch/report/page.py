@@ -71,7 +71,13 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
     Runs without a configuration that can be read have no column.
     """
     known = [run for run in runs if run.config is not None and config_text.is_readable(run.config)]
-    settings = config_text.differences([run.config or "" for run in known], _PLACES)
+    every = config_text.differences([run.config or "" for run in known], _PLACES)
+    # What only names a macro says no more than the row of the macro.
+    settings = {
+        key: values
+        for key, values in every.items()
+        if not all(value is None or value.startswith("%") for value in values)
+    }
     rows = [
         [key, *(_NONE if value is None else shortened(value, _LONGEST) for value in values)]
         for key, values in list(settings.items())[:_MOST_SETTINGS]
@@ -280,7 +286,9 @@ def print_tables(runs: Sequence[Run]) -> None:
     if found := differences(runs):
         header, *rows = found
         title = "what differs between the configurations"
-        shown = Table(*map(escape, header), title=title, min_width=len(title) + 2)
+        shown = Table(title=title, min_width=len(title) + 2)
+        for column in header:
+            shown.add_column(escape(column), overflow="fold")
         for row in rows:
             shown.add_row(*map(escape, row))
         Console(width=max(80, 40 * len(header))).print(shown)

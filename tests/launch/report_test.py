@@ -57,7 +57,12 @@ def test_what_differs_between_the_configurations_of_runs_is_shown(tmp_path, caps
     for run, rate in zip(runs, ("3e-4", "3e-3"), strict=True):
         (tmp_path / run / "config.gin").write_text(
             f"MODEL_DIR = {run!r}\nLEARNING_RATE = {rate}\nBATCH_SIZE = 8\n"
-            + ("WARMUP_STEPS = 5\n" if rate == "3e-3" else "")
+            + (
+                "WARMUP_STEPS = 5\nespalier.trainers.optim.schedules.cosine.warmup_steps = %WARMUP_STEPS\n"
+                "espalier.trainers.optim.schedules.cosine.a_parameter_with_a_long_name = 3\n"
+                if rate == "3e-3"
+                else ""
+            )
         )
     assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -66,6 +71,8 @@ def test_what_differs_between_the_configurations_of_runs_is_shown(tmp_path, caps
         assert "hat differs between the configurations" in shown
         assert all(word in shown for word in ("LEARNING_RATE", "0.0003", "0.003", "WARMUP_STEPS"))
         assert "BATCH_SIZE" not in shown and "MODEL_DIR" not in shown
+        assert "%WARMUP_STEPS" not in shown  # the macro has a row
+        assert "long_name" in re.sub(r"[^a-z_]", "", shown)  # folded, and not cut
     # There are neither arms nor seeds, and bits per byte are drawn once.
     assert "arm" not in re.sub("WARMUP.*", "", text) and "seed" not in text
     assert text.count("bits per byte</") <= 2
