@@ -148,7 +148,7 @@ class StoredPool(StoredValues):
     def _answers(self, stream: Any) -> dict[bytes, _Answer]:
         """Returns the answers of a stream's tasks by the tokens that are read of their rows; of equal rows, the first."""
         answers: dict[bytes, _Answer] = {}
-        for name in stream.names:
+        for name in stream.source_names:
             source = tasks.sources().get(name)
             if not isinstance(source, ChatFiles):
                 raise ValueError(

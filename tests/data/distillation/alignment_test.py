@@ -99,7 +99,11 @@ def test_a_token_has_the_probability_of_its_text_and_all_others_the_rest(k):
             text = "END" if id == END else TEACHER.spellings.get(id)
             if text == "END" or text in STUDENT.spellings.values():
                 expected[text] = p_TV[t, id]
-        own = {"END" if i == END else STUDENT.spellings[i]: q for i, q in zip(ids, p) if i >= 0}
+        own = {
+            "END" if i == END else STUDENT.spellings[i]: q
+            for i, q in zip(ids, p[:k], strict=True)
+            if i >= 0
+        }
         assert own == pytest.approx(expected, rel=1e-5)
         assert p[k] == pytest.approx(1 - sum(expected.values()), rel=1e-4)
         assert (p[:k][ids < 0] == 0).all()
