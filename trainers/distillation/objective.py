@@ -240,7 +240,7 @@ def _each_live(teachers: Teachers, params: Any, batch: Batch) -> _Taught:
     def outcomes(seen, logits_CV, temperature):
         index_C, *hidden = seen
         size = logits_CV.shape[-1]
-        chosen = (jnp.zeros_like(logits_CV),) * 2
+        chosen: tuple[jax.Array, ...] = (jnp.zeros_like(logits_CV),) * 2
         for k, ((_, of_one), h_CD) in enumerate(zip(live, hidden, strict=True)):
             own = of_one((h_CD,), logits_CV, temperature)
             wide = [_widened(x_CN, size) for x_CN in own]

@@ -7,13 +7,13 @@ Shapes: P prompts, G samples of each, R = P G rows.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from espalier.common.ranges import Count
 from espalier.trainers import inputs
 from espalier.trainers.distillation.objective import TEACHER_INDEX
 from espalier.trainers.online.method import Arrays, Method, Samples, Score
@@ -30,11 +30,15 @@ class Sampled(Method):
 
     Attributes:
       prompt_length, completion_length, samples, updates: see `Method`.
-      teachers: value of the column "language" of a prompt -> index of its teacher; 'default' is for all other values, and for prompts
-        without the column.
+      teachers: returns value of the column "language" of a prompt -> index of its teacher; "default" is for all other values, and
+        for prompts without the column. It is called before the first batch.
     """
 
-    teachers: Mapping[str, Count] = dataclasses.field(default_factory=lambda: {DEFAULT: 0})
+    teachers: Callable[[], Mapping[str, int]]
+
+    @functools.cached_property
+    def _index_of(self) -> Mapping[str, int]:
+        return self.teachers()
 
     @property
     def scores(self) -> frozenset[str]:
@@ -51,7 +55,7 @@ class Sampled(Method):
         return {name: columns[name] for name in columns if name not in ("rewards", "ended")}
 
     def _teacher(self, language: object) -> int:
-        index = self.teachers.get(str(language), self.teachers.get(DEFAULT))
+        index = self._index_of.get(str(language), self._index_of.get(DEFAULT))
         if index is None:
             raise ValueError(
                 f"A prompt has the language {language!r}, for which no teacher is named: add it, or a {DEFAULT!r}, to 'fixed' of "

@@ -179,7 +179,7 @@ def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None
 def _opponent(
     recipe: Recipe, prompts: Sequence[Any], to: pathlib.Path
 ) -> Sequence[Mapping[str, Any]]:
-    """Returns the opponent's answers to the held-out prompts: those of a file, or of a model that is asked as those of the rounds."""
+    """Returns the opponent's answers to the held-out prompts: stored ones of a file, or those of a model that is asked like the others."""
     from espalier.launch.load import hf_checkpoint
 
     where = str(recipe.opponent)
