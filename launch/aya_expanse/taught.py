@@ -10,6 +10,7 @@ Example: t5x_configs/methods/distillation/distillation_pool.gin.
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -117,7 +118,8 @@ class StoredPool(StoredValues):
         """
         length = stream.targets_length
         answers = self._answers(stream)
-        settings = [_VERSION, self.top_k, self.temperature, length]
+        size = self.student.config.vocab_size
+        settings = [_VERSION, self.top_k, self.temperature, length, size]
         written = sorted(str(one.row["key"]) for one in answers.values())
         key = cache.digest([*settings, stream.summary()["vocabulary"]["digest"], written])
         store = PredictionStore.shared(
@@ -294,7 +296,10 @@ def _at_work(pool: pools.Pool, name: str, answer: _Answer) -> CheckpointTeacher:
         raise DataError(
             f"{answer.where}: 'settings' are no settings of sampling: {error}"
         ) from None
-    working = teachers.at_work(teacher, sampling, imported=str(cache_dir.cache_dir("imported")))
+    # Where the arbitrage, whose --out has these rows, imported it: its path is a part of its identity.
+    folder = os.path.dirname(answer.where.rpartition(", ")[0])
+    imported = os.path.join(folder, teachers.IMPORTED)
+    working = teachers.at_work(teacher, sampling, imported=imported)
     assert isinstance(working, CheckpointTeacher)  # no endpoint
     return working
 

@@ -14,6 +14,7 @@ from espalier.data.text.documents import DataError, check_unicode
 from espalier.data.text.splits import stable_hash
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, Silence, api_key
 
+IMPORTED = "imported"  # folder of an arbitrage for runs that are made of Hugging Face checkpoints
 # Requests in a row without a reply after which an endpoint is not asked further.
 _PATIENCE = 16
 
