@@ -25,8 +25,10 @@ from espalier.data.tokenizers import pieces
 _WINDOW = 8  # tokens that are decoded before a token, for its text
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for a part of a character
 
-# Beginning of a token in a text -> (its place, its end). The end of the completion has the end None.
+# Beginning of a token in a text -> (its place, its end; None within a character). At the end of a text that has no more tokens,
+# (number of tokens, END).
 Places = Mapping[int, tuple[int, int | None]]
+END = -1
 
 
 def texts_of(vocabulary: Any) -> dict[int, str]:
@@ -53,11 +55,7 @@ def same_texts(teacher: Any, student: Any, size: int) -> np.ndarray:
 
 
 def places_of(vocabulary: Any, ids: Sequence[int]) -> tuple[str, Places]:
-    """Returns the text of a completion, and where its tokens are; tokens that begin or end within a character are absent.
-
-    Args:
-      ids: without the tokens that end the turn.
-    """
+    """Returns the text of a completion, and where its tokens begin; tokens that begin within a character are absent."""
     places: dict[int, tuple[int, int | None]] = {}
     text, begin, start, before = "", 0, 0, ""
     whole = True  # whether the last token ended with a character
@@ -70,27 +68,33 @@ def places_of(vocabulary: Any, ids: Sequence[int]) -> tuple[str, Places]:
         began, whole = whole, bool(added) and _BROKEN not in added
         if whole:
             text, before = text + added, after
-            if began:
-                places[begin] = i, len(text)
-            begin = len(text)
+        if began:
+            places[begin] = i, len(text) if whole else None
+        begin = len(text)
     if whole:
-        places[len(text)] = len(ids), None
+        places[begin] = len(ids), END
     return text, places
 
 
 def matches(teacher: tuple[str, Places], student: tuple[str, Places]) -> dict[int, int]:
     """Returns place in the student's completion -> place in the teacher's, of the tokens of the same text.
 
-    The texts may differ in white space at their beginnings and ends, which templates remove, and the student's may be cut.
+    The end of the teacher's is matched with the student's next token, which ends the turn. The texts may differ in white space at
+    their beginnings and ends, which templates remove, and the student's may be cut.
+
+    Args:
+      teacher, student: of `places_of`; the teacher's tokens without those that end the turn.
     """
     (taught, theirs), (text, own) = teacher, student
     shift = _margin(taught) - _margin(text)
-    if not taught.strip().startswith(text.strip()):
+    inner = taught.strip()
+    if not (text.lstrip().startswith(inner) or inner.startswith(text.strip())):
         return {}
     result = {}
     for begin, (place, end) in own.items():
-        their_place, their_end = theirs.get(begin + shift, (-1, -1))
-        if their_place >= 0 and their_end == (None if end is None else end + shift):
+        their_place, their_end = theirs.get(begin + shift, (-1, None))
+        same = end is not None and their_end == end + shift
+        if end != END and (their_end == END or same):
             result[place] = their_place
     return result
 

@@ -36,7 +36,6 @@ from espalier.launch.distillation.teacher import missing_rows, predictions_of
 from espalier.launch.inference.generate import prompt_of
 from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.launch.predictions import StoredValues
-from espalier.trainers.decoding.settings import eos_ids
 from espalier.trainers.distillation.objective import ABSENT_LOG_PROB
 from espalier.trainers.scoring.scoring import Batched, Row, check_lengths, scored_columns
 
@@ -54,8 +53,7 @@ class _Answer:
       where, row: place and content; see `data.aya_expanse.outputs.sft_row`.
       length: tokens of the whole row that the student reads or predicts.
       begin: place of the answer in these.
-      ids: tokens of the answer, without its end.
-      end: the token that ends it; None if there is none.
+      ids: tokens of the answer, with those that end the turn.
     """
 
     where: str
@@ -63,7 +61,6 @@ class _Answer:
     length: int
     begin: int
     ids: Sequence[int]
-    end: int | None
 
     @property
     def text(self) -> str:
@@ -168,17 +165,15 @@ class StoredPool(StoredValues):
                 answers.setdefault(_key(ids[: length - 1]), answer)
         return answers
 
+    @staticmethod
     def _answer(
-        self, where: str, row: Any, ids: Sequence[int], learnt: Sequence[bool], length: int
+        where: str, row: Any, ids: Sequence[int], learnt: Sequence[bool], length: int
     ) -> _Answer:
         stop = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
         begin = stop
         while begin and learnt[begin - 1]:
             begin -= 1
-        ends = [i for i in range(begin, stop) if ids[i] in eos_ids(self.vocabulary)]
-        own = ids[begin : ends[0] if ends else stop]
-        end = ids[ends[0]] if ends else None
-        return _Answer(where=where, row=row, length=length, begin=begin, ids=own, end=end)
+        return _Answer(where=where, row=row, length=length, begin=begin, ids=ids[begin:stop])
 
     def _values(self, answers: Mapping[bytes, _Answer]) -> dict[bytes, np.ndarray]:
         """Returns the values of each row, [its length - 1, 2 K + 1], from one teacher after the other."""
@@ -257,19 +252,19 @@ class StoredPool(StoredValues):
         same_V: np.ndarray | None,
     ) -> np.ndarray:
         """Returns the values at the student's tokens of a row, from those at the teacher's tokens of its answer."""
-        if same_V is None and list(ids) == list(answer.ids):
+        if same_V is None and list(answer.ids[: len(ids)]) == list(ids):
             places = {place: place for place in range(len(ids) + 1)}
         else:
             places = alignment.matches(
                 alignment.places_of(run.vocabulary, ids),
                 alignment.places_of(self.vocabulary, answer.ids),
             )
-        if answer.end is None:
-            places.pop(len(answer.ids), None)
+        places = {place: theirs for place, theirs in places.items() if place < len(answer.ids)}
         if same_V is not None:
-            if answer.end is not None:
-                same_V = same_V.copy()
-                same_V[list(run.eos_ids)] = answer.end
+            same_V = same_V.copy()
+            for place, theirs in places.items():
+                if theirs == len(ids):  # what ends the turn
+                    same_V[list(run.eos_ids)] = answer.ids[place]
             own_TN = alignment.carried(own_TN, same_V, absent=ABSENT_LOG_PROB)
         values_TN = self._nothing(answer.length - 1)
         for place, theirs in places.items():

@@ -37,39 +37,39 @@ TEACHER = Longest("a", "b", "c", "ab", " c", " ", "abc")
 STUDENT = Longest("ab", "bc", "c", "b", "a", " ", " c", "d")
 
 
-def aligned(text, student_text=None):
-    def of(vocabulary, text):
-        return alignment.places_of(vocabulary, vocabulary.encode(text))
-
-    return alignment.matches(
-        of(TEACHER, text), of(STUDENT, text if student_text is None else student_text)
-    )
+def aligned(text, student_text=None, end=(END,)):
+    own = [*STUDENT.encode(text if student_text is None else student_text), *end]
+    teacher = alignment.places_of(TEACHER, TEACHER.encode(text))
+    return alignment.matches(teacher, alignment.places_of(STUDENT, own))
 
 
 @pytest.mark.parametrize(
-    ("text", "taught", "expected"),
+    ("text", "student", "expected"),
     [
-        ("ab c", None, {0: 0, 1: 1, 2: 2}),  # ab| c on both sides, and the end
-        ("abcb", None, {2: 1, 3: 2}),  # abc|b and ab|c|b: they agree on b
-        ("bc", None, {1: 2}),  # b|c and bc: only the end
-        ("  a", "a", {0: 2, 1: 3}),  # a template has removed the spaces
-        ("ab c", "ab", {0: 0}),  # a row that is cut: its end is not the teacher's
-        ("ab", "ba", {}),  # another text
-        ("", None, {0: 0}),
+        ("ab c", {}, {0: 0, 1: 1, 2: 2}),  # ab| c on both sides, and the end
+        ("abcb", {}, {2: 1, 3: 2}),  # abc|b and ab|c|b: they agree on b
+        ("bc", {}, {1: 2}),  # b|c and bc: only the end
+        ("  a", {"student_text": "a"}, {0: 2, 1: 3}),  # a template has removed the spaces
+        ("ab", {"end": STUDENT.encode("d")}, {0: 0, 1: 1}),  # a template ends turns with d
+        ("ab", {"end": ()}, {0: 0}),  # nothing ends the turn
+        ("ab c", {"student_text": "ab", "end": ()}, {0: 0}),  # a row that is cut
+        ("ab", {"student_text": "ba"}, {}),  # another text
+        ("", {}, {0: 0}),
     ],
 )
-def test_tokens_are_matched_where_both_begin_and_end(text, taught, expected):
-    assert aligned(text, taught) == expected
+def test_tokens_are_matched_where_both_begin_and_end(text, student, expected):
+    assert aligned(text, **student) == expected
 
 
-def test_tokens_within_a_character_are_no_places():
+def test_tokens_within_a_character_have_no_end_or_no_place():
     vocabulary = vocabularies.byte()
     text, places = alignment.places_of(vocabulary, vocabulary.encode("aé" * 12 + "b"))
     assert text == "aé" * 12 + "b"  # longer than what is decoded at a time
     ends = {begin: end for begin, (_, end) in places.items()}
-    assert ends == {**{2 * i: 2 * i + 1 for i in range(13)}, 25: None}
+    a = {2 * i: 2 * i + 1 for i in range(13)}
+    assert ends == {**a, **{2 * i + 1: None for i in range(12)}, 25: alignment.END}
     cut, places = alignment.places_of(vocabulary, vocabulary.encode("aé")[:2])
-    assert cut == "a" and places == {0: (0, 1)}  # no end: the text goes on
+    assert cut == "a" and places == {0: (0, 1), 1: (1, None)}  # no end: the text goes on
 
 
 def test_texts_are_those_within_a_text():
