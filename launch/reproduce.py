@@ -207,15 +207,11 @@ def _facts(
     """Returns what the numbers of a page depend on; the criteria are fixed by it before the first run."""
     from espalier.launch.papers.shared import criteria
 
-    commands = dict.fromkeys(
-        (*before.get("command", "").splitlines(), f"espalier reproduce {words}")
-    )
+    commands = dict.fromkeys((*before.get("command", "").splitlines(), f"espalier reproduce {words}"))
     versions = {}
     for name in ("jax", "flax", "numpy"):
         known = before.get("versions", {}).get(name, "").split(" and ")
-        versions[name] = " and ".join(
-            filter(None, dict.fromkeys((*known, importlib.metadata.version(name))))
-        )
+        versions[name] = " and ".join(filter(None, dict.fromkeys((*known, importlib.metadata.version(name)))))
     return {
         "command": "\n".join(commands),
         "versions": versions,

@@ -29,6 +29,7 @@ from espalier.data.distillation import alignment, taught_stream
 from espalier.data.distillation.taught_stream import TaughtStream
 from espalier.data.stream import rows as stream_rows
 from espalier.data.stream.predictions import PredictionStore
+from espalier.data.stream.row_stream import EvalStream
 from espalier.data.text.documents import DataError
 from espalier.launch.aya_expanse import teachers
 from espalier.launch.aya_expanse.teachers import CheckpointTeacher, SamplingFlags
@@ -141,7 +142,7 @@ class StoredPool(StoredValues):
                         row_TN[place_T] = values[key]
                 store.add(digests, made)
         taught = TaughtStream(stream, store, top_k=self.top_k, teacher=key)
-        _report(taught, steps)
+        _report(taught, steps, held_out=isinstance(stream, EvalStream))
         return taught
 
     def _answers(self, stream: Any) -> dict[bytes, _Answer]:
@@ -322,8 +323,8 @@ def _key(ids: Any) -> bytes:
     return np.asarray(ids, np.int32).tobytes()
 
 
-def _report(taught: TaughtStream, steps: int) -> None:
-    """Prints the share of the learnt tokens that have predictions; raises ValueError if none has."""
+def _report(taught: TaughtStream, steps: int, *, held_out: bool) -> None:
+    """Prints the share of the learnt tokens that have predictions; raises ValueError if none in training has."""
     learnt, with_prediction, seen = 0, 0, set()
     for step in range(steps):
         batch = taught.batch(step, 0, taught.batch_size)
@@ -333,14 +334,14 @@ def _report(taught: TaughtStream, steps: int) -> None:
                 is_learnt_T = batch["decoder_loss_weights"][b] > 0
                 learnt += int(is_learnt_T.sum())
                 with_prediction += int((batch["teacher_ids"][b, :, 0] >= 0)[is_learnt_T].sum())
-    if not with_prediction:
+    if not with_prediction and not held_out:
         raise ValueError(
             f"{_MACRO}: none of the {learnt:,} learnt tokens has a prediction: the student's chat template changes the texts of answers, "
             "or no token of its vocabulary has the text of a teacher's. Give another CHAT_TEMPLATE, or fine-tune without a pool."
         )
     if jax.process_index() == 0:
         print(
-            f"{_MACRO}: {with_prediction / learnt:.1%} of {learnt:,} learnt tokens in {len(seen):,} rows have predictions of their "
+            f"{_MACRO}: {with_prediction / learnt:.1%} of {learnt:,} {'held-out' if held_out else 'learnt'} tokens in {len(seen):,} rows have predictions of their "
             "teacher; the others are learnt from the data only",
             file=sys.stderr,
         )
