@@ -306,8 +306,8 @@ def _prompt(working: CheckpointTeacher, answer: _Answer) -> Prompt:
         if teachers.key_of(working, prompt) == answer.row["key"]:
             return prompt
     raise DataError(
-        f"{answer.where}: the teacher {working.teacher.name!r} of {_MACRO} did not write this answer to this prompt: its weights, chat "
-        "template or settings are others, or the answer is a fusion or a translation. Give the pool of the arbitrage, unchanged"
+        f"{answer.where}: the teacher {working.teacher.name!r} of {_MACRO} did not write this answer to this prompt: its path, weights, "
+        "chat template or settings are others, or the answer is a fusion or a translation. Give the pool of the arbitrage, unchanged"
     )
 
 
