@@ -26,24 +26,14 @@ _VERSION = 1  # increase it when the same model and tokens give other values
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class StoredPredictions(abc.ABC):
-    """A frozen model whose predictions are computed before training.
+class StoredValues(abc.ABC):
+    """Predictions that are computed before training, of one frozen model or of several.
 
     Attributes:
-      batch_size: sequences at a time.
-      mesh, rules: mesh and partitioning rules of this model.
       store: directory of stored values; None for the default in the cache directory.
     """
 
-    batch_size: Size = 8
-    mesh: Mapping[str, AxisSize] | None = None
-    rules: str = "fsdp_tp"
     store: str | os.PathLike | None = None
-
-    @property
-    @abc.abstractmethod
-    def frozen(self) -> FrozenModel:
-        """The model with its checkpoint."""
 
     @abc.abstractmethod
     def read(self, stream: Any, *, steps: int | None) -> StoredStream:
@@ -55,10 +45,9 @@ class StoredPredictions(abc.ABC):
           DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
         """
 
+    @abc.abstractmethod
     def check(self, meta: Mapping[str, Any] | None = None) -> None:
-        """Checks the checkpoint against facts of the data, see `FrozenModel.check`; raises ValueError."""
-        mesh, rules = partitioning.make_mesh(shape=self.mesh), partitioning.rules_named(self.rules)
-        self.frozen.check(mesh, rules, meta or {})
+        """Checks the models against facts of the data, before the data are tokenised; raises ValueError."""
 
     def training(
         self, stream: Callable[..., Any], steps: int | None, positions: Mapping[str, Any] | None
@@ -72,6 +61,30 @@ class StoredPredictions(abc.ABC):
         """Returns the held-out stream of a task with predictions, for `steps` steps or the whole split."""
         opened = stream(task=task)
         return self.read(opened, steps=None if steps is None else min(steps, opened.num_steps))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class StoredPredictions(StoredValues):
+    """A frozen model whose predictions are computed before training.
+
+    Attributes:
+      batch_size: sequences at a time.
+      mesh, rules: mesh and partitioning rules of this model.
+    """
+
+    batch_size: Size = 8
+    mesh: Mapping[str, AxisSize] | None = None
+    rules: str = "fsdp_tp"
+
+    @property
+    @abc.abstractmethod
+    def frozen(self) -> FrozenModel:
+        """The model with its checkpoint."""
+
+    def check(self, meta: Mapping[str, Any] | None = None) -> None:
+        """Checks the checkpoint against facts of the data, see `FrozenModel.check`; raises ValueError."""
+        mesh, rules = partitioning.make_mesh(shape=self.mesh), partitioning.rules_named(self.rules)
+        self.frozen.check(mesh, rules, meta or {})
 
     def _opened(
         self,

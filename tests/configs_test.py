@@ -598,7 +598,12 @@ def test_every_method_of_preferences_is_known():
         "reference_run",
         "own_base",
     }
-    assert after["online"] == ONLINE | {"reward_checkpoint", "reference_run", "own_base_online"}
+    assert after["online"] == ONLINE | {
+        "reward_checkpoint",
+        "reference_run",
+        "own_base_online",
+        "on_policy_pool",
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import atexit
 import functools
 import importlib
 import itertools
+import json
 import pathlib
 import re
 import shutil
@@ -53,6 +54,7 @@ METHODS = {
     "bam/bam": ("architecture", TEXT),
     "bam/btx": ("architecture", TEXT),
     "distillation/distillation": ("objective", ("pretrain",)),
+    "distillation/distillation_pool": ("objective", ("finetune",)),
     "distillation/distillation_stored": ("objective", ("pretrain",)),
     "low_rank/decompose": ("transform", ("pretrain", "classify", "preference")),
     "low_rank/low_rank": ("low rank", TEXT),
@@ -91,6 +93,8 @@ METHODS = {
     "preference/slic": ("losses", ("preference",)),
     "preference/tr_dpo": ("reference", ("preference",)),
     "preference/wpo": ("losses", ("preference",)),
+    # Not among the first of a kind, since its teachers are several models.
+    "distillation/on_policy_pool": ("online", ("online",)),
     "averaging/merge": (
         "transform",
         TEXT,
@@ -101,6 +105,7 @@ FILES = {
     "classify": ("models/cnn_tiny", "data/textures", "runs/classify"),
     "preference": ("models/tiny", "data/preferences", "runs/preference"),
     "online": ("models/tiny", "data/prompts", "runs/online"),
+    "finetune": ("models/tiny", "data/chat", "runs/finetune"),
 }
 _TUNED = ("TOKENIZER='/x'", "INITIAL_CHECKPOINT_PATH='/x'", "TRAIN_STEPS=10")
 BINDINGS = {
@@ -108,6 +113,7 @@ BINDINGS = {
     "classify": (),
     "preference": (*_TUNED, "PAIRS='x.jsonl'"),
     "online": (*_TUNED, "PROMPT_FILES='x.jsonl'", "BATCH_SIZE=32"),
+    "finetune": (*_TUNED, "CHATS='x.jsonl'", "TRAIN_EPOCHS=None"),
 }
 MERGE = {"merge_method": "karcher", "models": [{"model": "/x"}, {"model": "/y"}]}
 # What is given before a pair that lacks it: factors to read or to make, and how an online run trains.
@@ -145,7 +151,9 @@ def arguments(run: str, methods: Sequence[str]) -> tuple[list[str], list[str]]:
         bindings.append(f"MERGE={MERGE!r}")
     if "adapters/prompt" in methods:
         bindings.append("PROMPT_FIRST_ID=300")
-    if any(name.startswith("distillation/") for name in methods):
+    if pooled := [name for name in methods if re.fullmatch("distillation/.*_pool", name)]:
+        bindings.append(f"TEACHER_POOL={other_run() + '/pool.yaml'!r}")
+    if any(name.startswith("distillation/") and name not in pooled for name in methods):
         bindings.append(f"TEACHER={other_run()!r}")
     if "preference/reference_run" in methods:
         bindings.append(f"REFERENCE={other_run()!r}")
@@ -161,6 +169,8 @@ def other_run() -> str:
     lines = (*head, "include 't5x_configs/models/tiny.gin'", *SHALLOW)
     pathlib.Path(folder, "config.gin").write_text("\n".join(lines) + "\n")
     model_record.write(folder)
+    pool = json.dumps({"teachers": [{"name": "one", "checkpoint": folder}]})  # which is YAML
+    pathlib.Path(folder, "pool.yaml").write_text(pool)
     return folder
 
 

@@ -177,6 +177,7 @@ class _Example(NamedTuple):
     ids: list[int]
     learnt: list[bool]  # whether each id is learnt
     sentence: Mapping[str, np.ndarray]  # its embedding, if there is one
+    row: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,13 @@ class ChatFiles(ExactSplit, PromptedFiles):
                 "document_id": example.record.id,
                 **example.sentence,
             }
+
+    def tokenised_rows(self) -> Iterator[tuple[str, Mapping[str, Any], list[int], list[bool]]]:
+        """Yields each row that can be learnt, of all splits: its place, content, ids, and whether each id is learnt."""
+        pieces = dict.fromkeys(piece for split in self.splits for piece in self.pieces(split))
+        for piece in pieces:
+            for one in self._examples(piece, None, self._bad_rows()):
+                yield one.record.where, one.row, one.ids, one.learnt
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         targets = {"targets": ((None,), "int32"), "loss_weights": ((None,), "float32")}
@@ -230,7 +238,7 @@ class ChatFiles(ExactSplit, PromptedFiles):
                     sentence: dict[str, np.ndarray] = {}
                     if self.sentences:
                         sentence = {rows.SENTENCE: sentences.of_row(row.content, row.where)}
-                    yield _Example(kind, record, key, ids, learnt, sentence)
+                    yield _Example(kind, record, key, ids, learnt, sentence, row.content)
             except DegenerateError as error:
                 if dropped is not None:
                     dropped.add(error.reason, id)

@@ -23,7 +23,7 @@ class Pieces:
 
     def __init__(self, vocabulary: Any):
         self._vocabulary = vocabulary
-        self._spellings = _spellings(vocabulary)
+        self._spellings = spelled(vocabulary)
         self._beginning: dict[int, tuple[int, ...]] = {}
 
     def beginning_with(self, token: int) -> tuple[int, ...]:
@@ -40,8 +40,8 @@ class Pieces:
         return self._beginning[token]
 
 
-def _spellings(vocabulary: Any) -> Mapping[int, str]:
-    """Returns {id: spelling} of the pieces."""
+def spelled(vocabulary: Any) -> Mapping[int, str]:
+    """Returns {id: spelling} of the pieces; empty for vocabularies of bytes or characters."""
     if hasattr(vocabulary, "spellings"):  # of Hugging Face
         spellings = vocabulary.spellings
     elif (model := getattr(vocabulary, "tokenizer", None)) is not None:  # SeqIO's SentencePiece

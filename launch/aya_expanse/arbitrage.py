@@ -173,6 +173,18 @@ def arbitrage(
     Raises:
       ArbitrageError, DataError and others: settings, a pool or prompts that cannot be used, or no answer.
     """
+    prompts, routed = route(settings, sampling=sampling, reward=reward, language_of=language_of)
+    return write(settings, prompts, routed)
+
+
+def route(
+    settings: ArbitrageFlags,
+    *,
+    sampling: SamplingFlags,
+    reward: RewardFlags | None = None,
+    language_of: Callable[[str], str | None] | None = None,
+) -> tuple[list[Any], Any]:
+    """Returns the prompts and their `route.Routed`: all answers, their rewards, and the chosen ones. See `arbitrage`."""
     from espalier.data.aya_expanse import pool as pools
     from espalier.data.aya_expanse import prompts as prompt_rows
     from espalier.launch.aya_expanse import arbitrage_rewards, completions
@@ -202,8 +214,7 @@ def arbitrage(
             rewards=None if reward is None else arbitrage_rewards.Rewards(reward, out),
             language_of=language_of,
         )
-        routed = router(prompts)
-    return _write(settings, out, prompts, routed)
+        return prompts, router(prompts)
 
 
 def _check_form(settings: ArbitrageFlags, prompts: Sequence[Any]) -> None:
@@ -212,12 +223,12 @@ def _check_form(settings: ArbitrageFlags, prompts: Sequence[Any]) -> None:
             raise ArbitrageError(f"{prompt.where}: messages need --form=messages.")
 
 
-def _write(
-    settings: ArbitrageFlags, out: pathlib.Path, prompts: Sequence[Any], routed: Any
-) -> dict[str, Any]:
+def write(settings: ArbitrageFlags, prompts: Sequence[Any], routed: Any) -> dict[str, Any]:
+    """Writes what `route` returned to the files of --out, and prints the table; see `arbitrage`."""
     from espalier.data.aya_expanse import outputs
     from espalier.launch.inference import row_files
 
+    out = pathlib.Path(settings.out)
     version = {"reward_version": routed.reward_version} if routed.reward_version else {}
     rows, pairs = [], []
     for p, prompt in enumerate(prompts):

@@ -122,23 +122,43 @@ class Rewards:
         wording = Template()
         return spec.build(chosen, attempts=None, wording=wording, config=config, config_text=text)
 
+    def outcomes(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answers], a: str, b: str
+    ) -> tuple[list[Any], list[Any]]:
+        """Returns a `judges.asking.Pair` and its `Outcome` for each prompt: the answers of two teachers, compared.
+
+        A judge compares them as in `espalier evaluate win_rate`. By any other reward the answer with the larger one wins, and
+        equal rewards are a tie.
+
+        Args:
+          answers: to each prompt, among others those of the teachers a and b.
+        """
+        from espalier.launch.evaluate.judges.asking import TIE, A, B, Outcome
+
+        pairs = [_pair(prompt, row, a, b) for prompt, row in zip(prompts, answers, strict=True)]
+        if self._flags.reward.startswith(_JUDGE):
+            return pairs, self._asked(pairs)
+        rewards = self(prompts, [{name: row[name] for name in (a, b)} for row in answers])
+        differences = [row[a] - row[b] for row in rewards]
+        return pairs, [Outcome(verdict=A if d > 0 else B if d < 0 else TIE) for d in differences]
+
+    def _asked(self, pairs: Sequence[Any]) -> list[Any]:
+        from espalier.launch.evaluate.judges import asking
+
+        with asking.Journal.opened(self._folder / JUDGEMENTS) as journal:
+            return asking.judge_pairs(self._judge, pairs, journal)[0]
+
     def _judged(
         self, prompts: Sequence[Prompt], answers: Sequence[Answers]
     ) -> list[dict[str, float]]:
-        from espalier.launch.evaluate.judges import asking
-        from espalier.launch.evaluate.judges.answers import language_name
-        from espalier.launch.evaluate.judges.asking import TIE, A, Pair
+        from espalier.launch.evaluate.judges.asking import TIE, A
 
         pairs, places = [], []
         for p, (prompt, by_name) in enumerate(zip(prompts, answers, strict=True)):
-            text: Any = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
-            language = "" if prompt.language == UNKNOWN else language_name(prompt.language)
             for a, b in itertools.combinations(by_name, 2):
-                shown = {"a": by_name[a]["text"], "b": by_name[b]["text"], "language": language}
-                pairs.append(Pair(id=prompt.id, prompt=text, **shown, systems=(a, b)))
+                pairs.append(_pair(prompt, by_name, a, b))
                 places.append((p, a, b))
-        with asking.Journal.opened(self._folder / JUDGEMENTS) as journal:
-            outcomes, _ = asking.judge_pairs(self._judge, pairs, journal)
+        outcomes = self._asked(pairs)
         shares: list[dict[str, list[float]]] = [{} for _ in prompts]
         for (p, a, b), outcome in zip(places, outcomes, strict=True):
             if outcome.verdict is None:
@@ -156,6 +176,16 @@ class Rewards:
             }
             for won, by_name in zip(shares, answers, strict=True)
         ]
+
+
+def _pair(prompt: Prompt, answers: Answers, a: str, b: str) -> Any:
+    from espalier.launch.evaluate.judges.answers import language_name
+    from espalier.launch.evaluate.judges.asking import Pair
+
+    text: Any = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
+    language = "" if prompt.language == UNKNOWN else language_name(prompt.language)
+    shown = {"a": answers[a]["text"], "b": answers[b]["text"], "language": language}
+    return Pair(id=prompt.id, prompt=text, **shown, systems=(a, b))
 
 
 def _digest(content: Any) -> str:

@@ -14,10 +14,10 @@ from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
 from espalier.data.rows.records import is_blank
 from espalier.data.text.documents import DataError
 from espalier.launch.aya_expanse.completions import Asked, Store, ask
-from espalier.launch.aya_expanse.teachers import SamplingFlags, Working, at_work, key_of
+from espalier.launch.aya_expanse.teachers import IMPORTED, SamplingFlags, Working, at_work, key_of
 
 NO_ANSWER, EMPTY, CUT, WRONG_LANGUAGE = "no answer", "empty", "cut", "wrong language"
-_IMPORTED, ROUTER = "imported", "router.npz"
+ROUTER = "router.npz"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -104,7 +104,7 @@ class Router:
 
     def _begin(self, names: set[str]) -> None:
         """Prepares teachers: errors in the pool end the command before anything is requested."""
-        imported = os.fspath(self._out / _IMPORTED)
+        imported = os.fspath(self._out / IMPORTED)
         for name, teacher in self._pool.teachers.items():
             if name in names:
                 self._working[name] = at_work(teacher, self._sampling, imported=imported)

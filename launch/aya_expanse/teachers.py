@@ -1,5 +1,6 @@
 """Teachers of a pool at work: checkpoints in this process, and endpoints over HTTP."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,6 +14,7 @@ from espalier.data.text.documents import DataError, check_unicode
 from espalier.data.text.splits import stable_hash
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, Silence, api_key
 
+IMPORTED = "imported"  # folder of an arbitrage for runs that are made of Hugging Face checkpoints
 # Requests in a row without a reply after which an endpoint is not asked further.
 _PATIENCE = 16
 
@@ -211,6 +213,15 @@ class CheckpointTeacher:
     def close(self) -> None:
         """Does nothing: checkpoints answer in the main thread."""
 
+    def loaded(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context manager with the `LoadedRun`, in which prompts and answers spell no control tokens."""
+        from espalier.launch.load import load_run
+
+        config = dataclasses.replace(load_run.config_of(self._step), special_tokens="nowhere")
+        if self.teacher.chat_template is not None:
+            config = dataclasses.replace(config, chat_template=self.teacher.chat_template)
+        return config.load(self._step, encoder_decoders=True)
+
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         from espalier.launch.inference import generate
         from espalier.launch.load import load_run
@@ -222,13 +233,10 @@ class CheckpointTeacher:
             max_new_tokens=sampling.max_tokens,
             sampling=Sampling(temperature=sampling.temperature, top_p=top_p),
         )
-        config = dataclasses.replace(load_run.config_of(self._step), special_tokens="nowhere")
-        if self.teacher.chat_template is not None:
-            config = dataclasses.replace(config, chat_template=self.teacher.chat_template)
-        with config.load(self._step, encoder_decoders=True) as loaded:
+        with self.loaded() as loaded:
             rows, lengths = [], {}
             for i, prompt in enumerate(prompts):
-                row = _row(loaded, prompt)
+                row = row_of(loaded, prompt)
                 try:
                     lengths[i] = _checked_length(loaded, row, prompt, sampling.max_tokens)
                 except load_run.LoadError as error:
@@ -260,7 +268,8 @@ class CheckpointTeacher:
                 yield i, Answer(text=row["text"], ended=row["ended"], **tokens)
 
 
-def _row(loaded: Any, prompt: Prompt) -> dict[str, Any]:
+def row_of(loaded: Any, prompt: Prompt) -> dict[str, Any]:
+    """Returns a prompt as a row of `espalier generate`: messages if the model converses, else a text."""
     converses = (
         loaded.config.chat_template is not None
         or getattr(loaded.vocabulary, "chat_template", None) is not None

@@ -71,7 +71,7 @@ class StoredTeacher(predictions.StoredPredictions):
             [self.top_k, self.temperature, self._shared, stream.targets_length],
             shape=taught_stream.shape_of(stream.targets_length, self.top_k),
         )
-        missing = _missing(stream, store, stream.num_steps if steps is None else steps)
+        missing = missing_rows(stream, store, stream.num_steps if steps is None else steps)
         bar: dict[str, Any] = {"desc": "teacher", "unit": "row"}
         options: dict[str, Any] = {"at_once": _ROWS_AT_ONCE, "encoder_decoders": True}
         self._add(store, step, missing, self._values_of, **options, **bar)
@@ -92,21 +92,40 @@ class StoredTeacher(predictions.StoredPredictions):
         return values
 
     def _predictions(self, model: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns the values to store, [B, T, 2 K + 1]."""
-        out = frozen_forward(model, params, batch)
-        form, head_VD = objective.form_of(model), out.head_VD()
-
-        def of_chunk(h_CD):
-            logits_CV = form.logits(h_CD, head_VD.astype(h_CD.dtype))[:, : self._shared]
-            return objective.largest(logits_CV, self.top_k, self.temperature)
-
-        ids_XK, log_probs_XN = map_tokens(of_chunk, out.hidden_XD, vocab=head_VD.shape[0])
-        shape = batch["decoder_input_tokens"].shape
-        values_XN = jnp.concatenate([ids_XK.astype(jnp.float32), log_probs_XN], axis=-1)
-        return values_XN.reshape(*shape, -1)
+        return predictions_of(
+            model,
+            params,
+            batch,
+            ids=self._shared,
+            top_k=self.top_k,
+            temperature=self.temperature,
+        )
 
 
-def _missing(
+def predictions_of(
+    model: Any,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    ids: int,
+    top_k: int,
+    temperature: float,
+) -> jax.Array:
+    """Returns the values to store of a model among its first `ids` ids, [B, T, 2 K + 1], see `taught_stream.shape_of`."""
+    out = frozen_forward(model, params, batch)
+    form, head_VD = objective.form_of(model), out.head_VD()
+
+    def of_chunk(h_CD):
+        logits_CV = form.logits(h_CD, head_VD.astype(h_CD.dtype))[:, :ids]
+        return objective.largest(logits_CV, top_k, temperature)
+
+    ids_XK, log_probs_XN = map_tokens(of_chunk, out.hidden_XD, vocab=head_VD.shape[0])
+    shape = batch["decoder_input_tokens"].shape
+    values_XN = jnp.concatenate([ids_XK.astype(jnp.float32), log_probs_XN], axis=-1)
+    return values_XN.reshape(*shape, -1)
+
+
+def missing_rows(
     stream: Any, store: PredictionStore, steps: int
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yields (digest, columns) of rows missing in any process's store, each once, in the same order in all processes."""
@@ -130,7 +149,7 @@ def _padded(columns: Mapping[str, np.ndarray], first: int, size: int) -> dict[st
 
 def make_stream(
     *,
-    teacher: StoredTeacher,
+    teacher: predictions.StoredValues,
     stream: Annotated[Callable[..., Any], CalledWith("positions")],
     steps: Size | None,
     positions: Mapping[str, Any] | None = None,
@@ -145,7 +164,7 @@ def make_stream(
     """
     if steps is None:
         raise ValueError(
-            "A stored teacher is computed for TRAIN_STEPS: set it in place of TRAIN_TOKENS."
+            "A stored teacher is computed for TRAIN_STEPS: set it in place of TRAIN_TOKENS or TRAIN_EPOCHS."
         )
     return teacher.training(stream, steps, positions)
 
@@ -153,7 +172,7 @@ def make_stream(
 def make_eval_stream(
     *,
     task: str,
-    teacher: StoredTeacher,
+    teacher: predictions.StoredValues,
     stream: Annotated[Callable[..., Any], CalledWith("task")],
     steps: Size | None = None,
 ) -> TaughtStream:

@@ -13,7 +13,7 @@ Shapes: B rows, T length, X = B T tokens, C tokens of a chunk, D width, V vocabu
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,9 +29,12 @@ from espalier.trainers.objectives.base import Batch, LossOut, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective, frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenModel
 
-TEACHER_IDS = "teacher_ids"  # [B, T, K] int32
+TEACHER_IDS = "teacher_ids"  # [B, T, K] int32; -1 for no token
 # [B, T, K + 1] float32; the last is the log-probability of all other tokens together.
 TEACHER_LOG_PROBS = "teacher_log_probs"
+TEACHER_INDEX = "teacher_index"  # [B] int32, of `Teachers`
+# Of outcomes that a row lacks, where a teacher of another vocabulary has fewer than K: exp of it is 0.
+ABSENT_LOG_PROB = -1e4
 
 # (log p [C, N], log q [C, N]) -> [C], in nats.
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
@@ -70,9 +73,35 @@ class Teacher(FrozenModel):
         self.checkpoint.check_beginnings(step, meta, "register the data with add_bos")
 
 
-def check_student(teacher: Teacher, student: Any) -> None:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Teachers:
+    """Several teachers that run beside the student, each for its own rows: the `StoredExtras` of an objective.
+
+    All of them are in memory, and each reads every row: time and memory grow with their number.
+
+    Attributes:
+      teachers: the teachers; the column 'teacher_index' of a batch has the place of each row's.
+    """
+
+    teachers: Sequence[Teacher]
+
+    def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
+        for teacher in self.teachers:
+            teacher.check(mesh, rules, meta)
+
+    def abstract(self, mesh: Mesh, rules: Rules) -> Any:
+        return tuple(teacher.abstract(mesh, rules) for teacher in self.teachers)
+
+    def read(self, mesh: Mesh, rules: Rules) -> Any:
+        return tuple(teacher.read(mesh, rules) for teacher in self.teachers)
+
+
+def check_student(teacher: Teacher | Teachers, student: Any) -> None:
     """Raises ValueError if only one of teacher and student is an encoder-decoder: the other reads inputs and targets as one text."""
-    if teacher.model.row.encodes != student.row.encodes:
+    if isinstance(teacher, Teachers):
+        for one in teacher.teachers:
+            check_student(one, student)
+    elif teacher.model.row.encodes != student.row.encodes:
         raise ValueError(
             f"TEACHER is a {type(teacher.model).__name__} and the student a {type(student).__name__}, which read different rows: "
             "an encoder-decoder learns from an encoder-decoder, a decoder from a decoder."
@@ -108,7 +137,7 @@ def distillation(
     *,
     model: Any,
     num_sources: Count = 0,
-    teacher: Teacher | None = None,
+    teacher: Teacher | Teachers | None = None,
     divergence: Divergence = forward_kl,
     temperature: Positive = 1.0,
     teacher_weight: Fraction = 0.9,
@@ -128,7 +157,8 @@ def distillation(
     Args:
       model: the student, a language model.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
-      teacher: runs in every step; None if its log-probabilities come with the batch, computed at this temperature.
+      teacher: runs in every step, or several for rows of their own; None if log-probabilities come with the batch, computed at this
+        temperature.
       divergence: a function of this file, or another of two arrays of log-probabilities.
       temperature: above 0; a larger one shows more of the teacher's ranking of unlikely tokens.
       teacher_weight: of the divergence, from 0 to 1; the cross-entropy has the rest.
@@ -143,7 +173,10 @@ def distillation(
 
     def loss_fn(out: Forward, extras: Any) -> LossOut:
         batch = out.batch
-        taught = _stored(batch) if teacher is None else _live(teacher, extras, batch)
+        if isinstance(teacher, Teachers):
+            taught = _each_live(teacher, extras, batch)
+        else:
+            taught = _stored(batch) if teacher is None else _live(teacher, extras, batch)
         per_token, outcomes = taught
         form, head_VD = form_of(model), out.head_VD()
 
@@ -198,6 +231,31 @@ def _live(teacher: Teacher, params: Any, batch: Batch) -> _Taught:
     return (jax.lax.stop_gradient(out.hidden_XD),), outcomes
 
 
+def _each_live(teachers: Teachers, params: Any, batch: Batch) -> _Taught:
+    """The outcomes of a row are those of its teacher, and absent ones up to the number of the student's ids."""
+    index_X = jnp.repeat(batch[TEACHER_INDEX], batch["decoder_target_tokens"].shape[1])
+    pairs = zip(teachers.teachers, params, strict=True)
+    live = [_live(teacher, its_params, batch) for teacher, its_params in pairs]
+
+    def outcomes(seen, logits_CV, temperature):
+        index_C, *hidden = seen
+        size = logits_CV.shape[-1]
+        chosen: tuple[jax.Array, ...] = (jnp.zeros_like(logits_CV),) * 2
+        for k, ((_, of_one), h_CD) in enumerate(zip(live, hidden, strict=True)):
+            own = of_one((h_CD,), logits_CV, temperature)
+            wide = [_widened(x_CN, size) for x_CN in own]
+            is_its_C1 = (index_C == k)[:, None]
+            chosen = tuple(jnp.where(is_its_C1, x, y) for x, y in zip(wide, chosen, strict=True))
+        return chosen
+
+    return (index_X, *(hidden_XD for (hidden_XD,), _ in live)), outcomes
+
+
+def _widened(x_CN: jax.Array, size: int) -> jax.Array:
+    padding = ((0, 0), (0, size - x_CN.shape[-1]))
+    return jnp.pad(x_CN, padding, constant_values=ABSENT_LOG_PROB)
+
+
 def _stored(batch: Batch) -> _Taught:
     """The outcomes are the K stored tokens, and all other tokens together.
 
@@ -223,12 +281,18 @@ def _stored(batch: Batch) -> _Taught:
 
 
 def top_log_probs(logits_CV: jax.Array, ids_CK: jax.Array, temperature: float) -> jax.Array:
-    """Returns log-probabilities of K tokens and, last, of all others together: [C, K + 1], or [C, V] where K = V."""
+    """Returns log-probabilities of K tokens and, last, of all others together: [C, K + 1], or [C, V] where K = V.
+
+    An id of -1 is no token: its log-probability is ABSENT_LOG_PROB, and no token is missing among the others for it.
+    """
     log_p_CV = _log_probs(logits_CV, temperature)
-    log_p_CK = jnp.take_along_axis(log_p_CV, ids_CK, axis=-1)
+    absent_CK = ids_CK < 0
+    log_p_CK = jnp.take_along_axis(log_p_CV, jnp.maximum(ids_CK, 0), axis=-1)
+    log_p_CK = jnp.where(absent_CK, ABSENT_LOG_PROB, log_p_CK)
     if ids_CK.shape[-1] == logits_CV.shape[-1]:
         return log_p_CK
-    others_CV = jnp.put_along_axis(log_p_CV, ids_CK, -jnp.inf, axis=-1, inplace=False)
+    ids_CK = jnp.where(absent_CK, logits_CV.shape[-1], ids_CK)
+    others_CV = jnp.put_along_axis(log_p_CV, ids_CK, -jnp.inf, axis=-1, inplace=False, mode="drop")
     return jnp.concatenate([log_p_CK, jax.nn.logsumexp(others_CV, axis=-1, keepdims=True)], axis=-1)
 
 

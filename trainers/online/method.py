@@ -6,7 +6,7 @@ Shapes: P prompts, G samples of each, R = P G completions, B rows, L length.
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Samples:
       rewards_PG: float32.
       ended_PG: whether a completion ended with an end token, not at the maximum length.
       sources_P: index of each prompt's source.
+      info_P: columns of each prompt's row in the files.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -39,6 +40,7 @@ class Samples:
     rewards_PG: np.ndarray
     ended_PG: np.ndarray
     sources_P: np.ndarray
+    info_P: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

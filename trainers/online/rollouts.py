@@ -163,6 +163,7 @@ class Rollouts:
             rewards_PG=rewards_R.reshape(shape),
             ended_PG=ended_R.reshape(shape),
             sources_P=prompts["source_ids"],
+            info_P=info,
         )
         arrays = self._method.batch(samples, lambda columns: self._score(params, columns))
         if self._method.updates > 1:

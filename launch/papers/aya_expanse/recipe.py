@@ -44,6 +44,8 @@ class Recipe:
       origin: prompts to use: native, translated or both.
       reward: of arbitrage and online rounds: exact_answer or checkpoint:DIR.
       judge: of the comparison of rounds, see launch.prepare arbitrage; None for the reward.
+      opponent: compared with the model of every round, beside the model that the rounds start from: a run, a Hugging Face
+        directory, or a file that espalier generate wrote from the prompts in held_out; None for none.
       language_of: see launch.prepare arbitrage.
       rounds: number of online rounds.
       samples: of each prompt in an online round.
@@ -68,6 +70,7 @@ class Recipe:
     clusters: Mapping[str, list[str]]
     shared: list[str] = dataclasses.field(default_factory=lambda: ["en", "es", "fr"])
     teachers: str | None = None
+    opponent: str | None = None
     origin: Literal["native", "translated", "both"] = "native"
     reward: str = "exact_answer"
     judge: str | None = None
@@ -98,7 +101,7 @@ class Recipe:
 
 _CHOICES = {"origin": ("native", "translated", "both"), "form": ("messages", "prompt")}
 _TEXTS = (
-    *("base", "chats", "prompts", "held_out", "teachers", "reward", "judge"),
+    *("base", "chats", "prompts", "held_out", "teachers", "reward", "judge", "opponent"),
     *("language_of", "dev", "measure"),
 )
 _NUMBERS = (
@@ -147,6 +150,10 @@ def read(path: str) -> Recipe:
     if (recipe.dev and recipe.measure) or bool(recipe.measure) != bool(recipe.scores):
         raise RecipeError(
             f"{path}: give either 'dev', or 'measure' with 'scores', or none of them."
+        )
+    if recipe.opponent is not None and not os.path.exists(recipe.opponent):
+        raise RecipeError(
+            f"{path}: the 'opponent' {recipe.opponent} does not exist: give a run, or a file of espalier generate."
         )
     if recipe.teachers is not None:
         names = pool.read(recipe.teachers).teachers

@@ -14,18 +14,31 @@ do not only become longer, and they stay in their language.
 
 import argparse
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common import tables
+from espalier.data.aya_expanse import prompts as prompt_rows
 from espalier.data.text.documents import DataError
 from espalier.launch import cli
+from espalier.launch.aya_expanse import arbitrage
+from espalier.launch.aya_expanse.arbitrage_rewards import Rewards
+from espalier.launch.aya_expanse.teachers import SamplingFlags
 from espalier.launch.papers.aya_expanse import recipe as recipes
+from espalier.launch.papers.aya_expanse import win_rates
 from espalier.launch.papers.aya_expanse.recipe import Recipe
+from espalier.launch.prepare.best_of_n import RewardFlags
 
 ALL = "all.jsonl"
 INDICATORS = "rounds"
+_PAGE = """\
+{indicators}
+Win rates in per cent, with 95 % intervals over prompts; judge: {judge}; opponent: {opponent}; prompts without an answer of
+both models, which count for neither: {unanswered}.
+
+{win_rates}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +81,8 @@ def _prompts(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> Non
             )
     _write(to / ALL, rows)
     _by_cluster(recipe, rows, to, "")
+    if recipe.opponent is not None and os.path.isfile(recipe.opponent):  # before hours of training
+        win_rates.stored(recipe.opponent, prompt_rows.read(_rows(recipe.held_out)))
 
 
 def _arbitrage(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
@@ -78,7 +93,8 @@ def _arbitrage(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> N
     more = []
     if recipe.teachers is not None:
         more = yaml.safe_load(pathlib.Path(recipe.teachers).read_text("utf-8"))["teachers"]
-    _route(recipe, flags.runs, str(prompts), to, recipe.reward, more=more, seed=flags.seed)
+    teachers = [*_teachers(recipe, list(map(_name, flags.runs)), flags.runs), *more]
+    arbitrage.write(*_asked(recipe, teachers, str(prompts), to, recipe.reward, seed=flags.seed))
     for name in ("sft", "pairs"):
         path = to / f"{name}.jsonl"
         _by_cluster(recipe, [row for _, row in _rows(str(path))], to, f"{name}_")
@@ -128,61 +144,93 @@ def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None
 
     names = [f"{number}_{_name(run)}" for number, run in enumerate(flags.runs)]
     judge = recipe.judge or recipe.reward
-    tables = [
-        _route(recipe, flags.runs, recipe.held_out, to, kind, names=names, temperature=0.0)["table"]
-        for kind in (judge, recipe.reward)  # the files of the last one stay
+    teachers, by_kind = _teachers(recipe, names, flags.runs), []
+    for kind in (judge, recipe.reward):  # the files of the last one stay
+        asked = _asked(recipe, teachers, recipe.held_out, to, kind, temperature=0.0)
+        by_kind.append(arbitrage.write(*asked)["table"])
+    rows = indicators(names, by_kind[1], by_kind[0])
+    _, prompts, routed = asked
+    answers = routed.all_answers
+    compared = [(name, names[0]) for name in names[1:]]
+    if recipe.opponent is not None:
+        own = _opponent(recipe, prompts, to)
+        answers = [{**one, **other} for one, other in zip(answers, own, strict=True)]
+        compared += [(name, win_rates.OPPONENT) for name in names]
+    rewards = Rewards(RewardFlags(reward=judge), to)
+    rates = [win_rates.between(a, b, prompts, answers, rewards) for a, b in compared]
+    page = _PAGE.format(
+        indicators=markdown(rows),
+        judge=judge,
+        opponent=recipe.opponent or "none",
+        unanswered=max((one["unanswered"] for one in rates), default=0),
+        win_rates=win_rates.markdown(rates),
+    )
+    made = {
+        "indicators": rows,
+        "judge": judge,
+        "opponent": recipe.opponent,
+        "win_rates": rates,
+    }
+    (to / f"{INDICATORS}.json").write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    (to / f"{INDICATORS}.md").write_text(page, "utf-8")
+    print(page, end="")
+
+
+def _opponent(
+    recipe: Recipe, prompts: Sequence[Any], to: pathlib.Path
+) -> Sequence[Mapping[str, Any]]:
+    """Returns the opponent's answers to the held-out prompts: stored ones of a file, or those of a model that is asked like the others."""
+    from espalier.launch.load import hf_checkpoint
+
+    where = str(recipe.opponent)
+    if os.path.isfile(where):
+        return win_rates.stored(where, prompts)
+    kind = "hf" if hf_checkpoint.is_hf(where) else "checkpoint"
+    teacher = {"name": win_rates.OPPONENT, kind: where, "batch_size": recipe.batch_size}
+    folder = to / win_rates.OPPONENT
+    return _asked(recipe, [teacher], recipe.held_out, folder, None, temperature=0.0)[2].all_answers
+
+
+def _teachers(recipe: Recipe, names: Sequence[str], runs: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns runs as entries of a pool."""
+    return [
+        {"name": name, "checkpoint": run, "batch_size": recipe.batch_size}
+        for name, run in zip(names, runs, strict=True)
     ]
-    rows = indicators(names, tables[1], tables[0])
-    (to / f"{INDICATORS}.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    (to / f"{INDICATORS}.md").write_text(markdown(rows), "utf-8")
-    print(markdown(rows), end="")
 
 
-def _route(
+def _asked(
     recipe: Recipe,
-    runs: Sequence[str],
+    teachers: Sequence[Mapping[str, Any]],
     prompts: str,
     to: pathlib.Path,
-    reward: str,
+    reward: str | None,
     *,
-    names: Sequence[str] | None = None,
-    more: Sequence[Mapping[str, Any]] = (),
     temperature: float = 0.8,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Calls `arbitrage` on a pool of runs and `more` entries of a pool; returns its summary."""
+) -> tuple[arbitrage.ArbitrageFlags, list[Any], Any]:
+    """Returns the settings, prompts and answers of `arbitrage.route` for a pool of teachers, whose answers have a reward."""
     import yaml
 
-    from espalier.launch.aya_expanse import arbitrage
-    from espalier.launch.aya_expanse.teachers import SamplingFlags
-    from espalier.launch.prepare.best_of_n import RewardFlags
-
     to.mkdir(parents=True, exist_ok=True)
-    names = names or [_name(run) for run in runs]
-    teachers = [
-        *(
-            {"name": name, "checkpoint": run, "batch_size": recipe.batch_size}
-            for name, run in zip(names, runs, strict=True)
-        ),
-        *more,
-    ]
     pool = to / "pool.yaml"
-    pool.write_text(yaml.safe_dump({"teachers": teachers}, sort_keys=False), "utf-8")
-    return arbitrage.arbitrage(
-        arbitrage.ArbitrageFlags(
-            pool=str(pool),
-            prompts=prompts,
-            out=str(to),
-            form=recipe.form,
-            keep_cut=recipe.keep_cut,
-            language_of=recipe.language_of,
-        ),
-        sampling=SamplingFlags(
-            max_tokens=recipe.max_new_tokens, temperature=temperature, seed=seed
-        ),
-        reward=RewardFlags(reward=reward),
+    pool.write_text(yaml.safe_dump({"teachers": list(teachers)}, sort_keys=False), "utf-8")
+    settings = arbitrage.ArbitrageFlags(
+        pool=str(pool),
+        prompts=prompts,
+        out=str(to),
+        form=recipe.form,
+        keep_cut=recipe.keep_cut,
+        language_of=recipe.language_of,
+    )
+    sampling = SamplingFlags(max_tokens=recipe.max_new_tokens, temperature=temperature, seed=seed)
+    routed = arbitrage.route(
+        settings,
+        sampling=sampling,
+        reward=None if reward is None else RewardFlags(reward=reward),
         language_of=arbitrage.function_named(recipe.language_of),
     )
+    return settings, *routed
 
 
 def _name(run: str) -> str:

@@ -273,6 +273,7 @@ POSITIONAL = {
     "espalier.model.t5.encoder_decoder.EncoderDecoder.norm",
     "espalier.model.transformer.Transformer.norm",
     "espalier.trainers.distillation.objective.distillation.divergence",
+    "espalier.trainers.distillation.on_policy.Sampled.teachers",
     "espalier.trainers.online.groups.Groups.advantages",
     "espalier.trainers.online.policy_gradient.policy_gradient.loss",
     "espalier.trainers.preference.objectives.preference.preference.losses",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -93,10 +94,11 @@ def teacher(model=TEACHER, seed=1):
     return Fixed(model, parameters(model, seed))
 
 
-def evaluate(batch, *, student=STUDENT, taught=None, **settings):
+def evaluate(batch, *, student=STUDENT, taught=None, extras=None, **settings):
     """The `LossOut` and the gradients of (student, teacher), by one jitted call."""
     loss = distillation(model=student, num_sources=2, teacher=taught, **settings)
-    extras = None if taught is None else taught.params
+    if extras is None and taught is not None:
+        extras = taught.params
 
     def total(params, extras):
         out = loss(params, batch, None, extras=extras)
@@ -259,6 +261,71 @@ def test_fewer_tokens_bound_the_divergence_from_below(name):
     weights = np.asarray(batch["decoder_loss_weights"], np.float64)
     expected = (divergence64(name, *grouped) * weights).sum() / weights.sum()
     assert found[1] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_absent_tokens_are_no_outcomes(name):
+    """Two tokens in rows of four, of which one position has none: its only outcome has probability 1."""
+    batch, k = make_batch(), 4
+    with_all = stored_batch(batch, k, 2.0)
+    ids, log_p = (
+        np.array(with_all[n]) for n in (objective.TEACHER_IDS, objective.TEACHER_LOG_PROBS)
+    )
+    p = np.exp(np.asarray(log_p, np.float64))
+    p[..., -1] += p[..., 2:4].sum(-1)
+    p[0, 1] = [0, 0, 0, 0, 1]
+    ids[..., 2:], ids[0, 1] = -1, -1
+    p[..., 2:4] = 0
+    log_p = np.log(np.where(p > 0, p, 1)) + np.where(p > 0, 0, objective.ABSENT_LOG_PROB)
+    batch |= {
+        objective.TEACHER_IDS: jnp.asarray(ids),
+        objective.TEACHER_LOG_PROBS: jnp.asarray(log_p, jnp.float32),
+    }
+    out, gradient = evaluate(batch, divergence=DIVERGENCES[name], temperature=2.0)
+    q = np.exp(log_softmax(logits64(STUDENT, 0) / 2.0))
+    top = np.take_along_axis(q, np.maximum(ids[..., :2], 0), axis=-1) * (ids[..., :2] >= 0)
+    q = np.concatenate([top, 1 - top.sum(-1, keepdims=True)], -1)
+    p = np.concatenate([p[..., :2], p[..., 4:]], -1)
+    tiny = 1e-300  # of outcomes that are none on either side
+    weights = np.asarray(batch["decoder_loss_weights"], np.float64)
+    terms = divergence64(name, np.log(p + tiny), np.log(q + tiny))
+    assert abs(terms[0, 1]) < 1e-12 and weights[0, 1]
+    expected = (terms * weights).sum() / weights.sum()
+    assert means(out)["divergence"] == pytest.approx(expected, rel=1e-4)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_each_row_learns_from_its_own_teacher(name):
+    """Of several teachers, also with a smaller table: as from that teacher, if it were the only one."""
+    small = Transformer(config=dataclasses.replace(CONFIG, vocab_size=V - 3), logit_scale=0.5)
+    both = objective.Teachers(teachers=[teacher(), teacher(small, 2)])
+    both = types.SimpleNamespace(all=both, params=tuple(one.params for one in both.teachers))
+    settings = {"divergence": DIVERGENCES[name], "temperature": 2.0}
+    index = np.array([1, 0, 0, 1], np.int32)
+    batch = make_batch() | {objective.TEACHER_INDEX: jnp.asarray(index)}
+    several, (gradient, _) = evaluate(batch, taught=both.all, extras=both.params, **settings)
+    total, gradients = 0.0, []
+    for k, one in enumerate(both.all.teachers):
+        weights = batch["decoder_loss_weights"] * (index == k)[:, None]
+        own = batch | {"decoder_loss_weights": weights}
+        alone, (its_gradient, _) = evaluate(own, taught=one, **settings)
+        total += alone.sum
+        gradients.append(its_gradient)
+    np.testing.assert_allclose(several.sum, total, rtol=1e-5)
+    added = jax.tree.map(jnp.add, *gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), gradient, added)
+
+
+def test_one_of_several_teachers_is_the_teacher():
+    batch = make_batch() | {objective.TEACHER_INDEX: jnp.zeros(B, jnp.int32)}
+    one = teacher()
+    alone, (gradient, _) = evaluate(batch, taught=one)
+    pool, (same, _) = evaluate(
+        batch, taught=objective.Teachers(teachers=[one]), extras=(one.params,)
+    )
+    np.testing.assert_allclose(pool.sum, alone.sum, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, same)
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -1,5 +1,6 @@
 """The recipe of Aya Expanse: its arms as gin has them, and the stages that train nothing."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -8,14 +9,18 @@ import numpy as np
 import pytest
 import yaml
 
+from espalier.data.aya_expanse import prompts
 from espalier.data.text.documents import DataError
 from espalier.launch import cli
+from espalier.launch.aya_expanse import arbitrage_rewards
 from espalier.launch.config import gin_config
+from espalier.launch.evaluate.judges import pairwise
 from espalier.launch.merge import __main__ as merge
 from espalier.launch.merge import search
-from espalier.launch.papers.aya_expanse import lexicon, small_answers
+from espalier.launch.papers.aya_expanse import lexicon, small_answers, win_rates
 from espalier.launch.papers.aya_expanse import recipe as recipes
 from espalier.launch.papers.aya_expanse import stage as aya_expanse_stage
+from espalier.launch.prepare.best_of_n import RewardFlags
 from espalier.launch.sweep import file
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
@@ -252,6 +257,7 @@ def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branch
     pool = tmp_path / "pool.yaml"
     pool.write_text(f"teachers: [{{name: further, checkpoint: '{branches.folders[2]}'}}]")
     settings = {"form": "prompt", "keep_cut": True, "max_new_tokens": 4, "batch_size": 8}
+    settings["opponent"] = branches.folders[2]
     path = write(reward=judge, teachers=str(pool), **settings)
     assert run("prompts", path, tmp_path / "p") == 0
     teachers = ("runs", branches.folders[:2])
@@ -268,12 +274,138 @@ def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branch
             assert {row["language"] for row in own} <= {*languages, "en"}
         assert all(row["chosen_reward"] > row["rejected_reward"] for row in own)
     assert run("rounds", path, tmp_path / "r", teachers) == 0
-    made = json.loads((tmp_path / "r/rounds.json").read_text())
+    page = json.loads((tmp_path / "r/rounds.json").read_text())
+    made = page["indicators"]
     names = [aya_expanse_stage._name(folder) for folder in branches.folders[:2]]
     assert [row["round"] for row in made[:2]] == [f"{i}_{name}" for i, name in enumerate(names)]
     assert {row["language"] for row in made} == {"tr", "uk", "en"}
     assert all(row["reward"] == row["judge"] for row in made)
     assert {row["over_optimised"] for row in made} == {None, False}
+    assert_rates_are_of_the_scores(page["win_rates"], tmp_path / "r", names)
+
+
+def assert_rates_are_of_the_scores(win_rates, folder, names):
+    """Compares the win rates with a count of the larger scores in the judge's journal."""
+    first, second = (f"{i}_{name}" for i, name in enumerate(names))
+    texts = {
+        (row["teacher"], row["id"]): row["text"]
+        for file in (folder / "completions.jsonl", folder / "opponent/completions.jsonl")
+        for row in rows(file)
+    }
+    # Equal answers to a prompt have one score, in the row of one of them.
+    scores = {
+        (row["id"], texts[row["of"], row["id"]]): row["value"]
+        for row in rows(folder / "judgements.jsonl")
+    }
+    pairs = [(second, first), (first, "opponent"), (second, "opponent")]
+    assert [(one["a"], one["b"]) for one in win_rates] == pairs
+    language_of = {row["id"]: row["language"] for row in rows(folder / "completions.jsonl")}
+    for (a, b), one in zip(pairs, win_rates, strict=True):
+        assert one["unanswered"] == 0
+        for language, summary in one["languages"].items():
+            won = []
+            for id in (id for id, its in language_of.items() if its == language):
+                own, other = texts[a, id], texts[b, id]
+                if own == other:
+                    won.append(0.5)
+                else:
+                    won.append(float(scores[id, own] > scores[id, other]))
+            assert len(won) == 2
+            assert summary["rate"]["value"] == pytest.approx(np.mean(won))
+            assert summary["rate"]["low"] < summary["rate"]["value"] < summary["rate"]["high"] or (
+                np.ptp(won) == 0
+            )
+
+
+PROMPT = {"columns": {}, "where": "x"}
+
+
+def prompts_of(*languages):
+    return [
+        prompts.Prompt(id=str(i), language=language, prompt=f"p{i}", **PROMPT)
+        for i, language in enumerate(languages)
+    ]
+
+
+def answers_of(**texts):
+    """Answers of models to prompts by letters, of which a space is none."""
+    (count,) = {len(text) for text in texts.values()}
+    return [
+        {
+            name: {"key": f"{name}{i}", "text": text[i], "ended": "stop"}
+            for name, text in texts.items()
+            if text[i] != " "
+        }
+        for i in range(count)
+    ]
+
+
+class FirstOrZ:
+    """Writes that an answer z is preferred and, without one, the answer that is shown first."""
+
+    name, identity = "first or z", {}
+
+    def write(self, asked, *, temperature, seed):
+        for i, text in enumerate(asked):
+            answers = text.split("<answer_b>")
+            assert "in Turkish" in text
+            preferred = "B" if "\nz\n" in answers[1] and "\nz\n" not in answers[0] else "A"
+            yield i, f"Comparison: x\nPreferred: Answer ({preferred})"
+
+
+def test_a_judge_of_win_rates_sees_both_orders_and_what_is_unanswered_counts_for_neither(tmp_path):
+    rewards = arbitrage_rewards.Rewards(RewardFlags(reward="judge:logprob:/x"), tmp_path)
+    vars(rewards)["_judge"] = pairwise.PairwiseJudge(FirstOrZ(), wording=pairwise.Template())
+    asked = prompts_of(*["tr"] * 5)
+    made = win_rates.between("r1", "r0", asked, answers_of(r1="zzbcz", r0="axyz "), rewards)
+    assert made["unanswered"] == 1
+    counts = made["languages"]["tr"]["counts"]
+    # z wins in both orders and loses in both; of b and y the first is preferred, which is a tie.
+    assert counts == {"win": 2, "loss": 1, "tie": 1, "identical": 0, "invalid": 0}
+    assert made["languages"]["tr"]["consistency"]["value"] == 0.75
+    with pytest.raises(DataError, match="no prompt that both 'r1' and 'r2' answer"):
+        win_rates.between("r1", "r2", asked, answers_of(r1="zabcz", r2="     "), rewards)
+
+
+def test_without_a_judge_the_larger_reward_wins(tmp_path):
+    rewards = arbitrage_rewards.Rewards(RewardFlags(reward="exact_answer"), tmp_path)
+    asked = [
+        dataclasses.replace(prompt, columns={"answer": "x"})
+        for prompt in prompts_of("tr", "tr", "tr", "uk")
+    ]
+    made = win_rates.between("r1", "r0", asked, answers_of(r1="xxbx", r0="axcb"), rewards)
+    rates = {code: one["rate"]["value"] for code, one in made["languages"].items()}
+    assert rates == {"tr": pytest.approx(2 / 3), "uk": 1} and made["worst"] == "tr"
+    table = win_rates.markdown([made])
+    assert "| r1 | r0 | uk | 100.0 (" in table and "| r1 | r0 | mean | 66.7 |" in table
+    assert "| 3 of 3 |" in table
+
+
+def test_an_opponent_in_a_file_answers_every_prompt_once(write, tmp_path):
+    asked = prompts_of("tr", "uk")
+    path = tmp_path / "opponent.jsonl"
+
+    def stored(*answers):
+        path.write_text("".join(json.dumps({"prompt": p, "text": t}) + "\n" for p, t in answers))
+        return win_rates.stored(str(path), asked)
+
+    made = stored(("p1", "b"), ([{"role": "user", "content": "p0"}], "a"), ("other", "c"))
+    assert [row["opponent"]["text"] for row in made] == ["a", "b"]
+    with pytest.raises(DataError, match="line 3: .* has two answers to this prompt"):
+        stored(("p1", "b"), ("p0", "a"), ("p1", "c"))
+    with pytest.raises(DataError, match="has no answer to x and 0 more prompts"):
+        stored(("p1", "b"))
+    # The first stage reads it, before models are trained.
+    with pytest.raises(DataError, match="has no answer to .*, line 1 and 5 more prompts"):
+        flags = _flags(
+            stage="prompts",
+            recipe=write(opponent=str(path)),
+            to=str(tmp_path / "p"),
+            flags=(),
+        )
+        aya_expanse_stage._run(flags)
+    with pytest.raises(recipes.RecipeError, match="'opponent' /no/run does not exist"):
+        recipes.read(write(opponent="/no/run"))
 
 
 def test_over_optimisation_is_a_rising_reward_and_a_falling_judge():
