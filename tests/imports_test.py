@@ -43,6 +43,9 @@ FOLDERS = {
 }
 # Folders that import those of papers (SLUGS) outside of launch/papers, and which: every entry is to go.
 INTO_SLUGS: dict[str, set[str]] = {
+    "launch.aya_expanse": {
+        "distillation"
+    },  # what a pool's teachers predict is stored as one teacher's is
     "launch.evaluate": {"nexus"},
     "launch.merge": {"low_rank"},
     "launch.nexus": {"bam"},

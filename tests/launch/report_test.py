@@ -316,6 +316,8 @@ def test_the_scorecard_has_every_claim_and_one_page_has_the_main_effects(
     head |= {"value": 3.5, "low": 1.25, "high": 5.75, "word": "reproduced", "required": True}
     head |= {"why": "A reads more.", "mind": "A second size, 40 minutes."}
     record = {"title": "A paper: on small models", "headline": head, "claims": [second, first]}
+    bounds = ["", "", True, "", "a part", 0.0, None, [2]]
+    record |= {"criteria": {"claims": {"A1": bounds}}, "measured": {"a part": []}}
     (folder / "results.json").write_text(json.dumps(record))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- scorecard -->\nold\n<!-- /scorecard -->\nafter\n")
@@ -344,13 +346,18 @@ def test_the_scorecard_has_every_claim_and_one_page_has_the_main_effects(
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     (tmp_path / "reproductions" / "older").mkdir()
     (tmp_path / "reproductions" / "older" / "results.json").write_text('{"claims": []}')
+    (tmp_path / "reproductions" / "begun").mkdir()
+    begun = json.dumps({**record, "measured": {"another": []}})
+    (tmp_path / "reproductions" / "begun" / "results.json").write_text(begun)
     assert report.main(["--all", "reproductions", "--out", "docs/evidence/scorecard.md"]) == 0
-    assert "Not run under these rules yet, and not counted: older." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert total in said and "Not run under these rules yet, and not counted: older." in said
+    assert "Judged in part so far, and not counted: begun (without a part)." in said
     (folder / "results.json").write_text("[]")
     assert report.main(["--all", "reproductions"]) == 2
     assert "has no 'claims'" in capsys.readouterr().err
     assert report.main(["--all", "nothing"]) == 2
-    assert "run launch.reproduce first" in capsys.readouterr().err
+    assert "run espalier reproduce first" in capsys.readouterr().err
 
 
 def test_a_report_without_a_place_is_refused(capsys):

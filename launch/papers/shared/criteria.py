@@ -88,6 +88,12 @@ def kept(
     return {**fixed, **of_parts, "claims": now, "changed": []}
 
 
+def unmeasured(fixed: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
+    """Returns the parts of a page that have claims, and no measurements yet."""
+    judged = (bounds[_PART] for bounds in fixed["claims"].values())
+    return [part for part in dict.fromkeys(judged) if part not in measured]
+
+
 def _now(*, late: bool) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"date": date, **environment.commit(), "late": late}

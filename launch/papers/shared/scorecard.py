@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared import claim, criteria, page
 from espalier.launch.plots import intervals, panels
 
 START, END = "<!-- scorecard -->", "<!-- /scorecard -->"
@@ -45,10 +45,19 @@ def write(reproductions: pathlib.Path, out: pathlib.Path, readme: pathlib.Path) 
       ValueError: there are no results, or some are not those of a reproduction by today's rules.
     """
     every = read(reproductions)
-    records = {slug: record for slug, record in every.items() if "headline" in record}
+    today = {slug: record for slug, record in every.items() if "headline" in record}
+    begun = {
+        slug: parts
+        for slug, record in today.items()
+        if (parts := criteria.unmeasured(record["criteria"], record["measured"]))
+    }
+    records = {slug: record for slug, record in today.items() if slug not in begun}
     there = os.path.relpath(reproductions, out.parent)
     total = totals(records)
-    if older := [slug for slug in every if slug not in records]:
+    if begun:
+        named = "; ".join(f"{slug} (without {', '.join(parts)})" for slug, parts in begun.items())
+        total += f" Judged in part so far, and not counted: {named}."
+    if older := [slug for slug in every if slug not in today]:
         total += f" Not run under these rules yet, and not counted: {', '.join(older)}. Their pages are of an earlier round."
     text = [
         *("# Scorecard: every claim of every paper", ""),
@@ -93,11 +102,11 @@ def read(reproductions: pathlib.Path) -> dict[str, dict[str, Any]]:
         for path in sorted(reproductions.glob(f"*/{page.RECORD}"))
     }
     if not records:
-        raise ValueError(f"{reproductions} has no */{page.RECORD}: run launch.reproduce first.")
+        raise ValueError(f"{reproductions} has no */{page.RECORD}: run espalier reproduce first.")
     for slug, record in records.items():
         if not isinstance(record, dict) or "claims" not in record:
             file = reproductions / slug / page.RECORD
-            raise ValueError(f"{file} has no 'claims': write it with launch.reproduce.")
+            raise ValueError(f"{file} has no 'claims': write it with espalier reproduce.")
     return records
 
 
