@@ -22,14 +22,17 @@ def _llama(topology: str, chips: int, *bindings: str, **stated: Any) -> Row:
     )
 
 
-def _mixture(name: str, title: str, topology: str, **sizes: int) -> Row:
-    """Returns the row of a mixture whose experts are divided over chips; each chip has a row of 4,096 tokens."""
+def _mixture(
+    name: str, title: str, topology: str, *, length: int = 4096, note: str = "", **sizes: int
+) -> Row:
+    """Returns the row of a mixture whose experts are divided over chips; each chip has a row of `length` tokens."""
     return Row(
         name=f"{name}_{topology.partition(':')[0]}",
         title=f"{title} on {topology}",
         files=(f"t5x_configs/models/{name}.gin", _PRETRAINING),
         topology=topology,
-        bindings=(*tokens(sizes["fsdp"] * sizes["expert"], 4096), *mesh("fsdp_ep", **sizes)),
+        bindings=(*tokens(sizes["fsdp"] * sizes["expert"], length), *mesh("fsdp_ep", **sizes)),
+        note=note,
     )
 
 
@@ -53,6 +56,13 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _mixture(*_NORTH, "v5p:2x2x4", fsdp=4, expert=4),
         _mixture(*_NORTH, "v6e:8x8", fsdp=8, expert=8),
         _mixture(*_COMMAND, "v5p:4x4x8", fsdp=16, expert=8),
-        _mixture(*_COMMAND, "v6e:16x16", fsdp=16, expert=16),
+        _mixture(
+            *_COMMAND,
+            "v6e:16x16",
+            length=2048,
+            note="Rows of 4,096 tokens need 34.6 GB of a chip there, more than it has.",
+            fsdp=64,
+            expert=4,
+        ),
     ),
 }
