@@ -196,6 +196,10 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms"
 
 
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _section(title: str, text: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a heading, a sentence, and a table."""
     table = (header, ["---"] * len(header), *rows)
@@ -224,7 +228,7 @@ def _row(row: Row, record: Mapping[str, Any] | None) -> Sequence[str]:
         _layout(report),
         _batch(report),
         hbm,
-        f"{flops['compiled'] / 1e12:.3g} T{share}" if flops["compiled"] else "",
+        f"{_digits(flops['compiled'] / 1e12)} T{share}" if flops["compiled"] else "",
         _sent(report),
         _range(seconds(times["step"]), seconds(times["step_one_ring"]))
         + f" ({_BUSY[times['bound_by']]})",
