@@ -153,14 +153,16 @@ class Recipe:
         mesh: Any = partitioning.checked_mesh(
             self.mesh,
             count,
-            lambda mesh: partitioning.validate(
+            lambda mesh, rows: partitioning.validate(
                 mesh=mesh,
                 rules=rules,
                 config=self.model.config,
-                batch_size=self.batch_size // self.microbatches,
+                batch_size=rows,
                 length=self.inputs_spec.length,
                 boxed_params=boxed,
             ),
+            batch_size=self.batch_size,
+            microbatches=self.microbatches,
         )
         if not isinstance(devices, int):
             mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
