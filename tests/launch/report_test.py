@@ -343,7 +343,7 @@ def test_the_scorecard_has_every_claim_and_one_page_has_the_main_effects(
     assert report.main(["--all", "reproductions"]) == 2
     assert "has no 'claims'" in capsys.readouterr().err
     assert report.main(["--all", "nothing"]) == 2
-    assert "run launch.reproduce first" in capsys.readouterr().err
+    assert "run espalier reproduce first" in capsys.readouterr().err
 
 
 def test_a_report_without_a_place_is_refused(capsys):

@@ -93,11 +93,11 @@ def read(reproductions: pathlib.Path) -> dict[str, dict[str, Any]]:
         for path in sorted(reproductions.glob(f"*/{page.RECORD}"))
     }
     if not records:
-        raise ValueError(f"{reproductions} has no */{page.RECORD}: run launch.reproduce first.")
+        raise ValueError(f"{reproductions} has no */{page.RECORD}: run espalier reproduce first.")
     for slug, record in records.items():
         if not isinstance(record, dict) or "claims" not in record:
             file = reproductions / slug / page.RECORD
-            raise ValueError(f"{file} has no 'claims': write it with launch.reproduce.")
+            raise ValueError(f"{file} has no 'claims': write it with espalier reproduce.")
     return records
 
 
