@@ -125,6 +125,7 @@ def command(
         run=run,
         unused=unused,
         default_files=files,
+        needs_file=not without_model,
     )
 
 
