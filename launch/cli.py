@@ -73,6 +73,7 @@ def main(
     unused: Mapping[str, str] | None = None,
     part: bool = False,
     arguments: Sequence[str] | None = None,
+    needs_file: bool = True,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Runs an entry point: flags, environment, gin, then the entry function. Returns the exit status, see `status_of`.
@@ -89,16 +90,18 @@ def main(
       unused: see `gin_config.load`.
       part: see `gin_config.load`.
       arguments: see `gin_config.load`.
+      needs_file: whether the usage shows --gin_file as required.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
     program = program_name(f"espalier.launch.{command}" if command else entry.partition(":")[0])
-    usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
+    file = "--gin_file=FILE" if needs_file else "[--gin_file=FILE]"
+    usage = f"{program} {file} [--gin.NAME=VALUE ...] [flags]"
     parser = make_parser(doc, program, usage=usage)
     _add_gin_flags(parser)
     if extra_flags is not None:
         extra_flags(parser)
     if any(action.dest == "checkpoint" and action.required for action in parser._actions):
-        parser.usage = usage.replace("--gin_file=FILE", "--checkpoint=DIR")
+        parser.usage = usage.replace(file, "--checkpoint=DIR")
     words = sys.argv[1:] if argv is None else list(argv)
     flags, bindings = _parse(parser, words)
 

@@ -53,6 +53,21 @@ def weights(shapes: Mapping[str, Any]) -> int:
     return total
 
 
+def trained_shapes(params: Any, mask: Any) -> Any:
+    """Returns the shapes of `params` in which a parameter that is not trained (False in `mask`) has no weights."""
+
+    def shape(leaf: Any, trained: bool) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape if trained else (0,) * len(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(shape, params, mask)
+
+
+def logits_flops(config: Any, table: Mapping[str, Any] | None) -> float:
+    """Returns the FLOPs of one token's logits; 0 if the shapes of the head's table say that it has no weights."""
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(table or {})]
+    return 2.0 * config.vocab_size * config.embed_dim if any(sizes) or not sizes else 0.0
+
+
 def mean_keys(length: int, window: int | None = None) -> float:
     """Returns the mean number of keys that a query sees under the causal mask, itself included."""
     window = min(window or length, length)

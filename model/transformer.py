@@ -333,7 +333,9 @@ class Transformer(OfLayers, nn.Module):
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         """Returns the FLOPs of a forward pass for one token, logits included."""
-        logits = 2.0 * self.config.vocab_size * self.config.embed_dim
+        name = "token_embed" if self.tie_embeddings else "lm_head"
+        table = None if variables is None else variables["params"].get(name)
+        logits = flops.logits_flops(self.config, table)
         return self.hidden_flops(row, variables) + logits
 
     @nn.nowrap

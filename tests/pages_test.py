@@ -91,11 +91,12 @@ def test_errors_of_a_mesh_are_those_of_the_page():
     files = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "runs/pretrain")]
     data = ("MODEL_DIR=''", "MIXTURE_OR_TASK_NAME=''", "TASKS=()")
     cases = (
-        ("fsdp_tp", "{'fsdp': 4, 'tensor': 4}"),
-        ("tp", "{'tensor': -1}"),
-        ("fsdp", "{'fsdp': 4, 'expert': 2}"),
+        ("fsdp_tp", "{'fsdp': 4, 'tensor': 4}", 8),
+        ("tp", "{'tensor': -1}", 8),
+        ("fsdp", "{'fsdp': 4, 'expert': 2}", 8),
+        ("fsdp", "{'fsdp': -1}", 12),
     )
-    for (rules, mesh), message in zip(cases, shown, strict=True):
+    for (rules, mesh, devices), message in zip(cases, shown, strict=True):
         config = gin_config.load(
             [*files, f"t5x_configs/partitioning/{rules}.gin"],
             [*data, f"MESH={mesh}"],
@@ -103,7 +104,7 @@ def test_errors_of_a_mesh_are_those_of_the_page():
             arguments=("recipe",),
         )
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            config.arguments()["recipe"].program(devices=8)
+            config.arguments()["recipe"].program(devices=devices)
         assert str(error.value) == message
 
 

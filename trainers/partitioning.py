@@ -71,6 +71,7 @@ def mesh_sizes(
     shape: Mapping[str, int] | None,
     count: int,
     accepts: Callable[[Mapping[str, int]], bool] = lambda shape: True,
+    otherwise: Callable[[], str] = lambda: "",
 ) -> tuple[int, ...]:
     """Returns the sizes of MESH_AXES for `count` devices.
 
@@ -78,6 +79,7 @@ def mesh_sizes(
       shape: sizes by axis name; missing axes are 1, and one may be -1 for all remaining devices. None is all on `data`.
       count: number of devices.
       accepts: whether an error may propose a shape.
+      otherwise: returns what an error proposes if it may propose no shape.
 
     Raises:
       ValueError: an unknown axis, or a shape that does not cover the devices; the message proposes one that does.
@@ -96,7 +98,7 @@ def mesh_sizes(
         raise ValueError(
             f"MESH = {shape} does not cover the {count} available devices: the product of "
             "its sizes must equal their number; -1 takes all remaining devices."
-            + _remedy("Here", shape, count, accepts)
+            + (_remedy("Here", shape, count, accepts) or f" {otherwise()}".rstrip())
         )
     return tuple(sizes)
 
@@ -130,36 +132,73 @@ def _remedy(
 
 
 def checked_mesh(
-    shape: Mapping[str, int] | None, count: int, check: Callable[[AbstractMesh], None]
+    shape: Mapping[str, int] | None,
+    count: int,
+    check: Callable[[AbstractMesh, int], None],
+    *,
+    batch_size: int,
+    microbatches: int = 1,
 ) -> AbstractMesh:
     """Returns the mesh of so many devices, of which nothing is known.
 
     Args:
       shape: see `make_mesh`.
       count: number of devices.
-      check: raises ValueError for a mesh that does not fit a run.
+      check: called with a mesh and the rows of a microbatch; raises ValueError if they do not fit the run.
+      batch_size: rows of a batch.
+      microbatches: parts of a batch that are computed one after the other.
 
     Raises:
-      ValueError: the shape does not cover the devices, or that of `check`; with the nearest mesh that fits, if there is one.
+      ValueError: the shape does not cover the devices, or that of `check`; with the nearest mesh that fits or, if there is
+        none, the nearest batches and numbers of devices that have one.
     """
 
-    def mesh_of(sizes: tuple[int, ...]) -> AbstractMesh:
-        return AbstractMesh(sizes, MESH_AXES)
-
-    def accepts(other: Mapping[str, int]) -> bool:
+    def fits(mesh: Mapping[str, int], rows: int) -> bool:
         try:
-            check(mesh_of(mesh_sizes(other, count)))
+            check(AbstractMesh(mesh_sizes(mesh, math.prod(mesh.values())), MESH_AXES), rows)
         except ValueError:
             return False
         return True
 
-    mesh = mesh_of(mesh_sizes(shape, count, accepts))
+    def accepts(other: Mapping[str, int]) -> bool:
+        return fits(other, batch_size // microbatches)
+
+    def otherwise() -> str:
+        return _other_sizes(count, fits, batch_size, microbatches)
+
+    mesh = AbstractMesh(mesh_sizes(shape, count, accepts, otherwise), MESH_AXES)
     try:
-        check(mesh)
+        check(mesh, batch_size // microbatches)
     except ValueError as error:
-        fits = _remedy(f"A mesh of {count} devices that fits", shape, count, accepts)
-        raise ValueError(f"{error}\n{fits.lstrip()}".rstrip()) from None
+        remedy = _remedy(f"A mesh of {count} devices that fits", shape, count, accepts)
+        raise ValueError(f"{error}\n{remedy.lstrip() or otherwise()}".rstrip()) from None
     return mesh
+
+
+def _other_sizes(
+    count: int, fits: Callable[[Mapping[str, int], int], bool], batch_size: int, microbatches: int
+) -> str:
+    """Returns words with the nearest batches and numbers of devices that have a mesh, where these have none."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    # The mesh splits a batch into as many parts as the least one that it divides has rows.
+    meshes = [mesh for mesh in _factorisations(count, MESH_AXES) if fits(mesh, count)]
+    parts = {microbatches * next(n for n in divisors if fits(mesh, n)) for mesh in meshes}
+    below = max((batch_size // n * n for n in parts), default=0)
+    above = min((-(-batch_size // n) * n for n in parts), default=0)
+    numbers = [2**power for power in range((4 * count).bit_length())]
+    rows = batch_size // microbatches
+    fitting = [n for n in numbers if any(fits(m, rows) for m in _factorisations(n, MESH_AXES))]
+    nearest = [*[n for n in fitting if n < count][-1:], *[n for n in fitting if n > count][:1]]
+    remedies = []
+    if batches := [str(size) for size in (below, above) if size]:
+        remedies.append(f"BATCH_SIZE={' or '.join(batches)}")
+    if nearest:
+        remedies.append(f"{' or '.join(map(str, nearest))} device{'s' if nearest != [1] else ''}")
+    within = f" in {microbatches} microbatches" if microbatches > 1 else ""
+    reason = f"divides a batch of {batch_size} rows{within}" if batches else "fits this run"
+    return (
+        f"No mesh of {count} devices {reason}: take {', or '.join(remedies)}." if remedies else ""
+    )
 
 
 def _factorisations(count: int, names: Sequence[str]) -> Iterator[dict[str, int]]:

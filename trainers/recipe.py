@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.common.ranges import AxisSize, Decay, NonNegative, Seed, Size
+from espalier.model import flops
 from espalier.model.axes import Rules
 from espalier.model.protocol import LanguageModel, Model
 from espalier.trainers import host_memory, initialise, partitioning, trainable
@@ -152,14 +153,16 @@ class Recipe:
         mesh: Any = partitioning.checked_mesh(
             self.mesh,
             count,
-            lambda mesh: partitioning.validate(
+            lambda mesh, rows: partitioning.validate(
                 mesh=mesh,
                 rules=rules,
                 config=self.model.config,
-                batch_size=self.batch_size // self.microbatches,
+                batch_size=rows,
                 length=self.inputs_spec.length,
                 boxed_params=boxed,
             ),
+            batch_size=self.batch_size,
+            microbatches=self.microbatches,
         )
         if not isinstance(devices, int):
             mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
@@ -284,10 +287,17 @@ class Program:
 
     @property
     def train_flops_per_unit(self) -> float:
-        """Model FLOPs of training on one token, or on one image: three forward passes."""
+        """Model FLOPs of training on one token, or on one image: three forward passes, a third of it for gradients of weights.
+
+        Frozen weights of a language model have no such gradients. Residual networks count theirs.
+        """
         state, recipe = self.abstract_state, self.recipe
-        variables = {"params": state.params, **state.variables}
-        return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1), variables)
+        model, row = recipe.model, recipe.inputs_spec.arrays(1)
+        forward = model.forward_flops(row, {"params": state.params, **state.variables})
+        if self.mask is None or recipe.inputs_spec.unit == "images":
+            return 3.0 * forward
+        trained = flops.trained_shapes(state.params, self.mask)
+        return 2.0 * forward + model.forward_flops(row, {"params": trained, **state.variables})
 
     @property
     def _states(self) -> initialise.StateMaker:

@@ -25,7 +25,7 @@ def of_row(row: Mapping[str, Any], where: str) -> np.ndarray:
     numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)
     if not numbers or not values or not all(map(math.isfinite, values)):
         raise DataError(
-            f"{where}: {SENTENCE!r} is no list of numbers; launch.prepare embed_sentences writes one for each row"
+            f"{where}: {SENTENCE!r} is no list of numbers; espalier prepare embed_sentences writes one for each row"
         )
     return np.array(values, np.float32)
 

@@ -23,8 +23,8 @@ routings (arXiv 2408.14960):
 With --per=language reward and learned choose the teacher with the largest mean reward in each language.
 
 rewards:
-  exact_answer, reasoning_gym, checkpoint:DIR   as in launch.prepare best_of_n
-  judge:SPEC                                    as --judge of launch.evaluate win_rate: every two answers are compared
+  exact_answer, reasoning_gym, checkpoint:DIR   as in espalier prepare best_of_n
+  judge:SPEC                                    as --judge of espalier evaluate win_rate: every two answers are compared
 """
 
 import argparse

@@ -102,7 +102,7 @@ class Rewards:
         return load_run.config_of(str(best_of_n.checkpoint_of(self._flags.reward)))
 
     def _row(self, prompt: Prompt, answer: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns an answer as a row of launch.generate. Endpoints write "stop" for an end token."""
+        """Returns an answer as a row of espalier generate. Endpoints write "stop" for an end token."""
         text = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
         ended = "length" if answer["ended"] == "length" else "eos"
         return {**prompt.columns, "prompt": text, "text": answer["text"], "ended": ended}

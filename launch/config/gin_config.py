@@ -164,6 +164,7 @@ def check(
                 problems += gin_reach.without_effect(checked, reach, so_far)
             twice = len(set(checked.files)) < len(checked.files)
             problems += _unread_overrides(checked, reach)
+            problems += _of_run_elsewhere(checked, reach)
             # Reading a file twice replaces later bindings by its own, probably by mistake.
             for problem in _unreachable(checked, reach, [] if twice else so_far, entry_name):
                 if problem.place.line == 0:  # on the command line
@@ -341,6 +342,25 @@ def _unreachable(
             short = ".".join(target.split(".")[-2:])
             text = f"no reference leads from '{entry_name}' to '@{short}'"
             yield Problem(bound.place, f"'{target}.{argument}' has no effect: {text}")
+
+
+def _of_run_elsewhere(checked: Checked, reach: Reach) -> Iterator[Problem]:
+    """Yields a MODEL_DIR of a run's config.gin that leads to another folder than the run's: a new run would start there."""
+    bound = checked.macros.get("MODEL_DIR")
+    if bound is None or "MODEL_DIR" not in reach.macros or not _is_of_run(bound.place):
+        return
+    value, folder = bound.value, os.path.dirname(bound.place.source) or "."
+    if not isinstance(value, str) or "://" in value:
+        return
+    if not os.path.isfile(os.path.join(folder, "run.json")):
+        return  # a file of this name that no run has written
+    path = os.path.realpath(os.path.expanduser(value))
+    if path != os.path.realpath(folder):
+        yield Problem(
+            bound.place,
+            f"the file is of the run in {folder}, but MODEL_DIR = {value!r} means {path} here",
+            f"Give MODEL_DIR: --gin.MODEL_DIR={folder} continues the run, another folder begins a new one.",
+        )
 
 
 def _is_of_run(place: Place) -> bool:

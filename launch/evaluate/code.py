@@ -89,7 +89,7 @@ class CompletionFlags:
       max_new_tokens: maximum tokens of a completion.
       batch_size: number of problems in a batch.
       chat: ask with the model's chat template, and run the block of code in its reply.
-      token_healing: draw the last token of a prompt again, as `launch.generate` does; published scores are without it.
+      token_healing: draw the last token of a prompt again, as `espalier generate` does; published scores are without it.
     """
 
     samples: int = 1

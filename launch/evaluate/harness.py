@@ -8,9 +8,9 @@ Example, after a run in /tmp/espalier_tiny (see espalier train --help), `pip ins
 
 Sets are read from local copies of their public repositories (launch/evaluate/suites/local_data.py) and never
 downloaded. The table names the remedy for each missing set, and for each benchmark of code without --code_results (a
---json file of launch.evaluate code). Prompts, shots and metrics are in the task files of the suite's paper,
+--json file of espalier evaluate code). Prompts, shots and metrics are in the task files of the suite's paper,
 launch/papers/NAME/harness_tasks, which lm-evaluation-harness runs. With `--include_path launch/papers/NAME/harness_tasks`
-and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
+and ESPALIER_EVAL_DATA=DIR they are tasks of espalier lm_eval too.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class SuiteFlags:
 
     Attributes:
       data_dir: folder of all evaluation sets (default: $ESPALIER_EVAL_DATA).
-      code_results: a --json file of launch.evaluate code; repeatable.
+      code_results: a --json file of espalier evaluate code; repeatable.
       model_args: more arguments of the model, like --model_args of espalier lm_eval, such as batch_tokens=16384,dtype=float32.
       groups: name of a group of the suite to evaluate alone; repeatable.
       limit: number of examples of each benchmark (default: all).
@@ -128,7 +128,7 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
 
 
 def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, Any]]:
-    """Returns {"score": pass@1, "n": problems} by benchmark, from files written by launch.evaluate code --json.
+    """Returns {"score": pass@1, "n": problems} by benchmark, from files written by espalier evaluate code --json.
 
     Args:
       files: paths of the files.
@@ -146,7 +146,7 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
             of = result.get("settings", {}).get("checkpoint")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SuiteError(
-                f"--code_results={path} is not a file of launch.evaluate code --json with k=1 "
+                f"--code_results={path} is not a file of espalier evaluate code --json with k=1 "
                 f"({type(error).__name__}: {error})."
             ) from None
         if name in results:
@@ -156,7 +156,7 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
         if None not in (step, of) and os.path.realpath(of) != os.path.realpath(step):
             raise SuiteError(
                 f"--code_results={path} is of the checkpoint {of}, not of {step}: evaluate this one with "
-                "launch.evaluate code."
+                "espalier evaluate code."
             )
         results[name] = {"score": value, "n": count}
     return results

@@ -1,6 +1,6 @@
 """Whether answers are in the language of their prompts: pass rates of texts and of their lines, by language.
 
-Example, on answers of launch.generate to prompts with a "language", such as {"prompt": "...", "language": "cs"}:
+Example, on answers of espalier generate to prompts with a "language", such as {"prompt": "...", "language": "cs"}:
 
   espalier evaluate language --inputs=answers.jsonl --json=/tmp/language.json
 
@@ -38,7 +38,7 @@ def evaluate(
     """Checks a file of answers, prints a table and writes the files.
 
     Args:
-      inputs: JSON lines with the answers, such as launch.generate writes.
+      inputs: JSON lines with the answers, such as espalier generate writes.
       language: language of all rows (default: the "language" of each row).
       detector: what detects the language: lingua, or the script of the letters.
       text_key: key of the answer in a row.
@@ -60,7 +60,7 @@ def evaluate(
         for place, row in row_files.read(inputs, example=EXAMPLE)
     ]
     if not rows:
-        raise LanguageError(f"--inputs={inputs} has no row: generate it with launch.generate.")
+        raise LanguageError(f"--inputs={inputs} has no row: generate it with espalier generate.")
     by = identify.detector(detector)
     checked: dict[str, list[identify.Checked]] = collections.defaultdict(list)
     failed = []

@@ -5,7 +5,7 @@ Example, on a mixture of experts:
   espalier evaluate routing --checkpoint=runs/bam --trust_config --tasks lag_general lag_4 --figure=/tmp/r.png
 
 Rows are from the validation splits of tasks in the run's config.gin; reading it calls the functions that it names, hence
---trust_config. A mixture that `launch.upcycle` has just made has no data of its own: --gin_file and --gin.NAME=VALUE give
+--trust_config. A mixture that `espalier upcycle` has just made has no data of its own: --gin_file and --gin.NAME=VALUE give
 them, such as --gin_file=t5x_configs/data/files_base.gin --gin.FILES="'*.jsonl'" --gin.MIXTURE_OR_TASK_NAME="'files'", and show
 the routing before any training. For each layer and task, the table has the mean probability of every expert over tokens, and in brackets the share of tokens with this expert as first choice.
 
@@ -92,7 +92,7 @@ def routing(
     Returns:
       {"domains": {task: Tables}, "chosen": {task: Tables}, "gates": {task: {router: [by layer]}}, "tokens": {task: count},
       "experts": names}. "domains" has the mean probability of each expert, "chosen" the share of tokens with this expert as
-      first choice, "gates" the mean probability of the first choice. Names are from launch.upcycle, and empty if it did not
+      first choice, "gates" the mean probability of the first choice. Names are from espalier upcycle, and empty if it did not
       make the experts.
 
     Raises:

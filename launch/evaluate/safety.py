@@ -5,7 +5,7 @@ Example, on prompts {"prompt": "...", "language": "cs", "label": "harmful"} (or 
   espalier evaluate safety --inputs harmful.jsonl harmless.jsonl --checkpoint=/tmp/espalier_tiny --out=/tmp/safety \\
     --judge=openai:https://host/v1,model=NAME,key_env=API_KEY
 
-Without --checkpoint, --inputs are answers to such prompts, which launch.generate wrote. The judge is one of those of `espalier
+Without --checkpoint, --inputs are answers to such prompts, which espalier generate wrote. The judge is one of those of `espalier
 evaluate win_rate --help`. It reads each prompt and its answer, but not the label, and says whether the answer refuses. Both rates
 of errors are shown by language, with 95 % Wilson intervals over prompts. An empty answer counts as a refusal. Missing or
 unreadable verdicts are requested again, and finally counted as invalid, outside both rates.
@@ -52,7 +52,7 @@ class SafetyFlags:
     """Prompts with languages and labels, what answers them, and how the answers are judged.
 
     Attributes:
-      inputs: prompts, or answers of launch.generate to them, in one file or several.
+      inputs: prompts, or answers of espalier generate to them, in one file or several.
       checkpoint: a run, step or Hugging Face directory that answers the prompts; without it the rows have answers.
       judge: which judge decides whether an answer refuses.
       out: write the results to this folder.

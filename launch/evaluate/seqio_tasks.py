@@ -1,4 +1,4 @@
-"""SeqIO tasks, their examples and metrics, and a run's predictions and scores, for `launch.evaluate seqio`."""
+"""SeqIO tasks, their examples and metrics, and a run's predictions and scores, for `espalier evaluate seqio`."""
 
 import os
 from collections.abc import Mapping, Sequence

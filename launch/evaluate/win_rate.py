@@ -1,6 +1,6 @@
 """Win rates of several systems by a judge of their answers, with intervals.
 
-Example, on two files of launch.generate from the same prompts:
+Example, on two files of espalier generate from the same prompts:
 
   espalier evaluate win_rate --a=text.jsonl --b=code.jsonl --out=/tmp/win_rate \\
     --judge=openai:https://host/v1,model=NAME,key_env=API_KEY
@@ -13,13 +13,13 @@ With --opponents each of --systems is judged against each opponent, and only tha
 answers of fixed systems, for example. A table has their rates by opponent and the mean. A new checkpoint or opponent adds
 its own questions to those in --out.
 
-With --by_language every row has a "language", which launch.generate copies from its prompts (launch.prepare
+With --by_language every row has a "language", which espalier generate copies from its prompts (espalier prepare
 arena_prompts writes such prompts): the judge then prefers answers in it, and a table and languages.png have the rates by
 language. A rate at equal length is what a logistic regression on the answers' difference in length predicts for none.
 
 --out gets judgements.jsonl, summary.json and win_rates.png. Replies are appended to judgements.jsonl at once:
 a restarted command continues there, and another judge, pair or prompt adds only new questions. A checkpoint as
-judge is configured as in launch.generate.
+judge is configured as in espalier generate.
 
 judges:
   checkpoint:DIR           a run, step or Hugging Face directory: its model writes the comparison
@@ -52,7 +52,7 @@ Answers = Annotated[str, "[NAME=]FILE"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WinRateFlags:
-    """Answers, which are rows of launch.generate, and how they are judged.
+    """Answers, which are rows of espalier generate, and how they are judged.
 
     Attributes:
       a: file with the answers of the first system.

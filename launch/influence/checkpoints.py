@@ -190,7 +190,7 @@ def _sums(parts: Sequence[str], weights_K: np.ndarray) -> Iterator[dict[str, Any
         if None in rows:
             short = parts[rows.index(None)]
             raise row_files.RowFileError(
-                f"{short} is not complete, it has {number - 1:,} rows: run the same `launch.influence score` command again, and it "
+                f"{short} is not complete, it has {number - 1:,} rows: run the same `espalier influence score` command again, and it "
                 "writes the rest."
             )
         summed = {**rows[0], "scores": _sum([row["scores"] for row in rows], weights_K)}

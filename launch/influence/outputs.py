@@ -123,7 +123,7 @@ def read(folder: str) -> dict[str, Any]:
     path = local(folder) / RECORD
     if not path.is_file():
         raise LoadError(
-            f"--factors={folder} has no {RECORD}: give the folder that `launch.influence fit --out` wrote."
+            f"--factors={folder} has no {RECORD}: give the folder that `espalier influence fit --out` wrote."
         )
     try:
         with open(path, "rb") as file:
@@ -229,7 +229,7 @@ def check_stored(tops: Mapping[str, Any], top: int) -> None:
     stored = min((len(query[end]) for query in tops["queries"] for end in ENDS), default=0)
     if top > stored and stored < tops["documents"]:
         raise RowFileError(
-            f"--top={top}: {stored} documents at each end are stored: run the same `launch.influence score` command with "
+            f"--top={top}: {stored} documents at each end are stored: run the same `espalier influence score` command with "
             f"--top={top}."
         )
 
@@ -246,22 +246,22 @@ def read_rows(path: str) -> Iterator[dict[str, Any]]:
     """Yields the row of each document: `scores`, and `norm` and `layers` where the method has them.
 
     Raises:
-      RowFileError: a row is cut short, is not of `launch.influence score`, or has another number of scores than the first.
+      RowFileError: a row is cut short, is not of `espalier influence score`, or has another number of scores than the first.
     """
     size = None
-    again = "run the same `launch.influence score` command again, and it writes the rest"
+    again = "run the same `espalier influence score` command again, and it writes the rest"
     try:
         for number, row in documents.read_json_lines(pathlib.Path(path), example=_EXAMPLE):
             scores, norm = row.get("scores"), row.get("norm")
             if not _are_numbers(scores) or size not in (None, len(scores)):
                 raise RowFileError(
-                    f"{path}, line {number} is not a row of {size or 'the'} scores, such as {_EXAMPLE}: run `launch.influence "
+                    f"{path}, line {number} is not a row of {size or 'the'} scores, such as {_EXAMPLE}: run `espalier influence "
                     "score` again with another --out."
                 )
             if not all(map(math.isfinite, (*scores, *([] if norm is None else [norm])))):
                 raise RowFileError(
                     f"{path}, line {number} has a score that is not finite: remove this document, or a query whose loss is not "
-                    "finite, and run `launch.influence score` with another --out."
+                    "finite, and run `espalier influence score` with another --out."
                 )
             size = len(scores)
             yield row
@@ -304,7 +304,7 @@ def read_table(
     if rows != count:
         short = "was cut short" if rows < count else "has rows of another file"
         raise RowFileError(
-            f"--scores={scores} {short}: it has {rows:,} of {count:,} rows. Run the same `launch.influence score` "
+            f"--scores={scores} {short}: it has {rows:,} of {count:,} rows. Run the same `espalier influence score` "
             "command again, and it writes the rest."
         )
     return table_NQ, norms_N if has_norms else None
@@ -323,7 +323,7 @@ def check_earlier(path: str, record: Mapping[str, Any], out: str) -> None:
             )
     elif os.path.exists(path) and os.path.getsize(path):
         raise LoadError(
-            f"--out={out} exists and is not of `launch.influence score`: give another file, or delete it."
+            f"--out={out} exists and is not of `espalier influence score`: give another file, or delete it."
         )
 
 
@@ -402,7 +402,7 @@ def read_top(scores: str) -> dict[str, Any]:
         raise RowFileError(f"--scores={scores}: there is no such file.")
     if not os.path.isfile(path):
         raise RowFileError(
-            f"--scores={scores} is not complete: run the same `launch.influence score` command again, and it continues."
+            f"--scores={scores} is not complete: run the same `espalier influence score` command again, and it continues."
         )
     try:
         with open(path, "rb") as file:
@@ -416,6 +416,6 @@ def read_top(scores: str) -> dict[str, Any]:
                 float(item["score"]), float(item["value"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RowFileError(
-            f"{path} is damaged ({error}): delete it, and run `launch.influence score` again."
+            f"{path} is damaged ({error}): delete it, and run `espalier influence score` again."
         ) from None
     return table

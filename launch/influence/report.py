@@ -312,7 +312,7 @@ def _token_rows(scores: str, *, queries: int, count: int) -> list[dict[str, Any]
 
 def _damaged(path: str, problem: str) -> str:
     return (
-        f"{path} is damaged ({problem}): delete it, and run the same `launch.influence score` command again, which writes it "
+        f"{path} is damaged ({problem}): delete it, and run the same `espalier influence score` command again, which writes it "
         "anew."
     )
 

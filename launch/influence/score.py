@@ -180,7 +180,7 @@ def score(
     row_files.check_output(out, "out", others={"queries": queries, "documents": source.documents})
     if method.needs_factors and factors is None:
         raise LoadError(
-            f"--method={method.name} needs --factors=DIR, which `launch.influence fit` writes."
+            f"--method={method.name} needs --factors=DIR, which `espalier influence fit` writes."
         )
     if top < 1:
         raise LoadError(f"--top={top} must be at least 1.")

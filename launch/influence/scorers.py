@@ -96,7 +96,7 @@ class Gradients:
                     raise LoadError(
                         f"--query_checkpoint={other} has no matrix {path} like that of the documents' model: give a fine-tuned "
                         "form of the same model. If one of the two is a Hugging Face directory, whose layers are not stacked, "
-                        "import it with launch.convert."
+                        "import it with espalier convert."
                     )
             yield dataclasses.replace(self.reader, model=run.model, params=run.params)
 

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint instead of a run: its model and tokenizer as a run records them, its weights from its own files.
 
-Commands with --checkpoint so read a model that `launch.convert` has not imported. Layers are not stacked, as decoding reads
+Commands with --checkpoint so read a model that `espalier convert` has not imported. Layers are not stacked, as decoding reads
 them, and weights are not copied on the way but to transpose kernels.
 """
 

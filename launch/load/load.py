@@ -168,7 +168,7 @@ class Run:
         token_healing: bool = True,
         **sampling: Any,
     ) -> list[Generation]:
-        """Returns continuations in the order of the prompts, as `launch.generate --prompt` makes them of each.
+        """Returns continuations in the order of the prompts, as `espalier generate --prompt` makes them of each.
 
         Args:
           prompts: a text, or a list of texts, of lists of tokens as `encode` returns them, and of conversations, which the
@@ -288,7 +288,7 @@ def load(
     mesh: Mapping[str, int] | None = None,
     adapter: str | os.PathLike | None = None,
 ) -> Run:
-    """Loads a run: of `launch.train`, of `launch.convert`, or written by `Run.save`. Its parameters are verified.
+    """Loads a run: of `espalier train`, of `espalier convert`, or written by `Run.save`. Its parameters are verified.
 
     Args:
       checkpoint: run directory (its newest good step), step directory, or directory of a Hugging Face checkpoint, whose

@@ -125,6 +125,7 @@ def command(
         run=run,
         unused=unused,
         default_files=files,
+        needs_file=not without_model,
     )
 
 
@@ -358,18 +359,18 @@ class RunConfig:
         if (self.model.output == "rewards") != rewards:
             remedy = "train a reward model with methods/preference/reward_model.gin."
             if not rewards:
-                remedy = "it outputs rewards, and this command reads language models (launch.prepare best_of_n reads it)."
+                remedy = "it outputs rewards, and this command reads language models (espalier prepare best_of_n reads it)."
             raise LoadError(f"The checkpoint is of a {type(self.model).__name__}: {remedy}")
         if self.model.row.encodes and not encoder_decoders:
             raise LoadError(
                 f"The checkpoint is of an {type(self.model).__name__}, and this command reads decoders alone: "
-                "launch.generate, launch.score, launch.serve, launch.evaluate loss, seqio and ranks, launch.lm_eval, launch.influence and "
-                "launch.merge search read encoder-decoders."
+                "espalier generate, espalier score, espalier serve, espalier evaluate loss, seqio and ranks, espalier lm_eval, espalier influence and "
+                "espalier merge search read encoder-decoders."
             )
         if self.model.row is rows.IMAGES:
             raise LoadError(
                 f"The checkpoint is of a {type(self.model).__name__}, and this command reads language "
-                "models: a classifier is evaluated by its own run (launch.train)."
+                "models: a classifier is evaluated by its own run (espalier train)."
             )
         mesh = partitioning.make_mesh(shape=self.mesh)
         rules = partitioning.rules_named(self.rules)

@@ -45,7 +45,7 @@ def load(
         if hf_checkpoint.is_hf(checkpoint):
             raise LoadError(
                 f"--checkpoint={checkpoint} is a Hugging Face checkpoint, and --adapter={adapters[0]} belongs to a run: import it "
-                f"with launch.convert --from_hf={checkpoint} --to=RUN, and give that run."
+                f"with espalier convert --from_hf={checkpoint} --to=RUN, and give that run."
             )
         part = base_step.base_of(step_dir.resolve(checkpoint), params)
         digest = base_step.digest(part.entries)

@@ -7,9 +7,9 @@ Examples, after a run in /tmp/espalier_tiny (see espalier train --help):
   espalier upcycle factorise --checkpoint=/tmp/factors --to=/tmp/dense --recompose
 
 The result is a run directory that every command takes as --checkpoint and training as INITIAL_CHECKPOINT_PATH. With
---calibrate, rows of text as for launch.score, factors change the layers' outputs on these texts least, rather than the
+--calibrate, rows of text as for espalier score, factors change the layers' outputs on these texts least, rather than the
 kernels themselves. To continue a dense run in factors, see t5x_configs/methods/low_rank/decompose.gin. Recompose a model
-in factors before launch.convert exports it.
+in factors before espalier convert exports it.
 """
 
 import argparse
@@ -43,10 +43,10 @@ _OWNERS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactoriseFlags:
-    """Flags of `launch.upcycle factorise`; None if a flag is not set.
+    """Flags of `espalier upcycle factorise`; None if a flag is not set.
 
     Attributes:
-      checkpoint, params: see launch.score.
+      checkpoint, params: see espalier score.
       to: new run directory.
       recompose: multiply factors; excludes the flags below.
       rank: a fraction, or with 'absolute' the rank itself.
@@ -263,7 +263,7 @@ def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, st
 
 def _bindings(*, dense: bool) -> list[str]:
     """Returns the gin lines that make the layers of any model factorised, or dense again."""
-    lines = ["# Of launch.upcycle factorise."]
+    lines = ["# Of espalier upcycle factorise."]
     lines += [f"from espalier.model import {name}" for name in ("attention", "linear", "mlp")]
     lines += ["from espalier.model.low_rank import lowrank", "from espalier.model.moe import moe"]
     for module, field, low_rank, plain in _OWNERS:

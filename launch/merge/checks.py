@@ -58,7 +58,7 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
         if value is not None and isinstance(first, NativeModel):
             raise MergeError(
                 f"{merge.file}: {key}: vocabularies and templates of runs are not changed: export the models with "
-                "launch.convert --to_hf, merge them there, and import the result."
+                "espalier convert --to_hf, merge them there, and import the result."
             )
 
 

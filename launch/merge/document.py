@@ -122,7 +122,7 @@ class Document:
             raise self.error(
                 key,
                 f"{path!r}: a revision (@) or a LoRA (+) is not read: download the revision to a folder, or merge the LoRA "
-                "first (launch.convert --from_peft, launch.upcycle merge), and give that folder.",
+                "first (espalier convert --from_peft, espalier upcycle merge), and give that folder.",
             )
         return path
 

@@ -341,8 +341,8 @@ def open_model(path: str) -> Model:
         return NativeModel(path)
     if (folder / "adapter_config.json").exists():
         raise MergeError(
-            f"{path} is an adapter of peft, not a whole model: import it with launch.convert --from_peft and merge it "
-            "with launch.upcycle merge."
+            f"{path} is an adapter of peft, not a whole model: import it with espalier convert --from_peft and merge it "
+            "with espalier upcycle merge."
         )
     if not folder.is_dir():
         hint = "download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "check the path"

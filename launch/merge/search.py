@@ -6,7 +6,7 @@ Example, of three runs of one model:
       --held_out english=english.jsonl python=python.jsonl --out=/tmp/weights
   espalier merge --config=/tmp/weights/merge.yml --out=/tmp/merged
 
-Files have rows as for launch.score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
+Files have rows as for espalier score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
 time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. A domain's loss counts as its ratio to that of the best single model there.
 Among the trials whose worst domain is within --delta of the best worst one, that with the lowest mean ratio is chosen. The table
 shows also the gain of leaving out each model: a positive number is a collision. --frontier shows the trials that no other dominates
@@ -60,7 +60,7 @@ from espalier.model.transforms import base
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchFlags:
-    """Flags of `launch.merge search`.
+    """Flags of `espalier merge search`.
 
     Attributes:
       models: NAME=DIR of each run.

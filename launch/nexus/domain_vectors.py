@@ -1,4 +1,4 @@
-"""Draws documents of domains and embeds them: the work of `launch.prepare embed_domains`.
+"""Draws documents of domains and embeds them: the work of `espalier prepare embed_domains`.
 
 Shapes: N documents, M width of an embedding.
 """

@@ -1,4 +1,4 @@
-"""Adds an expert to a mixture of launch.upcycle, or removes one.
+"""Adds an expert to a mixture of espalier upcycle, or removes one.
 
 Examples, after espalier upcycle made runs/nexus and espalier prepare embed_domains --extend added the domain:
 
@@ -9,7 +9,7 @@ Examples, after espalier upcycle made runs/nexus and espalier prepare embed_doma
 The new model is a branch of the same seed. Its FFN, and its attention where attentions are experts, become the last
 expert. Parameters that experts share move towards it by --merge, except the shared FFN and a projection router, which
 places the expert by the embedding of its data (arXiv 2408.15901). Scales and redrawn units are as for the other experts.
-The result is a run directory like launch.upcycle's: parameters without an optimiser's state. Training from it, with the
+The result is a run directory like espalier upcycle's: parameters without an optimiser's state. Training from it, with the
 files of the mixture's run and EXPERTS one more, begins with a new optimiser.
 """
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:  # flags are parsed before JAX is imported
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtendFlags:
-    """Flags of `launch.upcycle extend`; None if a flag is not set.
+    """Flags of `espalier upcycle extend`; None if a flag is not set.
 
     Attributes:
-      moe: run or step of a mixture of launch.upcycle.
+      moe: run or step of a mixture of espalier upcycle.
       add: NAME=DIR of a dense run that started from the same seed.
       remove: an expert of the mixture.
       params: which parameters are used: raw, their moving average (ema), or the average where there is one (auto).
@@ -108,7 +108,7 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
     record = moe.meta.get("upcycled")
     if record is None or "sources" not in record:
         raise TransformError(
-            f"{options.moe} was not made by launch.upcycle, so its experts have no names: give another --moe."
+            f"{options.moe} was not made by espalier upcycle, so its experts have no names: give another --moe."
         )
     mixture = _mixture(config.model, moe, record)
     if options.add:
@@ -142,7 +142,7 @@ def _mixture(model: Any, moe: "SourceModel", record: dict[str, Any]) -> Mixture:
     if parts := record.get("granularity"):
         raise TransformError(
             f"{moe.path} has its experts in {parts} parts each (--granularity), and whole experts alone are added or removed: "
-            "make a mixture of the other experts with launch.upcycle."
+            "make a mixture of the other experts with espalier upcycle."
         )
     if first.mlp.experts != len(record["experts"]):
         raise TransformError(

@@ -1,4 +1,4 @@
-"""`launch.upcycle --method=nexus` (arXiv 2408.15901): the seed's FFNs are shared, and a router knows the experts' domains."""
+"""`espalier upcycle --method=nexus` (arXiv 2408.15901): the seed's FFNs are shared, and a router knows the experts' domains."""
 
 import functools
 import hashlib
@@ -51,7 +51,7 @@ class Nexus(Method):
             raise TransformError("--router=linear does not read --domains: remove it.")
         if router != "linear" and not options.domains:
             raise TransformError(
-                f"--router={router} needs --domains=FILE, written by launch.prepare embed_domains, for its width."
+                f"--router={router} needs --domains=FILE, written by espalier prepare embed_domains, for its width."
             )
         if router == "projection" and options.copies > 1:
             raise TransformError(

@@ -44,7 +44,7 @@ class Outcome:
 def compile_apart(
     words: Sequence[str], limits: Limits, *, waiting: Callable[[float], None] = lambda seconds: None
 ) -> Outcome:
-    """Runs `launch.precompile` with these arguments.
+    """Runs `espalier precompile` with these arguments.
 
     Args:
       words: arguments without --json.

@@ -211,7 +211,7 @@ def table(report: Report, facts: Sequence[tuple[str, str]]) -> str:
         if report.flops.analytic:
             ratio = report.flops.compiled / report.flops.analytic
             lines.append(f"  {'ratio':<16}{ratio:>12.3f}")
-    if report.collectives is not None:
+    if report.collectives:
         lines += ["", f"{'collectives':<30}{'count':>8}{'sent':>12}{'largest':>12}"]
         lines += [
             f"  {kind:<28}{total.count:>8}{amount(total.bytes, 'B'):>12}"

@@ -93,7 +93,7 @@ class Row:
 
     @property
     def words(self) -> list[str]:
-        """Arguments of `launch.precompile`."""
+        """Arguments of `espalier precompile`."""
         files = [f"--gin_file={file}" for file in self.files]
         bindings = [f"--gin.{binding}" for binding in self.bindings]
         return [*files, f"--topology={self.topology}", *bindings, *self.flags]

@@ -69,6 +69,12 @@ CHIPS = {
     "v6e": Chip(2, int(31.25 * GIB), 918e12, 1.638e12, 90e9, 12.5e9),
 }
 
+# Shapes of slices by their number of dimensions, of those pages.
+_SHAPES = {
+    2: "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16 and 16x16",
+    3: "1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8 and larger ones of multiples of 4",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -241,7 +247,11 @@ def devices(topology: Topology) -> Sequence["jax.Device"]:
             platform="tpu", topology_name=topology.slice_name, **options
         ).devices
     except jax.errors.JaxRuntimeError as error:
-        raise TopologyError(f"--topology={topology}: {error}") from error
+        if "Topology layout" not in str(error):
+            raise TopologyError(f"--topology={topology}: {error}") from error
+        raise TopologyError(
+            f"--topology={topology}: no {topology.generation} slice has this shape; there are {_SHAPES[topology.chip.dimensions]}."
+        ) from None
     # libtpu has put its own handler in the place of Python's, which prints 20 lines of its stack and ends the process.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

@@ -1,12 +1,12 @@
-"""Writes prompts in many languages for open answers, from local copies of public sets, for launch.generate.
+"""Writes prompts in many languages for open answers, from local copies of public sets, for espalier generate.
 
 Example, the first 100 prompts of m-ArenaHard in three languages, from /data/eval/m_arena_hard:
 
   espalier prepare arena_prompts --set=m_arena_hard --data_dir=/data/eval --languages=cs,hi,ja --limit=100 \\
     --output=prompts.jsonl
 
-The rows are {"id", "language", "prompt", ...}; `launch.generate --chat --inputs=prompts.jsonl` answers them, and
-`launch.evaluate win_rate --by_language` and `launch.evaluate language` read the answers. Sets:
+The rows are {"id", "language", "prompt", ...}; `espalier generate --chat --inputs=prompts.jsonl` answers them, and
+`espalier evaluate win_rate --by_language` and `espalier evaluate language` read the answers. Sets:
 
   m_arena_hard              500 prompts of Arena-Hard-Auto, translated by machine into the 23 languages
   m_arena_hard_v2           498 later ones, of Arena-Hard-Auto 2.0

@@ -1,6 +1,6 @@
 """Keeps the best of several samples of each prompt, and makes pairs of the best and the worst.
 
-Sampling is launch.generate's, with all of its options; this reads the file that it writes:
+Sampling is espalier generate's, with all of its options; this reads the file that it writes:
 
   espalier generate --checkpoint=RUN --inputs=prompts.jsonl --output=samples.jsonl \\
     --num_samples=8 --temperature=0.9
@@ -146,7 +146,7 @@ def checkpoint_of(reward: str) -> str | None:
 def rewards_of(
     rows: Placed, flags: RewardFlags, config: Callable[[], load_run.RunConfig]
 ) -> list[float]:
-    """Returns the reward of each row of launch.generate.
+    """Returns the reward of each row of espalier generate.
 
     Args:
       rows: (place, row).
@@ -224,7 +224,7 @@ def grouped(rows: Placed) -> list[list[Row]]:
             groups.append([])
         if not groups or row.get("sample") != len(groups[-1]) or "prompt" not in row:
             raise RewardError(
-                f"{where}: expected the samples of each prompt side by side, numbered from 0, as launch.generate "
+                f"{where}: expected the samples of each prompt side by side, numbered from 0, as espalier generate "
                 f"writes them: {EXAMPLE}."
             )
         groups[-1].append(row)

@@ -8,7 +8,7 @@ its encoder's (as in Sentence-T5, arXiv 2108.08877), divided by its root mean sq
   espalier prepare embed_sentences --checkpoint=T5 --inputs=examples.jsonl --output=embedded.jsonl
 
 The model may have any vocabulary and width. A run reads the embeddings as part of its examples (docs/use/adapters.md), and so do
-launch.score and launch.generate.
+espalier score and espalier generate.
 """
 
 import argparse

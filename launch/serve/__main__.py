@@ -10,7 +10,7 @@ or, in Python, openai.OpenAI(base_url="http://127.0.0.1:8000/v1") with any key. 
 
 POST /v1/completions and /v1/chat/completions (messages are rendered by the model's chat template), GET /v1/models and
 /health. Parameters: max_tokens (max_completion_tokens), temperature, top_p, n, seed, stop, stream, stream_options and
-logprobs (of the chosen tokens). A parameter that would be ignored is an error. The text is that of launch.generate with
+logprobs (of the chosen tokens). A parameter that would be ignored is an error. The text is that of espalier generate with
 the same settings and seed. Completions of all requests wait in one queue and are generated in batches.
 
 Only programs of this computer reach the server unless --host is another address; then give --api_key_file, a file with
@@ -75,7 +75,7 @@ def _run(start: cli.Start) -> None:
         import uvicorn
     except ImportError:
         raise ServeError(
-            "launch.serve needs starlette and uvicorn: pip install -e .[serve]"
+            "espalier serve needs starlette and uvicorn: pip install -e .[serve]"
         ) from None
     import jax
 
@@ -86,7 +86,7 @@ def _run(start: cli.Start) -> None:
     flags = ServeFlags(**setting_flags.given(start.flags, ServeFlags))
     checkpoint, params = start.flags.checkpoint, start.flags.params
     if jax.process_count() > 1:
-        raise ServeError("launch.serve runs in one process, on all devices of a host.")
+        raise ServeError("espalier serve runs in one process, on all devices of a host.")
     limits = Limits(**setting_flags.given(start.flags, Limits))
     api_key = None if flags.api_key_file is None else key_of(flags.api_key_file)
     if api_key is None and flags.host not in _LOCAL:

@@ -105,7 +105,7 @@ class Asked:
     """A request.
 
     Attributes:
-      rows: the prompts, as rows of `launch.generate`.
+      rows: the prompts, as rows of `espalier generate`.
       max_tokens: maximum new tokens; None for the most that the server allows.
       samples: completions of each prompt.
       stream: whether text is sent as soon as it is final.
@@ -126,7 +126,7 @@ class Asked:
     log_probs: bool
 
     def draw(self, index: int, sample: int) -> Draw:
-        """Returns the draw of a prompt's sample, as `launch.generate` makes it for a row and --num_samples."""
+        """Returns the draw of a prompt's sample, as `espalier generate` makes it for a row and --num_samples."""
         settings = {"temperature": self.temperature, "top_p": self.top_p}
         return Draw(seed=self.seed, index=index, sample=sample, **settings)
 

@@ -158,7 +158,7 @@ def submit(
       flags: see `_add_flags`.
       overrides: 'NAME=VALUE' for the launch configuration.
       gin_words: flags of `train`; unused if there is a command.
-      command: words of another command, without 'launch.'.
+      command: words of another command, without 'espalier'.
     """
     from espalier.launch.submit import launch_config
 
@@ -173,7 +173,8 @@ def submit(
     if settings.FOREGROUND:
         if flags.status or flags.cancel:
             raise SubmitError(
-                "this job runs as long as `launch.submit` does: Ctrl-C there saves its work and ends it."
+                "a job on this machine runs in the `espalier submit` that started it, and ends with it: Ctrl-C there saves its work. "
+                "--status and --cancel are for jobs of a queue."
             )
         if not flags.dry_run:
             with stages.quiet():  # its processes speak
@@ -224,13 +225,27 @@ def _train_job(settings: "Launch", words: list[str]) -> Job:
     arguments = config.arguments()
     if settings.devices is not None:
         try:
-            precompile.resolved(arguments["recipe"], settings.devices)
+            program = precompile.resolved(arguments["recipe"], settings.devices)
         except ValueError as error:
             raise SubmitError(
                 f"the launch configuration has {settings.devices} devices: {error}"
             ) from None
+        _warn_of_tensor(settings, program.mesh.shape)
     folder = str(arguments["model_dir"])
     return _job(settings, ["train", *words], os.path.basename(folder.rstrip("/")), folder)
+
+
+def _warn_of_tensor(settings: "Launch", mesh: Mapping[str, int]) -> None:
+    """Warns, on standard error, of a mesh whose innermost axis leaves the fast links of a node or slice."""
+    if len(settings.parts) < 2:
+        return
+    (parts, outer), (within, inner) = settings.parts
+    if parts > 1 and within % mesh["tensor"]:
+        print(
+            f"warning: MESH = {dict(mesh)}: 'tensor' = {mesh['tensor']} does not divide the {within} {inner} of one of the {outer}, so every "
+            f"layer waits for the network between {outer}: keep it within one, and give the other devices to 'fsdp' or 'data'.",
+            file=sys.stderr,
+        )
 
 
 def _other_job(settings: "Launch", command: list[str]) -> Job:

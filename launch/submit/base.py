@@ -1,4 +1,4 @@
-"""The interface between a driver of many runs, or `launch.submit`, and a back end that executes them.
+"""The interface between a driver of many runs, or `espalier submit`, and a back end that executes them.
 
 A job is plain data, so that any back end can run it: processes of this machine (launch/submit/local.py), or a
 cluster's queue. A back end receives all jobs at once, each with the jobs that must succeed before it, and decides

@@ -1,6 +1,6 @@
 """Runs the processes of one run on this machine, and starts them again after status 75, up to a limit.
 
-`launch.submit` uses it for its local configurations, and the hosts of a TPU pod for one process each.
+`espalier submit` uses it for its local configurations, and the hosts of a TPU pod for one process each.
 
   python -m espalier.launch.submit.group --processes=2 --restarts=3 --log=/tmp/run/log.txt -- espalier train --gin_file=...
 """

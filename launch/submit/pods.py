@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -10,6 +11,8 @@ import yaml
 from espalier.launch.submit.base import Job
 from espalier.launch.submit.launch_config import Launch
 
+# Folders of every image, over which a claim would hide files that programs need.
+_OF_IMAGE = re.compile("/(bin|dev|etc|home|lib|opt|proc|root|run|sbin|sys|tmp|usr|var)?")
 IMAGE = "REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"
 MAIN = "main"  # name of the container that runs a job's command
 NAME = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
@@ -61,9 +64,12 @@ class Pods(Launch):
             return ""
         if path.startswith(f"{self.folder}/"):
             return "the image's project has no such file: give an absolute path in a volume"
-        volumes = (*self.volumes, f"CLAIM={os.path.dirname(path)}")
+        below = f"give a path below {' or '.join(mounts)}, " if mounts else ""
+        folder = os.path.dirname(path)
+        # The image's own folders stay as they are.
+        volumes = (*self.volumes, f"CLAIM={'/NAME' if _OF_IMAGE.fullmatch(folder) else folder}")
         return (
-            f"pods do not see it, since volumes = {self.volumes}: mount the claim that holds it, "
+            f"pods do not see it, since volumes = {self.volumes}: {below}{'or ' if below else ''}mount the claim that holds it, "
             f'--config.volumes="{volumes}", or give an address (docs/scale/remote_storage.md says for what)'
         )
 

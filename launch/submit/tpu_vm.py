@@ -13,6 +13,14 @@ from typing import ClassVar
 from espalier.launch.submit.base import Job, Printed, SubmitError, name_of
 from espalier.launch.submit.launch_config import Launch, texts
 
+# Software of a machine for each version of the TPU, as https://cloud.google.com/tpu/docs/runtimes lists it for JAX.
+_RUNTIMES = {
+    **dict.fromkeys(("v2", "v3", "v4"), "tpu-ubuntu2204-base"),
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Launch):
@@ -21,7 +29,7 @@ class Settings(Launch):
     Attributes:
       project, zone: of Google Cloud.
       accelerator_type: such as 'v5litepod-16'.
-      version: of the virtual machine's software.
+      runtime_version: of the virtual machine's software; empty for the one that belongs to accelerator_type.
       slices: TPU slices that one run uses.
       spot: whether spot machines are asked for.
       chips: chips of a slice, to check the mesh before the start; 0 for those that the accelerator's name tells.
@@ -41,7 +49,7 @@ class Settings(Launch):
     project: str = ""
     zone: str = "us-west4-a"
     accelerator_type: str = "v5litepod-16"
-    version: str = "v2-alpha-tpuv5-lite"
+    runtime_version: str = ""
     slices: int = 1
     spot: bool = False
     chips: int = 0
@@ -54,6 +62,7 @@ class Settings(Launch):
         super().__post_init__()
         self.at_least(1, "slices")
         self.at_least(0, "restarts", "chips")
+        self._check_runtime()
         named = self._named_chips()
         if self.chips and named and self.chips != named:
             raise SubmitError(
@@ -68,6 +77,26 @@ class Settings(Launch):
     def parts(self) -> tuple[tuple[int, str], ...]:
         chips = self.chips or self._named_chips()
         return ((self.slices, "slices"), (chips, "chips")) if chips else ()
+
+    def _check_runtime(self) -> None:
+        """Raises SubmitError for software of another TPU, or none for a TPU that is not known."""
+        kind = self.accelerator_type.partition("-")[0]
+        own = _RUNTIMES.get(kind)
+        if own is None and not self.runtime_version:
+            raise SubmitError(
+                f"accelerator_type = {self.accelerator_type!r}: the software of this TPU is not known (of {', '.join(_RUNTIMES)} it is): "
+                "give runtime_version too."
+            )
+        if own and self.runtime_version in {*_RUNTIMES.values()} - {own}:
+            raise SubmitError(
+                f"runtime_version = {self.runtime_version!r} is of another TPU than accelerator_type = {self.accelerator_type!r}, "
+                f"whose software is {own}: remove runtime_version."
+            )
+
+    @property
+    def runtime(self) -> str:
+        kind = self.accelerator_type.partition("-")[0]
+        return self.runtime_version or _RUNTIMES[kind]
 
     def _named_chips(self) -> int:
         """Returns the chips that the accelerator's name tells: a number of chips or, before v5e, of their two cores each."""
@@ -159,7 +188,7 @@ def _create(settings: Settings, name: str, where: list[str]) -> str:
     return shlex.join(
         ["gcloud", "compute", "tpus", "queued-resources", "create", name, *where, *nodes]
         + [f"--accelerator-type={settings.accelerator_type}"]
-        + [f"--runtime-version={settings.version}", *(["--spot"] if settings.spot else [])]
+        + [f"--runtime-version={settings.runtime}", *(["--spot"] if settings.spot else [])]
     )
 
 

@@ -1,4 +1,4 @@
-"""A launch script for XManager: one experiment from a file that `launch.submit` wrote.
+"""A launch script for XManager: one experiment from a file that `espalier submit` wrote.
 
 It imports nothing of this project, because XManager may live in an environment of its own:
 

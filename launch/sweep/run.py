@@ -140,7 +140,7 @@ def _make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> d
 def _train(
     folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]
 ) -> dict[str, Any] | None:
-    """Trains as launch.train does; returns the outcome, or None if it was interrupted."""
+    """Trains as espalier train does; returns the outcome, or None if it was interrupted."""
     from espalier.launch.config import gin_config
     from espalier.launch.config import text as config_text
 

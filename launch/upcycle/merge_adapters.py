@@ -6,7 +6,7 @@ Examples, after a run with adapters in /tmp/lora (t5x_configs/methods/adapters/l
   espalier convert --from=/tmp/merged --to_hf=/tmp/merged_hf
 
 LoRA, DoRA and (IA)3 are merged exactly. The weights of a mixture (MoV, MoLORA) depend on the token. With --average, a file of
-rows as for launch.score, each expert gets its mean weight over these texts, and the largest error of a logit on them is
+rows as for espalier score, each expert gets its mean weight over these texts, and the largest error of a logit on them is
 printed. The result is a run directory that every command takes as --checkpoint.
 """
 
@@ -33,7 +33,7 @@ _OWNERS = (
     "moe.MoeMlp",
 )
 _LINES = [
-    "# Of launch.upcycle merge.",
+    "# Of espalier upcycle merge.",
     *(f"from espalier.model import {name}" for name in ("attention", "mlp")),
     "from espalier.model.moe import moe",
     *(f"{owner}.adapters = None" for owner in _OWNERS),
@@ -42,10 +42,10 @@ _LINES = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeFlags:
-    """Flags of `launch.upcycle merge`; None if a flag is not set.
+    """Flags of `espalier upcycle merge`; None if a flag is not set.
 
     Attributes:
-      checkpoint, params: see launch.score.
+      checkpoint, params: see espalier score.
       to: new run directory.
       average: file of JSON lines {"text": "..."}; merges mixtures with their mean weights on it.
       average_length: tokens of a row (512).

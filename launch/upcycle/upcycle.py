@@ -9,7 +9,7 @@ Examples, of a seed's run and runs that started from it:
 
 With btx (arXiv 2403.07816) FFNs become experts and all else is averaged; with bam (arXiv 2408.08274) attentions do too.
 With nexus (arXiv 2408.15901) the seed is not an expert and not averaged: its FFNs are used by every token, and a
-projection of embeddings of the experts' data (launch.prepare embed_domains) routes; launch.upcycle extend adds experts later.
+projection of embeddings of the experts' data (espalier prepare embed_domains) routes; espalier upcycle extend adds experts later.
 With soup all is averaged to a dense model, to compare mixtures with.
 The printed table shows for every parameter whether it was copied, averaged or drawn. The result is a run directory
 that every command takes as --checkpoint, and training as INITIAL_CHECKPOINT_PATH with the method's file after the dense
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # jax is imported with the work
     from espalier.launch.weights.source_models import SourceModel
     from espalier.model.transforms.experts import Mixture
 
-# What a mixture records for experts added later: flags of launch.upcycle, and their values if they are not set.
+# What a mixture records for experts added later: flags of espalier upcycle, and their values if they are not set.
 _RECORDED = {
     **{"expert_scale": 1.0, "drop_ratio": 0.0, "drop_seed": 0},
     **{"router_std": 0.02, "logit_std": 0.1},
@@ -72,13 +72,13 @@ METHODS: dict[str, type[Method]] = {"btx": Btx, "bam": Bam, "nexus": Nexus, "sou
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpcycleFlags:
-    """Flags of `launch.upcycle`; None if a flag is not set.
+    """Flags of `espalier upcycle`; None if a flag is not set.
 
     Attributes:
       method: decides which parameters become experts.
       experts: NAME=DIR or DIR of each.
       copies: number of copies of each expert (sparse upcycling of one model).
-      params: see launch.score.
+      params: see espalier score.
       to: new run directory.
       unrelated: accept models whose embeddings are not correlated.
       top_k: number of FFNs that a token uses (1).
@@ -89,7 +89,7 @@ class UpcycleFlags:
       router_std: standard deviation of linear routers' kernels (0.02).
       router_seed: seed of the routers' first values. A soup, for which sweeps may set it too, has no router.
       seed_model: nexus: the run whose FFNs are shared by all tokens.
-      domains: nexus: file of embeddings of the experts' data, from launch.prepare embed_domains.
+      domains: nexus: file of embeddings of the experts' data, from espalier prepare embed_domains.
       router: nexus: projection of --domains (default), or for comparison a linear one, or an MLP of the token with as
         many parameters as the projection.
       logit_std: nexus: standard deviation of the first logits of a projection or an MLP (0.1).

@@ -1,4 +1,4 @@
-"""The common parts of the commands `launch.upcycle`, `launch.upcycle extend` and `launch.upcycle factorise`."""
+"""The common parts of the commands `espalier upcycle`, `espalier upcycle extend` and `espalier upcycle factorise`."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ METHOD_FILES = "t5x_configs/methods"  # folder of the methods' gin files
 
 
 class Method:
-    """A value of `launch.upcycle --method`: which parameters become experts, and behind which routers.
+    """A value of `espalier upcycle --method`: which parameters become experts, and behind which routers.
 
     Attributes:
       options: the command's flags, a launch.upcycle.upcycle.UpcycleFlags.
@@ -107,7 +107,7 @@ def parsed(flags: argparse.Namespace, target: Any) -> Any:
 
 
 def main(doc: str, command: str, work: str, add_flags: Any) -> int:
-    """Runs `launch.upcycle` or a sub-command, and returns the exit status.
+    """Runs `espalier upcycle` or a sub-command, and returns the exit status.
 
     Args:
       doc: help text.

@@ -1,6 +1,6 @@
 """Writes a run directory with parameters that a tree transform computes from checkpoints, a slice of an array at a time.
 
-`launch.upcycle`, `launch.upcycle extend` and `launch.upcycle factorise` use it, and measure their
+`espalier upcycle`, `espalier upcycle extend` and `espalier upcycle factorise` use it, and measure their
 transforms on texts as rows without padding.
 """
 
@@ -37,7 +37,7 @@ def token_rows(loaded: Any, path: str, *, flag: str, length: int | None = None) 
 
     Args:
       loaded: the run whose vocabulary reads the texts.
-      path: file of rows as for launch.score.
+      path: file of rows as for espalier score.
       flag: the flag with the path, for messages; `--<flag>_length` is T.
       length: T; None for 512.
 

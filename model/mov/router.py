@@ -137,7 +137,7 @@ class Routed(Adapter):
         if embeddings is None:
             raise AdapterError(
                 f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. Without others they "
-                "are of an encoder-decoder's inputs: give your data's examples 'sentence_embedding' (launch.prepare "
+                "are of an encoder-decoder's inputs: give your data's examples 'sentence_embedding' (espalier prepare "
                 "embed_sentences writes them), or use 'site_tensor' or 'layer_input'. In Python, give float32 "
                 "'sentence_embeddings' [rows, width] in each batch of your own loop, or apply the model inside of "
                 "sentence.sentence_embeddings(...)."

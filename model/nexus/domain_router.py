@@ -65,7 +65,7 @@ class DomainRouter(GatedRouter):
     Attributes:
       levelled: number of first experts to which the vectors of all later ones are levelled, see `level`; None for none.
 
-    `domains` [E, M] is stored among the parameters but is not trained (axes.constant). `launch.upcycle` writes
+    `domains` [E, M] is stored among the parameters but is not trained (axes.constant). `espalier upcycle` writes
     embeddings of the experts' data to it; otherwise it has random directions.
 
     Its logits serve a softmax and sigmoids (MoeMlp.score). Sigmoids also learn the level of a vector, which differences do

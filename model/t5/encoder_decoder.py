@@ -241,7 +241,9 @@ class EncoderDecoder(OfLayers, nn.Module):
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         """Returns the FLOPs of a row, logits included, divided by its places for inputs and targets."""
         T, S = row["decoder_input_tokens"].shape[-1], row["encoder_input_tokens"].shape[-1]
-        logits = 2.0 * self.config.vocab_size * self.config.embed_dim
+        name = "token_embed" if self.tie_embeddings else "lm_head"
+        table = None if variables is None else variables["params"].get(name)
+        logits = flops.logits_flops(self.config, table)
         return self.hidden_flops(row, variables) + T * logits / (S + T)
 
     @nn.nowrap

@@ -578,6 +578,16 @@ def test_flags_of_commands_that_pages_show_exist(help_texts):
     assert shown > 300
 
 
+def test_texts_name_commands_as_they_are_typed():
+    """`espalier score`, and not the module of an earlier name of the command."""
+    module = re.compile(rf"(?<![\w./])(?<!-m )launch\.({'|'.join(COMMANDS)})\b(?![.(:]\w|\")")
+    for package in ("launch", "model", "trainers"):
+        for path in pathlib.Path(ROOT, package).rglob("*.py"):
+            lines = path.read_text("utf-8").split("\n")
+            found = [x for x in lines if module.search(x) and not re.match(r"\s*(from|import) ", x)]
+            assert not found, f"{path}: {found}"
+
+
 def test_help_of_every_command_is_quick_and_says_how_the_command_is_called(help_texts):
     pages, slow = help_texts
     assert slow == []
@@ -586,6 +596,9 @@ def test_help_of_every_command_is_quick_and_says_how_the_command_is_called(help_
         if command not in (*GROUPS, "reproduce"):
             assert page.startswith(f"usage: espalier {command} "), page[:200]
         assert f"espalier {command.split()[0]}" in page, command
+        # Their judges and scorers may need no model.
+        optional = command in ("evaluate win_rate", "evaluate safety", "prepare best_of_n")
+        assert ("[--gin_file=FILE]" in page.partition("\n")[0]) == optional, command
     for group in GROUPS:
         names = [command.split()[1] for command in pages if command.startswith(f"{group} ")]
         for name in names:

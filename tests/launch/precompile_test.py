@@ -3,6 +3,7 @@
 What compiles for TPUs needs libtpu (the extra `tpu`) and is skipped without it.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -351,6 +352,10 @@ def test_a_program_that_does_not_fit_is_reported(monkeypatch):
     assert report.memory.arguments + report.memory.temporaries == report.memory.peak
     assert report.as_json()["flops"] is None
     assert "NO" in compile_report.table(report, [])
+    # A program that sends nothing has no table of what it sends.
+    assert "collectives" not in compile_report.table(
+        dataclasses.replace(report, collectives={}), []
+    )
 
 
 # Kernels.

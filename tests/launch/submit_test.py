@@ -117,6 +117,21 @@ def test_a_mesh_is_proposed_and_accepted_only_if_the_run_accepts_it(capsys):
     assert "num_kv_heads = 8 is not a multiple of the 16 shards" in capsys.readouterr().err
 
 
+def test_a_tensor_axis_over_several_nodes_is_a_warning(capsys):
+    words = [
+        "--config=launch/submit/configs/slurm.py",
+        "--config.nodes=2",
+        "--config.gpus_per_node=4",
+        "--config.tasks_per_node=1",
+        "--dry_run",
+        *AYA,
+    ]
+    assert submit.main([*words, "--gin.MESH={'tensor': -1}"]) == 0
+    assert "'tensor' = 8 does not divide the 4 GPUs of one of the nodes" in capsys.readouterr().err
+    assert submit.main([*words, "--gin.MESH={'fsdp': 2, 'tensor': 4}"]) == 0
+    assert "'tensor'" not in capsys.readouterr().err
+
+
 def test_paths_that_the_machines_do_not_see_are_named(capsys):
     mesh = "--gin.MESH={'fsdp': 16}"
     words = [f"--config={JOBSET}", "--config.image=IMAGE", "--dry_run", *AYA, mesh]

@@ -269,6 +269,7 @@ def test_a_mixture_counts_its_router_and_the_experts_a_token_uses():
         program = types.SimpleNamespace(
             recipe=types.SimpleNamespace(model=model, inputs_spec=PackedTokens(1)),
             abstract_state=types.SimpleNamespace(params=params, variables={}),
+            mask=None,
         )
         counts[top_k, shared] = Program.train_flops_per_unit.fget(program)
     # Six for each weight that a token meets: 8 x 8 projections, 8 x 4 router, 8 x 5 per matrix of an

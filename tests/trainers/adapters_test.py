@@ -348,6 +348,23 @@ def test_adapters_flops_count_each_of_their_weights_once():
     assert more == 2 * counted
 
 
+def test_a_frozen_weight_counts_four_flops_and_a_trained_one_six():
+    """Per token: two each for the forward pass, the gradient of the input and, where trained, that of the weight."""
+    lora = functools.partial(Lora, rank=R, layers=adapter.PROJECTIONS)
+    attention = L * 4 * 4.5 * D  # scores and weighted sums over a mean of 4.5 of 8 keys
+    kernels, head = L * (4 * D * D + 3 * D * F), 32 * D
+    adapters = LORA + L * (D + F) * R  # LORA has no gate
+    frozen = 4 * (kernels + head) + 3 * attention
+    for patterns, expected in (
+        (TRAINED, frozen + 6 * adapters),
+        ((".*",), frozen + 2 * (kernels + head) + 6 * adapters),
+        ((*TRAINED, "token_embed/.*"), frozen + 2 * head + 6 * adapters),
+    ):
+        recipe = recipe_of(model_of(lora=lora), trainable=patterns)
+        program = recipe.program(devices=jax.devices()[:1])
+        assert program.train_flops_per_unit == expected
+
+
 def test_a_mesh_computes_the_loss_of_one_device():
     """Adapters follow the axes of their projection; ranks and experts are whole where a mesh does not divide them."""
     losses = []

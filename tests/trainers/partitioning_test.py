@@ -85,6 +85,46 @@ def test_an_unknown_rule_set_is_refused_with_the_known_ones():
         partitioning.rules_named("fdsp")
 
 
+@pytest.mark.parametrize(
+    ("count", "mesh", "batch", "microbatches", "message"),
+    # By hand: with these rules a batch divides by all devices.
+    [
+        (
+            12,
+            {"fsdp": -1},
+            16,
+            1,
+            "12 devices divides a batch of 16 rows: take BATCH_SIZE=12 or 24, or 8 or 16 devices.",
+        ),
+        (12, {"fsdp": 8}, 16, 1, "8 or 16 devices."),
+        (
+            4,
+            {"fsdp": -1},
+            6,
+            1,
+            "4 devices divides a batch of 6 rows: take BATCH_SIZE=4 or 8, or 2 devices.",
+        ),
+        (32, {"fsdp": 2, "tensor": 16}, 16, 1, "take BATCH_SIZE=32, or 16 devices."),
+        (
+            12,
+            {"fsdp": -1},
+            32,
+            2,
+            "32 rows in 2 microbatches: take BATCH_SIZE=24 or 48, or 8 or 16 devices.",
+        ),
+    ],
+)
+def test_where_no_mesh_fits_the_nearest_batches_and_numbers_of_devices_are_named(
+    count, mesh, batch, microbatches, message
+):
+    def check(mesh, rows):
+        validate(mesh, "fsdp", batch=rows, embed_dim=96)
+
+    sizes = {"batch_size": batch, "microbatches": microbatches}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        partitioning.checked_mesh(mesh, count, check, **sizes)
+
+
 # ---- Validation.
 
 

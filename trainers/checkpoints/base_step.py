@@ -1,6 +1,6 @@
 """Checkpoints of adapters alone: a step without the base model's parameters, which are read from the base's own step.
 
-`launch.convert --to_adapter` writes one, and with `InitialCheckpoint.base_apart` every step of a run is one. Its record names
+`espalier convert --to_adapter` writes one, and with `InitialCheckpoint.base_apart` every step of a run is one. Its record names
 the base's step and the digest of the base's parameters, so that adapters are never combined with another base. Where the base
 has moved, `base.json` in the adapters' run directory says where it is now. Which parameters a model has beside its base's, a
 step's record says too (`Added`).

@@ -36,7 +36,7 @@ class Spectrum(Hook):
     matrices; each matrix of a stack counts by itself.
 
     Attributes:
-      run: context of the run, passed by `launch.train`.
+      run: context of the run, passed by `espalier train`.
       every: updates between readings; there is also one before the first update and one after the last.
       kernels: path patterns of dense kernels to include. A convolution is treated as the matrix [h I, w O] of
         model/low_rank/lowrank_conv.py.

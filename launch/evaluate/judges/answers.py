@@ -1,4 +1,4 @@
-"""Reads answers of several systems to the same prompts, from files of `launch.generate`."""
+"""Reads answers of several systems to the same prompts, from files of `espalier generate`."""
 
 import dataclasses
 import itertools
@@ -94,15 +94,15 @@ def language_name(tag: str) -> str:
 
 def _rows(path: str, by_language: bool) -> list[Answer]:
     if not os.path.isfile(path):
-        raise JudgeError(f"{path} does not exist: give a file of launch.generate.")
+        raise JudgeError(f"{path} does not exist: give a file of espalier generate.")
     answers = [
         answer(row, place, by_language) for place, row in row_files.read(path, example=EXAMPLE)
     ]
     if not any(one.text.strip() for one in answers):
         raise JudgeError(
-            f'{path} has no answer: every "text" is empty. Generate it again with launch.generate.'
+            f'{path} has no answer: every "text" is empty. Generate it again with espalier generate.'
             if answers
-            else f"{path} has no row: generate it with launch.generate."
+            else f"{path} has no row: generate it with espalier generate."
         )
     return answers
 
@@ -112,7 +112,7 @@ def answer(row: Mapping[str, Any], place: str, by_language: bool) -> Answer:
     prompt, text = row.get("prompt"), row.get("text")
     if not isinstance(text, str) or prompt is None:
         raise JudgeError(
-            f"{place} lacks the prompt or the answer's text: give rows of launch.generate, {EXAMPLE}."
+            f"{place} lacks the prompt or the answer's text: give rows of espalier generate, {EXAMPLE}."
         )
     if not isinstance(prompt, str) and not _is_conversation(prompt):
         raise JudgeError(
@@ -132,7 +132,7 @@ def _language(row: Mapping[str, Any], place: str) -> str:
     tag = row.get("language")
     if not isinstance(tag, str) or not tag.strip():
         raise JudgeError(
-            f'{place} has no "language", such as "cs": add one to the row of its prompt, which launch.generate copies; '
+            f'{place} has no "language", such as "cs": add one to the row of its prompt, which espalier generate copies; '
             "win_rate needs it only with --by_language."
         )
     try:

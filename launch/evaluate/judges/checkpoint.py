@@ -190,7 +190,7 @@ class RewardJudge:
 
 
 class LogProb:
-    """log p(answer | prompt) in nats, averaged over the answer's tokens: the sum of launch.score over their number.
+    """log p(answer | prompt) in nats, averaged over the answer's tokens: the sum of espalier score over their number.
 
     An answer to messages is the assistant's turn with the chat template's end. An empty text has no tokens and therefore
     no score.

@@ -40,13 +40,13 @@ class Recipe:
       held_out: prompts on which the rounds are compared, of the same form.
       clusters: cluster -> its languages.
       shared: languages that all clusters have.
-      teachers: pool of further teachers beside the models of the clusters, as for launch.prepare arbitrage; None for none.
+      teachers: pool of further teachers beside the models of the clusters, as for espalier prepare arbitrage; None for none.
       origin: prompts to use: native, translated or both.
       reward: of arbitrage and online rounds: exact_answer or checkpoint:DIR.
-      judge: of the comparison of rounds, see launch.prepare arbitrage; None for the reward.
+      judge: of the comparison of rounds, see espalier prepare arbitrage; None for the reward.
       opponent: compared with the model of every round, beside the model that the rounds start from: a run, a Hugging Face
         directory, or a file that espalier generate wrote from the prompts in held_out; None for none.
-      language_of: see launch.prepare arbitrage.
+      language_of: see espalier prepare arbitrage.
       rounds: number of online rounds.
       samples: of each prompt in an online round.
       pair_gap: pairs of an online round whose rewards differ by no more are not trained on.
@@ -56,7 +56,7 @@ class Recipe:
       measure, scores: instead of `dev`, a command and the numbers that it writes, see espalier merge search.
       trials: of each search.
       polish: updates after the first merge, on the data of all clusters at a tenth of the rate; 0 for none.
-      form, keep_cut: see launch.prepare arbitrage.
+      form, keep_cut: see espalier prepare arbitrage.
       max_prompt_length, max_new_tokens: tokens of prompts, and of completions.
       batch_size: prompts at a time of a teacher.
       gin_files: read after those of each stage.

@@ -63,7 +63,7 @@ def _log_probs(run: Any, rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _answered(run: Any, rows: Sequence[Mapping[str, str]]) -> list[Any]:
-    """Returns what launch.generate would write for the requests, greedily."""
+    """Returns what espalier generate would write for the requests, greedily."""
     from espalier.launch.inference import generate
     from espalier.trainers.decoding.settings import Sampling, Settings
 

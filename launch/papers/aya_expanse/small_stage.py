@@ -167,7 +167,7 @@ _OF_UPDATES = ("ties", "task_arithmetic")  # methods that merge what runs have c
 
 
 def _merged(to: pathlib.Path, method: str, weights: Mapping[str, float], base: str | None) -> None:
-    """Merges runs with these weights by launch.merge."""
+    """Merges runs with these weights by espalier merge."""
     import yaml
 
     from espalier.launch.merge import __main__ as merge

@@ -101,7 +101,7 @@ def _arbitrage(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> N
 
 
 def _merge(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
-    """Averages the runs, by launch.merge: with equal weights, or with those of a search."""
+    """Averages the runs, by espalier merge: with equal weights, or with those of a search."""
     import yaml
 
     from espalier.launch.merge import __main__ as merge

@@ -1,6 +1,6 @@
 """Branch, train, mix (arXiv 2408.08274): runs with small models and at full size, and what is measured of them.
 
-Phases are runs: what they start from is trained once, mixtures are made by `launch.upcycle` in between, and the
+Phases are runs: what they start from is trained once, mixtures are made by `espalier upcycle` in between, and the
 same command goes on wherever it was stopped. After a colon are the part (synthetic, text, sizes or balance) and the number of seeds:
 
   espalier sweep --sweep launch/papers/bam/experiment.py:synthetic,3 --out runs/bam/synthetic --workers 2
@@ -118,7 +118,7 @@ TEXT_SPECIALIST_STEPS = 400
 AT_THE_END = "EVAL_PERIOD=100000"  # for arms whose losses on the way nothing reads
 # With a weight of 0.01 a top-1 router sends nearly all tokens of a layer to one expert, and a z-loss adds to that.
 BALANCE_LOSS = 0.05
-# Arm -> (flags of launch.upcycle, method file, bindings of training that match the flags). Chosen attentions share keys and
+# Arm -> (flags of espalier upcycle, method file, bindings of training that match the flags). Chosen attentions share keys and
 # values, as they seem to in the paper's ablation: its soft row has the losses of shared ones.
 MIXTURES = {
     "btx": (("--method=btx",), "btx", ()),
@@ -302,7 +302,7 @@ def _made(flags: tuple, experts: tuple) -> dict:
 FULL = "t5x_configs/experiments/bam/full/"
 FULL_DOMAINS = ("code", "law", "math")
 FULL_CONTEXT, FULL_TOKENS = 2048, 100e9  # of the mixtures
-# Arm -> (flags of launch.upcycle, file, bindings, copies of the seed).
+# Arm -> (flags of espalier upcycle, file, bindings, copies of the seed).
 FULL_MIXTURES = {
     "btx": (*MIXTURES["btx"], 1),
     **{

@@ -7,7 +7,7 @@ Recipes, proportions and cooldowns share the runs they start from. 21 runs for e
   espalier sweep --sweep launch/papers/code_mix/experiment.py:narrow,5 --out runs/code_mix/narrow --workers 2
 
 At full size every arm of the paper at 470M, the recipes at 2.8B too. After `full,` comes DATA_ROOT, a folder of data with the tokenizer
-in its `tokenizer` and the evaluation sets in its `eval`, and after a comma the judge of win rates, as of launch.evaluate win_rate;
+in its `tokenizer` and the evaluation sets in its `eval`, and after a comma the judge of win rates, as of espalier evaluate win_rate;
 without one there are none. The prompts that it judges are 200 of Dolly's in `eval/dolly_200.jsonl`, rows {"prompt": "..."}. To see the
 runs and their commands, which a cluster runs in the order of their parents:
 

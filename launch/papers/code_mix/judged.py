@@ -1,7 +1,7 @@
 """Win rates of the recipes: their answers to the same prompts, compared by a judge that knows the right answers.
 
 The paper's judge is a large model that reads open answers. Here prompts have right answers, and an answer with the right
-last word is better than one without it: `launch.evaluate win_rate` with a judge that scores.
+last word is better than one without it: `espalier evaluate win_rate` with a judge that scores.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def compared(
 
 
 def by_arm(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the shares of a summary of `launch.evaluate win_rate`, in both directions."""
+    """Returns the shares of a summary of `espalier evaluate win_rate`, in both directions."""
     out: dict[str, dict[str, Any]] = {}
     turned = {"win": "loss", "tie": "tie", "loss": "win"}
     for pair in summary["pairs"]:

@@ -3,7 +3,7 @@
   python -m espalier.launch.papers.influence.plan
 
 prints the tables of docs/use/influence_costs.md: factors from some documents, and scores of more documents for QUERIES queries. Nothing is
-compiled or measured: `launch.precompile tables` compiles programs of the same models.
+compiled or measured: `espalier precompile tables` compiles programs of the same models.
 """
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Scores by one method of the demonstration with SmolLM2: `launch.influence score` into a folder that is made.
+"""Scores by one method of the demonstration with SmolLM2: `espalier influence score` into a folder that is made.
 
   python -m espalier.launch.papers.influence.smollm_scores --to=DIR --factors=FACTORS --queries=FILE --documents=FILE --method=bm25
 
-writes DIR/scores.jsonl and what belongs to it; all other flags are those of `launch.influence score`.
+writes DIR/scores.jsonl and what belongs to it; all other flags are those of `espalier influence score`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`launch.report --spectra`: the singular values of runs' factorised matrices, over training, and at its start and end."""
+"""`espalier report --spectra`: the singular values of runs' factorised matrices, over training, and at its start and end."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ the number of seeds after a colon:
 
 At full size (`full` and a folder of data) all methods tune T5 1.1 of 770M, 3B and 11B, with the ablations of 3B. The folder has P3's
 rows and templates in `p3` (docs/use/instructions.md), T5's tokenizer in `tokenizer`, and T5 1.1 adapted to language modelling, as
-launch.convert imports it, in `t5_lm_770m`, `t5_lm_3b` and `t5_lm_11b`. The paper has one seed. To see the runs and their commands:
+espalier convert imports it, in `t5_lm_770m`, `t5_lm_3b` and `t5_lm_11b`. The paper has one seed. To see the runs and their commands:
 
   espalier sweep --sweep launch/papers/mov/experiment.py:full,/data --out /runs/mov --dry_run
 """

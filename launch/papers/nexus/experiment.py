@@ -151,7 +151,7 @@ DOMAINS = {
 SEED_STEPS, EXPERT_STEPS, MIXTURE_STEPS, EXTENSION_STEPS = 800, 400, 600, BUDGETS[-1]
 DOMAIN_DIM = 128  # below, the noise of a random projection hides which domains are related
 EMBEDDED = 4000  # first documents of a domain, which are enough for its pairs of characters
-# Embeddings -> flags of launch.prepare embed_domains. The paper does not centre.
+# Embeddings -> flags of espalier prepare embed_domains. The paper does not centre.
 EMBEDDINGS = {
     "uncentred": ("--encoder=ngrams", "--mean=none"),
     "random": ("--encoder=random",),

@@ -1,4 +1,4 @@
-"""`launch.report --board`: the signs of over-optimisation of preference runs, as plots, a table and sentences.
+"""`espalier report --board`: the signs of over-optimisation of preference runs, as plots, a table and sentences.
 
 The page is one file, with the outputs of the policy below its plots, whose points show their values; with --out=board.png all is one
 image. Runs without indicators show their losses and the likelihoods of held-out pairs. docs/use/preference_indicators.md defines each number.

@@ -17,7 +17,7 @@ nothing else is downloaded. A run takes about ten minutes on two cores:
   espalier report --board runs/preference/smollm/runs/dpo*/seed20 --out=board.html
 
 At full size (`full` and a folder of data): the paper's two models, both rates, and all of its arms. The folder has the models as run
-directories (`launch.convert`), each with its `tokenizer`, and ultrafeedback/{train,test}.jsonl. Its 7B model is not public, so Command
+directories (`espalier convert`), each with its `tokenizer`, and ultrafeedback/{train,test}.jsonl. Its 7B model is not public, so Command
 R7B stands for it. The paper names its six strengths and weights in legends of figures only; those here are our choice. To see the
 runs and their commands, which a cluster runs:
 

@@ -111,7 +111,7 @@ def prompts(split: str) -> list[str]:
 
 
 def judge(samples: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> Iterator[dict]:
-    """Yields preference pairs from rows of launch.generate, in which JUDGED neighbours share a prompt."""
+    """Yields preference pairs from rows of espalier generate, in which JUDGED neighbours share a prompt."""
     for start in range(0, len(samples), JUDGED):
         some = samples[start : start + JUDGED]
         rewards = [_reward(row) for row in some]

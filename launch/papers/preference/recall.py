@@ -19,7 +19,7 @@ class FactRecall(Hook):
     """A hook: 'facts/accuracy', the share of facts that the likeliest continuations of their prompts state.
 
     Attributes:
-      run: set by `launch.train`.
+      run: set by `espalier train`.
       vocabulary: of the language's symbols.
       start_token: read before each prompt; None for none.
       every: updates between evaluations; there is one before the first and one after the last.

@@ -267,7 +267,7 @@ def off(domain: str) -> str:
 
 
 def held_out(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the loss by task of a run's last evaluation, else of its evaluation 'held_out' (launch.evaluate loss)."""
+    """Returns the loss by task of a run's last evaluation, else of its evaluation 'held_out' (espalier evaluate loss)."""
     tasks = row.get("held_out") or (row.get("evaluations") or {}).get(HELD_OUT, {}).get("tasks", {})
     return {task: float(values["loss"]) for task, values in tasks.items() if "loss" in values}
 

@@ -22,7 +22,7 @@ class UntilAnswered(Hook):
     It ends the run when the shares of all kinds are at least `share`.
 
     Attributes:
-      run: set by `launch.train`.
+      run: set by `espalier train`.
       kinds: numbers of lines and positions of the question, such as ((12, 'last'), (12, 'first')).
       share: of exact answers of each kind at which the run ends.
       prompts: of each kind.

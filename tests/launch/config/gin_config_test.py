@@ -447,3 +447,30 @@ def test_files_relative_to_the_root_are_found_from_anywhere(gin_file, tmp_path, 
         path == "run.gin" or path.startswith(gin_config.gin_source.ROOT) for path in config.files
     )
     gin_config.load(["t5x_configs/models/tiny.gin", "run.gin"], entry=ENTRY)
+
+
+def test_the_model_dir_of_a_runs_config_means_the_runs_folder_or_is_refused(
+    gin_file, toy_gin, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    gin_file(toy_gin + "MODEL_DIR = 'runs/a'\n", "config.gin")
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (tmp_path / "config.gin").rename(run / "config.gin")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    monkeypatch.chdir(elsewhere)
+    record = "../runs/a/config.gin"
+    gin_config.load([record], entry=ENTRY)  # of no run
+    (run / "run.json").write_text("{}")
+    message = errors([record], entry=ENTRY)
+    assert "of the run in ../runs/a" in message and "--gin.MODEL_DIR=../runs/a" in message
+    assert str(elsewhere / "runs" / "a") in message
+    for value in ("../runs/a", "new"):
+        gin_config.load([record], [f"MODEL_DIR={value}"], entry=ENTRY)
+    gin_config.load([record], entry=ENTRY, part=True)  # such as an evaluation of the run
+    monkeypatch.chdir(tmp_path)
+    gin_config.load(["runs/a/config.gin"], entry=ENTRY)
+    run.rename(tmp_path / "moved")
+    assert "--gin.MODEL_DIR=moved" in errors(["moved/config.gin"], entry=ENTRY)

@@ -684,7 +684,7 @@ def test_bad_settings_files_and_factors(place, trained_run, capsys, tmp_path):
     assert status == 0
     assert "has scores of other" in error(place.score("--method=identity", out="one.jsonl")[0])
     write(place.folder / "theirs.jsonl", [{"a": 1}])
-    assert "is not of `launch.influence score`" in error(place.score(out="theirs.jsonl")[0])
+    assert "is not of `espalier influence score`" in error(place.score(out="theirs.jsonl")[0])
     # Factors of other parameters: the digest in the record is another.
     record = place.folder / "factors" / "influence.json"
     before = record.read_text()
@@ -741,7 +741,7 @@ def test_reports_of_bad_files_are_one_error(place, capsys):
         path.write_bytes(whole)
     cut = pathlib.Path(f"{out}.tokens.jsonl")
     cut.write_bytes(cut.read_bytes()[:-20])
-    assert "delete it, and run the same `launch.influence score` command" in error("--top=2")
+    assert "delete it, and run the same `espalier influence score` command" in error("--top=2")
     cut.unlink()
     for row, message in (
         ({"scores": [1.0, "2"]}, "is not a row of"),

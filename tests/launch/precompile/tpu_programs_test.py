@@ -189,3 +189,16 @@ def test_flops_of_the_products_of_experts(tpu_environment):
 def _compiled(work, program):
     with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
         return precompile.compile_work(work, program, hbm_bytes=16e9)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "shapes"), [("v6e:3x5", "1x1, 2x2, 2x4, 4x4"), ("2xv5p:3x3x3", "1x1x1, 2x2x1")]
+)
+def test_a_shape_that_no_slice_has_is_one_line_with_those_that_exist(name, shapes, tpu_environment):
+    with pytest.raises(tpu_topology.TopologyError) as caught:
+        tpu_topology.devices(tpu_topology.parse(name))
+    message = str(caught.value)
+    assert message.startswith(f"--topology={name}: no v") and "INVALID" not in message
+    assert f"there are {shapes}" in message and "\n" not in message

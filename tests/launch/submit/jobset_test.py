@@ -175,6 +175,10 @@ def test_the_manifest_says_why_containers_with_chips_are_privileged():
 def test_a_path_is_seen_in_a_volume_alone():
     assert read().unseen("/runs/a") == "" == read("volumes=('a=/data/x/',)").unseen("/data/x")
     assert "volumes = ('runs=/runs',)" in read().unseen("/runs2")
+    # No claim hides the image's own files.
+    reason = read().unseen("/tmp/q")
+    assert "give a path below /runs, or mount the claim" in reason and "CLAIM=/NAME" in reason
+    assert "below" not in read("volumes=()").unseen("/data/q")
     # The remedy keeps the other volumes, and holds.
     remedy = re.search(r'--config.(volumes=.*)"', read().unseen("/data/tokenizer"))[1]
     mended = read(remedy.replace('"', "").replace("CLAIM", "data"))

@@ -89,6 +89,14 @@ def test_nothing_is_ever_sent():
         (("project=",), "project: there is no default; give --config.project=NAME"),
         (("repository=",), "repository: there is no default; give --config.repository=URL"),
         (("chips=8",), "chips = 8, but accelerator_type = 'v5litepod-16' has 16: remove chips"),
+        (
+            ("accelerator_type=v7x-8",),
+            "the software of this TPU is not known .*give runtime_version",
+        ),
+        (
+            ("accelerator_type=v6e-8", "runtime_version=v2-alpha-tpuv5-lite"),
+            "is of another TPU than accelerator_type = 'v6e-8', whose software is v2-alpha-tpuv6e",
+        ),
     ],
 )
 def test_what_is_missing_or_contradicts_itself_is_refused_by_name(overrides, message):
@@ -102,8 +110,24 @@ def test_what_is_missing_or_contradicts_itself_is_refused_by_name(overrides, mes
     [("v5litepod-16", 16), ("v6e-8", 8), ("v5p-16", 8), ("v4-32", 16), ("v3-8", 4), ("x", None)],
 )
 def test_the_chips_of_a_slice_follow_from_its_name(kind, chips):
-    settings = read(f"accelerator_type={kind}", "slices=2")
+    settings = read(f"accelerator_type={kind}", "slices=2", "runtime_version=other")
     assert settings.devices == (None if chips is None else 2 * chips)
     total = f"2 slices x {chips} chips = {2 * (chips or 0)} chips"
     told = "all that the machines have; the mesh is checked there" if chips is None else total
     assert settings.notes() == [f"devices: {told}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "runtime"),
+    # The versions for JAX in Google's list of TPU software.
+    [
+        ((), "v2-alpha-tpuv5-lite"),
+        (("accelerator_type=v6e-8",), "v2-alpha-tpuv6e"),
+        (("accelerator_type=v5p-16",), "v2-alpha-tpuv5"),
+        (("accelerator_type=v4-8",), "tpu-ubuntu2204-base"),
+        (("accelerator_type=v6e-8", "runtime_version=newer"), "newer"),
+        (("accelerator_type=v9-8", "runtime_version=newer"), "newer"),
+    ],
+)
+def test_the_software_of_a_machine_is_that_of_its_tpu(overrides, runtime):
+    assert f"--runtime-version={runtime} \n" in commands(*overrides).replace("\n", " \n")

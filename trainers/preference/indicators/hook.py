@@ -42,7 +42,7 @@ class PreferenceIndicators(Hook):
     All numbers are a function of seed, step and weights, so a resumed run writes the same numbers.
 
     Attributes:
-      run: context of the run, passed by `launch.train`.
+      run: context of the run, passed by `espalier train`.
       pairs: opens the held-out pairs of a task, called with (task=).
       tasks: the tasks whose pairs and prompts are evaluated together.
       vocabulary: vocabulary of the data; its EOS ends outputs.

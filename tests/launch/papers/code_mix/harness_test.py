@@ -94,7 +94,7 @@ def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command
 
 def test_code_results_of_another_form_are_refused(tmp_path, results):
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(harness.SuiteError, match="is not a file of launch.evaluate code --json"):
+    with pytest.raises(harness.SuiteError, match="is not a file of espalier evaluate code --json"):
         harness.code_results([str(tmp_path / "other.json")])
     twice = [results("mbpp", 0.5).partition("=")[2]] * 2
     with pytest.raises(harness.SuiteError, match="another file has results of mbpp too"):

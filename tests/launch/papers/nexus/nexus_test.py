@@ -410,7 +410,7 @@ def test_what_makes_no_mixture_or_extension_is_named(make, extend, branches, dom
         extend(two, "--add", f"math={math}", "--router=reset", to="x")
     )
     dense = error(extend(math, "--remove", "code", to="x"))
-    assert "was not made by launch.upcycle" in dense
+    assert "was not made by espalier upcycle" in dense
     used = ("--remove", "law", "--gin.moe.MoeMlp.top_k=2")
     assert "fewer than MoeMlp.top_k = 2" in error(extend(two, *used, to="x"))
 
