@@ -54,12 +54,15 @@ def make(caches):
         shares=(("a", 0.7), ("b", 0.3)),
         start_token=None,
         bos_id=None,
+        batch_size=8,
         **settings,
     ):
         rows = {"feature_lengths": {TOKENS: length}, "packing": packing}
         rows |= {"start_token": start_token, "bos_id": bos_id}
         sources = [chats.plan_chats(name, caches[name], **rows) for name, _ in shares]
-        return chats._training_stream(sources, ((0, dict(shares)),), batch_size=8, **settings)
+        return chats._training_stream(
+            sources, ((0, dict(shares)),), batch_size=batch_size, **settings
+        )
 
     return build
 
@@ -129,6 +132,18 @@ def test_what_is_cut_dropped_and_learnt_is_counted(make):
     assert facts["first"]["nothing_learnt"].startswith("1:x")
     one = make(shares=(("a", 1.0),))
     assert one.steps_for_epochs(2.5) == -(-5 * facts["rows"] // 16)
+
+
+def test_a_batch_with_the_same_row_twice_is_named(make):
+    one = make(shares=(("a", 1.0),))
+    rows = one.summary()["sources"]["a"]["rows"]
+    for size, name in ((rows, None), (rows + 1, "repeats"), (3 * rows, "WARNING")):
+        found = make(shares=(("a", 1.0),), batch_size=size).notices()[1:]
+        assert [kind for kind, _ in found] == [name] * (name is not None)
+    ((_, text),) = found
+    assert f"has the same rows 3 times, because the data fill {rows}: BATCH_SIZE = {rows} " in text
+    batch = make(shares=(("a", 1.0),), batch_size=3 * rows).documents(0, 0, 3 * rows)
+    assert sorted(x["row"] for x in batch) == sorted([*range(rows)] * 3)
 
 
 def test_long_conversations_are_left_out_by_name(caches):
