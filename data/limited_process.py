@@ -138,7 +138,7 @@ class LimitedProcess:
         paths = [_ROOT, *map(os.path.abspath, sys.path)]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _START, json.dumps(paths)]
+                [sys.executable, "-I", "-B", "-S", "-X", "utf8", "-c", _START, json.dumps(paths)]
                 + [self._function, str(self._memory_bytes)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,

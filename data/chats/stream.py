@@ -1,20 +1,19 @@
 """The training and evaluation streams of supervised data: batches as a pure function of (seed, step).
 
-Like data/stream/stream.py, but nothing is added before a conversation: its first token is read and not predicted.
+Like data/stream/stream.py, but without a start token the first token of a conversation is read and not predicted.
 Conversations that are longer than a row are cut at their end, or left out. Shape suffixes: N records.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from espalier.common.ranges import NonNegative, Size, check_choice
+from espalier.common.ranges import Count, NonNegative, Size, check_choice
 from espalier.data.cache import store
 from espalier.data.cache.cache_files import Column
-from espalier.data.stream import plan, rows, stream
+from espalier.data.stream import mixing, plan, rows, stream
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Stream
 
@@ -30,9 +29,13 @@ _REMEDY = " Register supervised data with data.chats.tasks.register_chats."
 
 @dataclasses.dataclass(frozen=True)
 class ChatSource(rows.Source):
-    """One source of conversations, whose plan skips the first token of each."""
+    """One source of conversations, whose plan skips the first token of each unless a start token precedes it."""
 
     loss_tokens: int  # tokens of the planned rows with a loss
+    start_token: int | None = None  # before each conversation
+    unused_start: int | None = (
+        None  # the start token that was asked for, of conversations that begin with BOS
+    )
 
     def _sizes(self) -> dict[str, Any]:
         return {
@@ -56,6 +59,8 @@ class ChatSource(rows.Source):
             f"{len(self.plan.records):,} conversations in {self.plan.num_rows:,} rows, {tokens:,} tokens, of which "
             f"{self.loss_tokens:,} ({self.loss_tokens / tokens:.1%}) are learnt"
         )
+        if self.unused_start is not None:
+            sizes += f"; they begin with BOS, and not with DOCUMENT_START = {self.unused_start}"
         if not parts:
             return [("chats", sizes)]
         dropped = (counts["nothing_learnt"] + counts.get("too_long", 0)) / counts["records"]
@@ -69,6 +74,7 @@ def make_stream(
     mixture_or_task_name: str,
     task_feature_lengths: Mapping[str, Size],
     settings: stream.StreamSettings,
+    start_token: Count | None = None,
     shares: Mapping[str, NonNegative] | Literal["rates"] | None = None,
     packing: Packing = "best_fit",
     long_documents: LongDocuments = "truncate",
@@ -79,6 +85,8 @@ def make_stream(
         mixture_or_task_name: registered with SeqIO, its tasks by `register_chats`.
         task_feature_lengths: {'targets': tokens of a row}, which is also the maximum length of a conversation. Longer
             ones are truncated at their end, and dropped if nothing to learn remains; `summary()` counts both.
+        start_token: token that the model reads before each conversation; None for none. Conversations that begin with
+            BOS, from their chat template or tokenizer, have none.
         long_documents: 'drop' leaves conversations out that are longer than a row.
         shares: set -> its share of the tokens, normalised; 'rates' takes the mixture's rates; None reads all
             sets equally often.
@@ -94,10 +102,8 @@ def make_stream(
     if shares not in (None, "rates"):
         weights["phases"] = ((0, shares),)
     settings = dataclasses.replace(settings, **weights)
-    plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_mixture(
-        mixture_or_task_name, settings, plan_source, stream.Stream, start_token=None
-    )
+    plan_source = _planner(task_feature_lengths, packing, long_documents, start_token)
+    return stream.open_mixture(mixture_or_task_name, settings, plan_source, _training_stream)
 
 
 @stream.with_settings(stream.StreamSettings, *stream.HELD_OUT, split="validation")
@@ -106,6 +112,7 @@ def make_eval_stream(
     task: str,
     task_feature_lengths: Mapping[str, Size],
     settings: stream.StreamSettings,
+    start_token: Count | None = None,
     packing: Packing = "best_fit",
     long_documents: LongDocuments = "truncate",
 ) -> EvalStream:
@@ -117,16 +124,43 @@ def make_eval_stream(
         data.stream.stream.NoSplitError: the task has no split of this name.
         ValueError: the task or the settings cannot be streamed.
     """
-    plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_held_out(task, settings, plan_source, stream.EvalStream, start_token=None)
+    plan_source = _planner(task_feature_lengths, packing, long_documents, start_token)
+    return stream.open_held_out(task, settings, plan_source, _held_out_stream)
+
+
+def _training_stream(sources: Sequence[ChatSource], *args: Any, **settings: Any) -> Stream:
+    starts = {source.name: source.start_token for source in sources}
+    if len(set(starts.values())) > 1:
+        raise ValueError(
+            f"Some sets begin with BOS, and others with a start token ({starts}), but prompts of a run all begin alike: set "
+            "DOCUMENT_START = None, or train on these sets in runs of their own."
+        )
+    return Stream(sources, *args, start_token=sources[0].start_token, **settings)
+
+
+def _held_out_stream(source: ChatSource, **settings: Any) -> EvalStream:
+    return EvalStream(source, start_token=source.start_token, **settings)
 
 
 def _planner(
-    feature_lengths: Mapping[str, int], packing: str, long_documents: str
+    feature_lengths: Mapping[str, int],
+    packing: Packing,
+    long_documents: LongDocuments,
+    start: int | None,
 ) -> Callable[[str, store.Cache], ChatSource]:
-    return functools.partial(
-        plan_chats, feature_lengths=feature_lengths, packing=packing, long_documents=long_documents
-    )
+    def plan_source(name: str, opened: store.Cache) -> ChatSource:
+        (task,), _ = mixing.find_tasks(name)
+        return plan_chats(
+            name,
+            opened,
+            feature_lengths=feature_lengths,
+            packing=packing,
+            long_documents=long_documents,
+            start_token=start,
+            bos_id=getattr(task.output_features["targets"].vocabulary, "bos_id", None),
+        )
+
+    return plan_source
 
 
 def plan_chats(
@@ -136,8 +170,10 @@ def plan_chats(
     feature_lengths: Mapping[str, int],
     packing: Packing,
     long_documents: LongDocuments = "truncate",
+    start_token: int | None = None,
+    bos_id: int | None = None,
 ) -> ChatSource:
-    """Returns a source with planned rows of conversations.
+    """Returns a source with planned rows of conversations; `start_token` precedes those that do not begin with `bos_id`.
 
     Raises:
         ValueError: the cache has no supervised data, a setting is invalid, or nothing can be learnt in this row length.
@@ -152,7 +188,12 @@ def plan_chats(
     length = feature_lengths["targets"]
     full_N = np.asarray(opened.columns["targets"].lengths, np.int64)
     size_N = np.minimum(full_N, length)
-    learnt_N = _sums(opened.columns[rows.LOSS_WEIGHTS], 1, size_N)
+    begins_with_bos = opened.columns["targets"].values(0)[:1].tolist() == [bos_id]
+    start = None if begins_with_bos else start_token
+    skipped = int(
+        start is None
+    )  # without a start token, the first token is the input before the first target
+    learnt_N = _sums(opened.columns[rows.LOSS_WEIGHTS], skipped, size_N)
     long_N = full_N > length
     dropped_N = long_N & (long_documents == "drop")
     used_N = (learnt_N > 0) & ~dropped_N
@@ -162,9 +203,8 @@ def plan_chats(
             f"{f', but for {dropped_N.sum()} longer ones, which are dropped' if dropped_N.any() else ''}. Raise "
             "task_feature_lengths."
         )
-    # The first token of a conversation is the input before its first target.
     planned = plan.make_plan(
-        {"targets": np.where(used_N, size_N - 1, 0)}, feature_lengths, packing=packing
+        {"targets": np.where(used_N, size_N - skipped, 0)}, feature_lengths, packing=packing
     )
     events = {
         "truncated": long_N & used_N,
@@ -173,7 +213,7 @@ def plan_chats(
     }
     planned = dataclasses.replace(
         planned,
-        offsets=np.ones_like(planned.offsets),
+        offsets=np.full_like(planned.offsets, skipped),
         long_documents=long_documents,
         counts={
             "records": len(full_N),
@@ -186,7 +226,8 @@ def plan_chats(
             if event_N.any()
         },
     )
-    return ChatSource(name, opened, planned, int(learnt_N[used_N].sum()))
+    unused = start_token if begins_with_bos and start_token != bos_id else None
+    return ChatSource(name, opened, planned, int(learnt_N[used_N].sum()), start, unused)
 
 
 def _sums(column: Column, begin: int, end_N: np.ndarray) -> np.ndarray:

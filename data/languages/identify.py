@@ -118,6 +118,9 @@ def language_of(text: str) -> str | None:
     return max(counts, key=lambda code: (counts[code], code)) if counts else None
 
 
+language_of.languages = tuple(table.LANGUAGES)  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _lingua() -> ByLingua:
     return ByLingua()

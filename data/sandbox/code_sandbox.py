@@ -247,7 +247,7 @@ class _Zygote:
             os.chmod(parent, 0o711)
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-s", "-P", "-X", "utf8", "-c", _START, _ROOT],
+                [sys.executable, "-B", "-S", "-s", "-P", "-X", "utf8", "-c", _START, _ROOT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -269,7 +269,7 @@ def open_mixture(
     mixture_or_task_name: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyStream],
+    stream_class: Callable[..., AnyStream],
     **of_rows: Any,
 ) -> AnyStream:
     """Returns a stream over the sources with positive weight in a mixture.
@@ -311,7 +311,7 @@ def open_held_out(
     task: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyEvalStream],
+    stream_class: Callable[..., AnyEvalStream],
     **of_rows: Any,
 ) -> AnyEvalStream:
     """Returns the stream of the evaluation split of one task; see `open_mixture`.

@@ -139,6 +139,21 @@ class Stream(RowStream):
             )
         return warnings
 
+    def notices(self, lengths: Mapping[str, int] | None = None) -> list[rows.Notice]:
+        """Returns those of all streams, and messages on sources with fewer rows than a batch reads of them."""
+        found = super().notices(lengths)
+        starts = [start for start, _ in self._phases]
+        shares_PN = np.array([self._schedule.shares(start) for start in starts])
+        for source, share in zip(self._sources, shares_PN.max(axis=0).tolist(), strict=True):
+            count = source.plan.num_rows
+            if (times := share * self.batch_size / count) > 1:
+                text = (
+                    f"{source.name}: a batch of {self.batch_size:,} rows has the same rows {times:.3g} times, because the data "
+                    f"fill {count:,}: BATCH_SIZE = {max(1, int(count / share)):,} makes more updates of as many epochs"
+                )
+                found.append(("WARNING" if times >= 2 else "repeats", text))
+        return found
+
     def tokens_per_step(self, step: int) -> float:
         """Returns the mean number of tokens with loss per batch, in the phase of `step`."""
         per_row = np.array([s.plan.tokens() / s.plan.num_rows for s in self._sources])

@@ -70,7 +70,8 @@ class ArbitrageFlags:
       languages: languages to read, such as tr,uk (default all).
       per_language: number of prompts of each language (default all).
       language_of: package.module:function that returns the code of a text's language, or None if it cannot tell. Answers in
-        another language than their prompt are not used.
+        another language than their prompt are not used. If the function has an attribute "languages", prompts in other
+        languages are refused.
       keep_cut: also use answers that were cut at the maximum length.
       form: form of the written rows: conversations, or texts with "prompt" and "completion".
       attempts: requests of an answer that does not come, in one start.
@@ -190,6 +191,7 @@ def route(
     from espalier.launch.aya_expanse import arbitrage_rewards, completions
     from espalier.launch.aya_expanse.route import Router
     from espalier.launch.inference import row_files
+    from espalier.launch.prepare import best_of_n
 
     pool = pools.read(settings.pool)
     if reward is not None:
@@ -200,6 +202,11 @@ def route(
         rows, language_of=language_of, languages=languages, per_language=settings.per_language
     )
     _check_form(settings, prompts)
+    _check_languages(settings, prompts, getattr(language_of, "languages", None))
+    if reward is not None:
+        placed = dict(rows)
+        for prompt in prompts:
+            best_of_n.check_answer(prompt.where, placed[prompt.where], reward)
     out = pathlib.Path(settings.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -221,6 +228,22 @@ def _check_form(settings: ArbitrageFlags, prompts: Sequence[Any]) -> None:
     for prompt in prompts:
         if settings.form == "prompt" and not isinstance(prompt.prompt, str):
             raise ArbitrageError(f"{prompt.where}: messages need --form=messages.")
+
+
+def _check_languages(
+    settings: ArbitrageFlags, prompts: Sequence[Any], known: Sequence[str] | None
+) -> None:
+    """Raises ArbitrageError for a prompt in a language that the function of --language_of says it does not know."""
+    from espalier.data.aya_expanse.prompts import UNKNOWN, same_language
+
+    for prompt in prompts if known is not None else ():
+        if prompt.language == UNKNOWN or any(same_language(prompt.language, x) for x in known):
+            continue
+        raise ArbitrageError(
+            f"{prompt.where}: --language_of={settings.language_of} does not know the language {prompt.language!r}, only "
+            f"{', '.join(known)}, so that no answer would be used: name a function that knows it, leave the language out of "
+            "--languages, or remove --language_of."
+        )
 
 
 def write(settings: ArbitrageFlags, prompts: Sequence[Any], routed: Any) -> dict[str, Any]:

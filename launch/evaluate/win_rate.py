@@ -188,6 +188,14 @@ def win_rates(
     if any(languages):
         shares.print_languages(summary["languages"])
     print(f"{tally}; {folder / SUMMARY}", file=sys.stderr)
+    asked = [outcome.verdict for outcome in outcomes if not outcome.identical]
+    if asked and set(asked) == {None}:
+        print(
+            f"warning: the judge gave no verdict that could be read on any of {len(asked):,} pairs, so nothing was measured: "
+            f"read its replies in {folder / JUDGEMENTS}, and give a judge that follows instructions, or logprob:DIR, which "
+            "compares log-probabilities and writes nothing.",
+            file=sys.stderr,
+        )
     return summary
 
 

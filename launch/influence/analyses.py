@@ -6,6 +6,7 @@ Shapes: N documents, Q queries, S sources.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -181,7 +182,7 @@ def represented(
 ) -> dict[str, Any]:
     """Returns the `shares` of the sources, and `rows` of mean multipliers over the queries of each group.
 
-    Intervals are bootstraps over queries.
+    Intervals are bootstraps over queries; NaN for fewer than `statistics.LEAST_QUERIES`.
 
     Args:
       ranked_NQ: documents of each query from the highest score.
@@ -198,6 +199,9 @@ def represented(
             values_QS = multipliers(order, sources_N, top, len(names))
             for group, queries in groups.items():
                 own = {n: intervals.mean(values_QS[queries, s]) for s, n in enumerate(names)}
+                if len(queries) < statistics.LEAST_QUERIES:
+                    unknown = {"low": math.nan, "high": math.nan}
+                    own = {n: {**mean, **unknown} for n, mean in own.items()}
                 rows.append({"end": end, "documents": top, "group": group, "multipliers": own})
     return {"shares": dict(zip(names, map(float, shares), strict=True)), "rows": rows}
 

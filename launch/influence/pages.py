@@ -202,7 +202,7 @@ def markdown(report: Mapping[str, Any], *, bottom: bool) -> list[str]:
 
 def summary(report: Mapping[str, Any]) -> list[str]:
     """Returns a few lines on a report for a terminal: the first document of each of the first queries, and what it leaves out."""
-    queries = report["queries"]
+    queries, per_norm = report["queries"], report["rank_by"] == "per_norm"
     lines = [
         f"{report['documents']:,} documents, {len(queries):,} queries, method {report['method']}",
         *filter(None, _compression_lines(report["compression"])),
@@ -212,7 +212,8 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"{number}. {asked}")
         for item in query["top"][:1]:
             mark = ", spurious" if item["spurious"] else ""
-            where = f"first of the top: document {item['document'] + 1} ({item['score']:.4g}{mark})"
+            value = f"{item['value']:.4g}{' per norm' if per_norm else ''}"
+            where = f"first of the top: document {item['document']} ({value}{mark})"
             lines.append(f"   {where} {_clipped(item['text'] or '')}")
     if more := len(queries) - _SUMMARISED:
         lines += [f"... and {more:,} more queries"] if more > 0 else []
@@ -245,7 +246,7 @@ def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[s
         value = item["value"] if per_norm else item["per_nat"]
         mark = " (spurious)" if item["spurious"] else ""
         cells = [
-            *(str(rank), str(item["document"] + 1)),
+            *(str(rank), str(item["document"])),
             *([_without_tags(item["source"])] if sources else []),
             *([str(item["step"])] if steps else []),
             *(f"{item['score']:.4g}", "" if value is None else f"{value:.4g}"),

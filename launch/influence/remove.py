@@ -14,6 +14,7 @@ import pathlib
 from typing import Literal
 
 import numpy as np
+from etils import epath
 
 from espalier.data.text import documents as document_files
 from espalier.launch import cli
@@ -51,7 +52,8 @@ def run(
       random_seed: remove as many documents that are drawn with this seed instead.
 
     Raises:
-      RowFileError: scores that are not complete, a file that is missing or has changed, or no query of the kind and task.
+      RowFileError: scores that are not complete, a file that is missing or has changed, an output that exists, or no query of
+        the kind and task.
     """
     from espalier.trainers.influence import queries as query_files
 
@@ -70,6 +72,8 @@ def run(
     inputs = {"scores": scores, "documents": documents, "queries": asked}
     for flag, path, others in (("out", out, inputs), ("kept", kept, {**inputs, "out": out})):
         row_files.check_output(path, flag, compressed=True, others=others)
+        if path is not None and epath.Path(path).exists():
+            raise RowFileError(f"--{flag}={path} exists: give another file, or delete it.")
     if not 1 <= top < count:
         raise RowFileError(
             f"--top={top} must be at least 1, and less than the {count:,} documents."

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 _RESAMPLES = 2000
+LEAST_QUERIES = 5  # of a bootstrap interval
 SHARES = (0.0001, 0.001, 0.01, 0.1, 1.0)  # of the documents
 ROUNDING = 1e-9  # of a part times the number of documents
 _TENTH = 0.1
@@ -65,6 +66,8 @@ def block_mean(
 ) -> dict[str, float]:
     """Returns the mean of a symmetric matrix over pairs of different queries, with a bootstrap interval over queries.
 
+    The interval is NaN for fewer than `LEAST_QUERIES` on a side: a bootstrap over so few is much too narrow.
+
     Pairs share queries, so that queries are drawn, not pairs. A query that is drawn twice forms no pair with itself.
 
     Args:
@@ -74,7 +77,8 @@ def block_mean(
     rng = np.random.default_rng(0)
     drawn_RQ = _drawn(rng, len(first))
     others_RQ = drawn_RQ if set(first) == set(second) else _drawn(rng, len(second))
-    return _interval(*_pair_means(values_QQ, first, second, drawn_RQ, others_RQ))
+    value, means_R = _pair_means(values_QQ, first, second, drawn_RQ, others_RQ)
+    return _interval(value, means_R, min(len(first), len(second)))
 
 
 def block_difference(
@@ -88,13 +92,15 @@ def block_difference(
     drawn_RQ, others_RC = (_drawn(rng, len(x)) for x in (queries, controls))
     value, means_R = _pair_means(values_QQ, queries, queries, drawn_RQ, drawn_RQ)
     other, others_R = _pair_means(values_QQ, queries, controls, drawn_RQ, others_RC)
-    return _interval(value - other, means_R - others_R)
+    return _interval(value - other, means_R - others_R, min(len(queries), len(controls)))
 
 
-def _interval(value: float, draws_R: np.ndarray) -> dict[str, float]:
+def _interval(value: float, draws_R: np.ndarray, queries: int) -> dict[str, float]:
     known = draws_R[np.isfinite(draws_R)]
     if math.isnan(value) or not len(known):
-        return {"value": math.nan, "low": math.nan, "high": math.nan}
+        value = math.nan
+    if math.isnan(value) or queries < LEAST_QUERIES:
+        return {"value": value, "low": math.nan, "high": math.nan}
     low, high = np.percentile(known, [2.5, 97.5])
     return {"value": value, "low": float(low), "high": float(high)}
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from espalier.launch.influence import statistics
+
 Table = dict[str, Any]  # title, text, header, rows
 
 
@@ -22,6 +24,12 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or math.isnan(value):
         return ""
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+_BOOTSTRAPS = (
+    f"Intervals are bootstraps over queries, and left out for fewer than {statistics.LEAST_QUERIES} of them, over which a "
+    "bootstrap is much too narrow."
+)
 
 
 def _percent(value: float | None) -> str:
@@ -50,7 +58,7 @@ def _correlations(analyses: Mapping[str, Any]) -> Table:
     return _table(
         "Correlations of queries",
         "Means over pairs of queries of the correlations of their scores over all documents, and of the share that the first "
-        f"{analyses['within']} documents have in common. Intervals are bootstraps over queries. Random rankings have correlations of 0 "
+        f"{analyses['within']} documents have in common. {_BOOTSTRAPS} Random rankings have correlations of 0 "
         f"and an overlap of {number(analyses['random_overlap'], 2)} in expectation.",
         ["queries", "with queries", "pairs", "Pearson", "Spearman", "overlap"],
         rows,
@@ -111,7 +119,7 @@ def _sources(analyses: Mapping[str, Any]) -> Table:
     return _table(
         "Over-representation of sources",
         "Shares of the sources in all documents, then multipliers: the share of a source at one end of the ranking divided by "
-        "its share in all documents, 1 for random documents. Means over queries with bootstrap intervals.",
+        "its share in all documents, 1 for random documents. Means over queries. " + _BOOTSTRAPS,
         ["documents", "kind", *shares],
         rows,
     )
@@ -249,7 +257,8 @@ def _controls(analyses: Mapping[str, Any]) -> Table:
         "Queries and controls",
         "A control has the form of a kind of queries, and its prompt states the answer. Means over pairs of queries, pairs of a "
         "query and a control, and pairs of controls; the difference is that of the first two. Intervals are bootstraps over queries and "
-        f"controls, and the overlap is of the first {analyses['within']} documents.",
+        f"controls, and left out for fewer than {statistics.LEAST_QUERIES} of either. The overlap is of the first "
+        f"{analyses['within']} documents.",
         ["kind", "measure", "queries", "query and control", "controls", "difference"],
         [
             [

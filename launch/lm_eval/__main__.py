@@ -12,6 +12,7 @@ unknown argument is an error that lists them.
 """
 
 import sys
+from typing import Any
 
 from espalier.launch import cli
 
@@ -33,12 +34,35 @@ def register() -> None:
         model_registry.register(MODEL, target="espalier.launch.lm_eval.model:EspalierLM")
 
 
+def name_results() -> None:
+    """Lets the harness store results under the checkpoint's path, which it looks for in arguments of other names.
+
+    Without this, the folder of a model's results has a random name, and their "device" is the harness's default.
+    """
+    import jax
+    from lm_eval import loggers, utils
+
+    class EvaluationTracker(loggers.EvaluationTracker):
+        def save_results_aggregated(
+            self, results: dict[str, Any], samples: dict[str, Any] | None = None
+        ) -> None:
+            config, own = results["config"], self.general_config_tracker
+            if config["model"] == MODEL:
+                own.model_name = config["adapter"] or config["checkpoint"]
+                own.model_name_sanitized = utils.sanitize_model_name(own.model_name)
+                config["device"] = jax.default_backend()
+            super().save_results_aggregated(results, samples)
+
+    loggers.EvaluationTracker = EvaluationTracker
+
+
 def main() -> int:
     """Runs the harness's command line with this process's arguments."""
 
     def call() -> None:
         with cli.prepared(cli.program_name("espalier.launch.lm_eval")):
             register()
+            name_results()
             from lm_eval.__main__ import cli_evaluate
 
             if {"-h", "--help"} & set(sys.argv[1:]):

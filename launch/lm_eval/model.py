@@ -71,7 +71,7 @@ class EspalierLM(TemplateLM):
         print(f"loaded {self._run.size:,} parameters of {checkpoint}", file=sys.stderr, flush=True)
         if not run.encodes:
             self._run.unroll()
-        self.checkpoint = own.checkpoint
+        self.checkpoint, self.adapter = own.checkpoint, own.adapter
         self.max_gen_toks = own.max_gen_toks
         self.max_length = arguments.max_length(self._run, own.max_length)
         self._prefix_token_id = own.prefix_token_id
@@ -317,6 +317,7 @@ class EspalierLM(TemplateLM):
         leaves = jax.tree.leaves(self._run.params)
         return {
             "checkpoint": self.checkpoint,
+            "adapter": self.adapter,
             "model_num_parameters": self._run.size,
             "model_dtype": str(leaves[0].dtype),
             "max_length": self.max_length,

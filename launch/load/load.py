@@ -139,13 +139,15 @@ class Run:
         Ids from `vocabulary.vocab_size` on are padding of the model's table. Each new shape is compiled once.
 
         Raises:
-          ValueError: the rows have different lengths, or `tokens_BT` is one row.
+          ValueError: the rows have different lengths, `tokens_BT` is one row, or an id is outside the model's table.
         """
         tokens_BT = np.asarray(tokens_BT, np.int32)
         if tokens_BT.ndim != 2:
             raise ValueError(
                 f"logits: tokens have shape {list(tokens_BT.shape)}, not [rows, tokens]: for one row, run.logits([tokens])."
             )
+        for tokens_T in tokens_BT.tolist():
+            self._loaded.encode(tokens_T, "'tokens'")  # checks the ids
         rows = len(tokens_BT)
         padding = self._loaded.batch_size(max(rows, 1), rows) - rows  # the mesh divides the rows
         with self._mesh():

@@ -166,11 +166,21 @@ def rewards_of(
     return [v - flags.missing_end_penalty * c for v, c in zip(values, cut, strict=True)]
 
 
+def check_answer(where: str, row: Row, flags: RewardFlags) -> None:
+    """Raises RewardError unless a row has the right answer, if the reward reads one."""
+    if flags.reward == "exact_answer" and flags.answer_key not in row:
+        raise RewardError(
+            f"{where}: the row has no {flags.answer_key!r}, the right answer for --reward=exact_answer, only "
+            f"{', '.join(map(repr, row))}: add it, or name its key with --answer_key."
+        )
+
+
 def _verified(where: str, row: Row, flags: RewardFlags) -> float:
     from espalier.trainers.rewards import verifiers
 
     if "text" not in row:
         raise RewardError(f"{where}: no 'text', which --reward={flags.reward} reads.")
+    check_answer(where, row, flags)
     key = {"key": flags.answer_key} if flags.reward == "exact_answer" else {}
     verifier = getattr(verifiers, flags.reward)
     try:

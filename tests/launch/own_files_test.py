@@ -104,6 +104,8 @@ def test_a_run_that_has_moved_gives_its_vocabulary_to_later_runs(train, mine, fo
                 f"--gin.MODEL_DIR={folder}/{target}",
             )
             assert ended.status == 0, ended.err
+            # Prompts begin as the documents of the first run do.
+            assert step_dir.read_meta(folder / target)["start_token"] == 0
     finally:
         (folder / "gone").rename(folder / "corpus")
     assert vocabulary(mine) == vocabulary(folder / "on") == vocabulary(folder / "sft2")

@@ -1,5 +1,6 @@
 """Lexical baselines on token ids: BM25 and TF-IDF. Both rank documents by the tokens that they share with a query."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ def bm25(queries: Sequence[Sequence[int]], documents: Sequence[Sequence[int]]) -
     """
     import bm25s
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # the package makes it DEBUG
     if not any(map(len, documents)):
         return np.zeros((len(documents), len(queries)))
     index = bm25s.BM25(k1=K1, b=B, method="lucene")

@@ -147,7 +147,7 @@ function card(item, wanted) {
   const source = data.documents[item.document].source;
   const facts = [
     element("span", { class: "rank" }, `${item.end} ${item.rank}`),
-    element("span", {}, `document ${item.document + 1}`),
+    element("span", {}, `document ${item.document}`),
     element("span", {}, `score ${shown(item.score)}`),
   ];
   if (item.per_nat !== null) facts.push(element("span", {}, `per nat ${shown(item.per_nat)}`));

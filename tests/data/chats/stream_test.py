@@ -8,7 +8,6 @@ import pytest
 from espalier.data.cache import in_place, store
 from espalier.data.chats import stream as chats
 from espalier.data.stream.row_stream import EvalStream
-from espalier.data.stream.train_stream import Stream
 
 VOCABULARY, LENGTH = 300, 32
 TOKENS, WEIGHTS = "targets", "loss_weights"
@@ -49,12 +48,21 @@ def caches(tmp_path_factory):
 
 @pytest.fixture
 def make(caches):
-    def build(packing="best_fit", length=LENGTH, shares=(("a", 0.7), ("b", 0.3)), **settings):
-        sources = [
-            chats.plan_chats(name, caches[name], feature_lengths={TOKENS: length}, packing=packing)
-            for name, _ in shares
-        ]
-        return Stream(sources, ((0, dict(shares)),), batch_size=8, start_token=None, **settings)
+    def build(
+        packing="best_fit",
+        length=LENGTH,
+        shares=(("a", 0.7), ("b", 0.3)),
+        start_token=None,
+        bos_id=None,
+        batch_size=8,
+        **settings,
+    ):
+        rows = {"feature_lengths": {TOKENS: length}, "packing": packing}
+        rows |= {"start_token": start_token, "bos_id": bos_id}
+        sources = [chats.plan_chats(name, caches[name], **rows) for name, _ in shares]
+        return chats._training_stream(
+            sources, ((0, dict(shares)),), batch_size=batch_size, **settings
+        )
 
     return build
 
@@ -64,9 +72,12 @@ def example_of(name, record):
     return [*made[0::2], *made[1::2]][record]  # the order of two shards
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "examples"])
-def test_a_conversation_has_the_same_columns_packed_and_alone(make, packing):
-    stream = make(packing)
+@pytest.mark.parametrize(
+    ("packing", "start"), [("best_fit", None), ("examples", None), ("best_fit", 7), ("examples", 0)]
+)
+def test_a_conversation_has_the_same_columns_packed_and_alone(make, packing, start):
+    stream = make(packing, start_token=start)
+    assert stream.summary()["start_token"] == start
     read = {"a": set(), "b": set()}
     for step in range(12):
         batch = stream.batch(step, 0, 8)
@@ -77,9 +88,10 @@ def test_a_conversation_has_the_same_columns_packed_and_alone(make, packing):
                 example = example_of(row["source"], part["record"])
                 read[row["source"]].add(example["document_id"])
                 ids, learnt = example[TOKENS][:LENGTH], example[WEIGHTS][:LENGTH]
-                here = slice(at, at + len(ids) - 1)
-                # Nothing precedes the first token, which is read and not predicted.
-                columns = (ids[:-1], ids[1:], learnt[1:], k, np.arange(len(ids) - 1))
+                # Without a start token, the first token is read and not predicted.
+                inputs, first = (ids[:-1], 1) if start is None else ([start, *ids[:-1]], 0)
+                here = slice(at, at + len(inputs))
+                columns = (inputs, ids[first:], learnt[first:], k, np.arange(len(inputs)))
                 for name, values in zip(COLUMNS, columns, strict=True):
                     wanted[name][here] = values
                 at = here.stop
@@ -87,7 +99,22 @@ def test_a_conversation_has_the_same_columns_packed_and_alone(make, packing):
             for name in COLUMNS:
                 np.testing.assert_array_equal(batch[f"decoder_{name}"][b], wanted[name], name)
     for name, made in EXAMPLES.items():
-        assert read[name] == {x["document_id"] for x in made if "x" not in x["document_id"]}
+        unlearnt = ("x0", "x1") if start is None else ("x0",)  # the first token of x1 is learnt
+        assert read[name] == {
+            x["document_id"] for x in made if not x["document_id"].endswith(unlearnt)
+        }
+
+
+def test_a_start_token_is_not_put_before_bos(make):
+    first = int(example_of("a", 0)[TOKENS][0])
+    assert first != example_of("b", 0)[TOKENS][0]
+    one = make(shares=(("a", 1.0),), start_token=0, bos_id=first)
+    assert one.summary()["start_token"] is None
+    assert one.fingerprint == make(shares=(("a", 1.0),)).fingerprint
+    (_, text), *_ = one.notices()
+    assert "; they begin with BOS, and not with DOCUMENT_START = 0" in text
+    with pytest.raises(ValueError, match=r"\{'a': None, 'b': 0\}.*DOCUMENT_START = None"):
+        make(start_token=0, bos_id=first)
 
 
 def test_what_is_cut_dropped_and_learnt_is_counted(make):
@@ -105,6 +132,18 @@ def test_what_is_cut_dropped_and_learnt_is_counted(make):
     assert facts["first"]["nothing_learnt"].startswith("1:x")
     one = make(shares=(("a", 1.0),))
     assert one.steps_for_epochs(2.5) == -(-5 * facts["rows"] // 16)
+
+
+def test_a_batch_with_the_same_row_twice_is_named(make):
+    one = make(shares=(("a", 1.0),))
+    rows = one.summary()["sources"]["a"]["rows"]
+    for size, name in ((rows, None), (rows + 1, "repeats"), (3 * rows, "WARNING")):
+        found = make(shares=(("a", 1.0),), batch_size=size).notices()[1:]
+        assert [kind for kind, _ in found] == [name] * (name is not None)
+    ((_, text),) = found
+    assert f"has the same rows 3 times, because the data fill {rows}: BATCH_SIZE = {rows} " in text
+    batch = make(shares=(("a", 1.0),), batch_size=3 * rows).documents(0, 0, 3 * rows)
+    assert sorted(x["row"] for x in batch) == sorted([*range(rows)] * 3)
 
 
 def test_long_conversations_are_left_out_by_name(caches):

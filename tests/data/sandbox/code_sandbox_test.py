@@ -386,6 +386,7 @@ def test_the_program_sees_nothing_of_the_environment(run, monkeypatch):
         import os, sys
         assert not os.environ and sys.argv == ["-c"], (os.environ, sys.argv)
         assert sys.stdin.read() == ""
+        assert sys.dont_write_bytecode  # beside the package's own modules
         for number in range(3, 256):
             try:
                 os.fstat(number)

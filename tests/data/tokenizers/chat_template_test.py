@@ -6,6 +6,7 @@ import pathlib
 import jinja2
 import pytest
 
+from espalier.data.limited_process import LimitedProcess
 from espalier.data.tokenizers import chat_sandbox, chat_template
 from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
 
@@ -235,3 +236,14 @@ def test_templates_are_found_where_checkpoints_have_them(tmp_path):
     assert chat_template.named(str(tmp_path / "chat_template.jinja")).render(USER) == "file"
     with pytest.raises(ChatTemplateError, match="no chat template 'comand'.*command"):
         chat_template.named("comand")
+
+
+def test_the_process_of_a_template_writes_no_bytecode():
+    process = LimitedProcess("builtins:eval", memory_bytes=1 << 30)
+    try:
+        without = process.call(
+            "__import__('sys').dont_write_bytecode", cpu_seconds=5, wall_seconds=30
+        )
+    finally:
+        process.close()
+    assert without is True

@@ -14,6 +14,8 @@ import types
 
 import pytest
 
+from espalier.data.languages import identify
+from espalier.data.languages.table import LANGUAGES
 from espalier.launch.aya_expanse import completions
 from espalier.launch.inference.generate import generate
 from espalier.launch.load import load_run
@@ -318,6 +320,28 @@ def test_answers_in_another_language_and_empty_ones_are_not_used(arbitrage, endp
     assert len(made.sft) == 1 and made.summary["teachers"]["turk"]["dropped"] == {"empty": 5}
 
 
+def test_rows_that_cannot_be_checked_are_refused_before_any_request(
+    arbitrage, endpoint, monkeypatch, capsys
+):
+    own = types.ModuleType("own_language")
+    own.language_of = lambda text: "tr"
+    monkeypatch.setitem(sys.modules, "own_language", own)
+    check = "--language_of=own_language:language_of"
+    for known, flags, message in (
+        (("tr",), [check], "does not know the language 'uk', only tr"),
+        (("tr", "uk"), [check, "--answer_key=none"], "has no 'none'"),
+    ):
+        own.language_of.languages = known
+        assert arbitrage(*flags) == 2
+        error = capsys.readouterr().err
+        assert message in error and "prompts.jsonl, line" in error, error
+    assert "'prompt', 'language'" in error and "--answer_key" in error
+    assert not endpoint.asked
+    own.language_of.languages = ("tr",)
+    assert arbitrage(check, "--languages=tr").chosen
+    assert set(identify.language_of.languages) == set(LANGUAGES)
+
+
 def test_a_learned_router_asks_one_teacher_for_what_it_has_not_learned_from(arbitrage, endpoint):
     made = arbitrage("--routing=learned", "--subset=0.5", "--tau=0.05")
     both = [
@@ -429,7 +453,7 @@ def test_a_hugging_face_folder_is_imported_once(arbitrage, trained_run, tmp_path
         (["--reward=best"], "must be exact_answer"),
         (["--reward=judge:x"], "is not a judge"),
         (["--reward=checkpoint:/nowhere"], "/nowhere"),
-        (["--answer_key=none"], "has no 'none'"),
+        (["--answer_key=none"], "--answer_key"),
         (["--out=/proc/none/x"], "cannot be created"),
     ],
 )

@@ -36,11 +36,14 @@ def test_the_mean_of_a_block_omits_the_diagonal_and_its_interval_draws_queries()
     values = np.array([[1, 0.2, 0.4], [0.2, 1, 0.6], [0.4, 0.6, 1]])
     own = statistics.block_mean(values, [0, 1, 2], [0, 1, 2])
     assert own["value"] == pytest.approx(0.4)
-    # Draws of two queries' pairs alone reach the smallest and the largest pair.
-    assert own["low"] == pytest.approx(0.2) and own["high"] == pytest.approx(0.6)
-    across = statistics.block_mean(values, [0], [1, 2])
-    assert across["value"] == pytest.approx(0.3)
-    assert across["low"] == pytest.approx(0.2) and across["high"] == pytest.approx(0.4)
+    assert math.isnan(own["low"]) and math.isnan(own["high"])  # of too few queries
+    assert statistics.block_mean(values, [0], [1, 2])["value"] == pytest.approx(0.3)
+    u = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    for few, shown in ((4, False), (5, True)):
+        got = statistics.block_mean(np.outer(u, u), range(few), range(few))
+        assert np.isfinite([got["low"], got["high"]]).all() == shown
+    # Draws of two queries' pairs alone reach beyond the smallest and the largest mean of five.
+    assert 0.02 <= got["low"] < got["value"] < got["high"] <= 0.2
     assert math.isnan(statistics.block_mean(values, [0], [0])["value"])
 
 
@@ -112,6 +115,7 @@ def test_multipliers_are_shares_of_the_top_over_shares_of_all():
     by = {(row["end"], row["documents"], row["group"]): row["multipliers"] for row in rows}
     assert {key[1] for key in by} == {10, 50}  # at most half of the documents
     assert by["top", 10, "first"]["code"]["value"] == 0
+    assert math.isnan(by["top", 10, "all"]["code"]["low"])  # of two queries
     assert by["bottom", 10, "first"]["code"]["value"] == 4
     assert by["bottom", 50, "first"]["code"]["value"] == 2
     assert by["bottom", 50, "first"]["text"]["value"] == pytest.approx(0.6667, abs=1e-4)

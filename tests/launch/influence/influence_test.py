@@ -139,7 +139,7 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     assert place.command("influence", "report", *flags) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "6 documents, 2 queries, method ekfac" in printed and len(printed) < 10
-    assert any(line.startswith("   first of the top: document 3 (") for line in printed)
+    assert any(line.startswith("   first of the top: document 2 (") for line in printed)
     assert printed[-1] == f"written: {report}/report.md, report.json, curves.svg and viewer.html"
     assert "](curves.svg)" in (report / "report.md").read_text()
     text = (report / "report.md").read_text()
@@ -162,7 +162,13 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     assert shown["queries"][1]["top"][0]["document"] == 2 and "1:2" in shown["tokens"]
     for number, document in shown["documents"].items():
         assert document["source"] == DOCUMENTS[int(number)].get("source", "(none)")
-    assert place.command("influence", "report", f"--scores={out}", "--rank_by=per_norm") == 0
+    # A terminal shows the numbers of the ranking that was asked for.
+    flags = (f"--scores={out}", "--rank_by=per_norm", f"--out={report}")
+    assert place.command("influence", "report", *flags) == 0
+    first = json.loads((report / "report.json").read_text())["queries"][0]["top"][0]
+    assert first["value"] != first["score"]
+    where = f"first of the top: document {first['document']} ({first['value']:.4g} per norm"
+    assert where in capsys.readouterr().out
 
 
 def test_a_fit_ranks_documents_for_their_own_halves_with_several_dampings(place, capsys):
@@ -240,7 +246,8 @@ def test_other_methods_and_low_ranks(place, capsys):
         for n in record["notes"]
         for a, b in zip(n["objectives"], n["objectives"][1:], strict=False)
     )
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert "DEBUG" not in printed + errors
     assert "query gradients keep" in printed and "correlate at" in printed
     assert "conjugate gradients on 2 documents, relative residuals up to" in printed
     beside = [f"--beside={place.folder / name}.jsonl" for name in names[1:5]]
@@ -277,7 +284,9 @@ def test_rankings_of_two_models_are_compared_and_documents_are_removed(place, ca
 
     removed, kept = place.folder / "removed.jsonl", place.folder / "kept.jsonl"
 
-    def remove(*flags):
+    def remove(*flags, keep=False):
+        for path in () if keep else (removed, kept):
+            path.unlink(missing_ok=True)
         own = (f"--scores={outs['ema']}", f"--out={removed}", *flags)
         return place.command("influence", "remove", *own)
 
@@ -315,6 +324,9 @@ def test_rankings_of_two_models_are_compared_and_documents_are_removed(place, ca
         assert remove(*flags) == 2, flags
         assert message in capsys.readouterr().err
     assert read(place.documents) == documents
+    assert remove("--top=1") == 0 and remove("--top=2", keep=True) == 2
+    assert f"--out={removed} exists: give another file" in capsys.readouterr().err
+    assert len(read(removed)) == 1
 
 
 def test_the_model_writes_completions_once(place, trained_run, capsys, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from espalier.launch.convert import __main__ as convert
+from espalier.launch.lm_eval import __main__ as command
 from espalier.launch.lm_eval.arguments import options
 from espalier.launch.lm_eval.model import EspalierLM
 from espalier.launch.load.load_run import LoadError
@@ -132,6 +133,20 @@ def test_a_run_reads_its_start_token_before_every_context(native, trained_run):
         assert log_prob == pytest.approx(float(logp_T.sum(dtype=np.float64)), abs=1e-4)
     rolled = native.loglikelihood_rolling(requests("loglikelihood_rolling", ("def f",), ("",)))
     assert rolled == [pytest.approx(found[1][0], abs=1e-4), 0.0]
+
+
+def test_results_are_stored_under_the_checkpoint(native, tmp_path, monkeypatch):
+    from lm_eval import loggers
+
+    monkeypatch.setattr(loggers, "EvaluationTracker", loggers.EvaluationTracker)
+    command.name_results()
+    tracker = loggers.EvaluationTracker(output_path=str(tmp_path))
+    config = {"model": "espalier", **native.get_model_info(), "device": "cuda:0"}
+    tracker.save_results_aggregated({"config": config, "results": {}, "configs": {}})
+    (path,) = tmp_path.glob("*/results_*.json")
+    found = json.loads(path.read_text())
+    assert path.parent.name == native.checkpoint.replace("/", "__")
+    assert (found["model_name"], found["config"]["device"]) == (native.checkpoint, "cpu")
 
 
 def test_answers_are_kept_as_they_come_and_not_asked_for_again(native, tmp_path, monkeypatch):

@@ -166,6 +166,9 @@ def test_what_cannot_be_used_is_named(run, own, trained_run, tmp_path):
         load(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"run\.logits\(\[tokens\]\)"):
         run.logits(run.encode("import os"))
+    for id in (-1, run.model.config.vocab_size):
+        with pytest.raises(ValueError, match=f"'tokens' holds the id {id}, outside the model's"):
+            run.logits([[1, 2, id]])
     with pytest.raises(LoadError, match="no chat template"):
         run.generate([[{"role": "user", "content": "Hello"}]])
     with pytest.raises(LoadError, match=r"vocabulary=vocabularies\.byte\(\)"):
