@@ -49,19 +49,31 @@ def announce(run: ResolvedRun) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     kind = f"{len(run.devices)} x {run.devices[0].device_kind}"
     trained = program.num_params(trained_only=True)
-    units, steps = run.units_per_batch, run.total_steps
     lines = [
         ("mesh", f"{mesh} ({kind}), rules {program.recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
         *_dtype_line(program),
         ("data", f"{', '.join(stream.source_names)}; fingerprint {stream.fingerprint[:12]}"),
-        (run.unit, f"{units:,} a step, {units * steps:,} in {steps:,} steps"),
-        ("epochs", epochs_line(stream, steps)),
+        (run.unit, _amount(run)),
+        ("epochs", epochs_line(stream, run.total_steps)),
         *run.notices,
     ]
     _print(lines)
     for report in program.reports:
         print(report, flush=True)
+
+
+def _amount(run: ResolvedRun) -> str:
+    """Returns the units of a step and of all steps; of tokens, the positions of rows and how many of them have a token."""
+    units, steps = run.units_per_batch, run.total_steps
+    if run.unit != "tokens":
+        return f"{units:,} a step, {units * steps:,} in {steps:,} steps"
+    facts, full = run.stream.summary(), ""
+    if "phases" in facts and facts["lengths"] == {"targets": run.program.recipe.length}:
+        shares = facts["phases"][0]["row_shares"]
+        fill = sum(share * facts["sources"][name]["fill"] for name, share in shares.items())
+        full = f", about {units * fill:,.0f} tokens ({fill:.0%} full)"
+    return f"{units:,} positions a step{full}; {units * steps:,} positions in {steps:,} steps"
 
 
 def announce_start(run: ResolvedRun, start: Restored, life: Sequence[Start]) -> None:
