@@ -15,7 +15,7 @@ from espalier.trainers.checkpoints.restore import Restored
 from espalier.trainers.loop import Loop
 from espalier.trainers.recipe import Program
 from espalier.trainers.telemetry import flops, lifetime
-from espalier.trainers.telemetry.goodput import Goodput
+from espalier.trainers.telemetry.goodput import SHOWN, Goodput
 from espalier.trainers.telemetry.lifetime import Start
 from espalier.trainers.telemetry.progress import held_out_text
 
@@ -157,7 +157,9 @@ def time_split(goodput: Goodput) -> str:
     """Returns a line with the time of each part of the run."""
     parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
     share = parts.pop("goodput")
-    text = ", ".join(f"{name} {duration(v)}" for name, v in parts.items() if v >= 0.5)
+    text = ", ".join(
+        f"{SHOWN.get(name, name)} {duration(v)}" for name, v in parts.items() if v >= 0.5
+    )
     return f"time: {text}; {share:.0%} in steps"
 
 

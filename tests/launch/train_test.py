@@ -139,12 +139,12 @@ def test_a_run_says_what_it_will_do_and_did(trained):
     fill = json.loads((path / "run.json").read_text())["data"]["sources"]["files"]["fill"]
     assert 0.5 < fill <= 1
     assert lines["tokens"] == (
-        f"1,024 positions a step, about {1024 * fill:.0f} tokens ({fill:.0%} full); 40,960 positions in 40 steps"
+        f"1,024 positions a step, about {1024 * fill:,.0f} tokens ({fill:.0%} full); 40,960 positions in 40 steps"
     )
     assert lines["start"] == "new parameters, step 0"
     assert lines["estimate"].startswith("about ")
     assert f"done at step 40; the run is in {path}" in result.out
-    assert re.search(r"time: init .*; \d+% in steps", result.out)
+    assert re.search(r"time: init .*, state .*; \d+% in steps", result.out)
 
 
 @pytest.mark.parametrize("page", transcripts.pages())
