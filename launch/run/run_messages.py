@@ -130,7 +130,7 @@ def summarise(
     """
     how = "stopped by a signal" if loop.interrupted else "done"
     if loop.ended and loop.step < run.total_steps:
-        how = "ended by a hook"
+        how = f"ended by {loop.ended_by}"
     print(f"{how} at step {loop.step}; the run is in {path}")
     losses = [f"training {loop.loss:.3f}"] if loop.loss is not None else []
     losses += [f"held out {text}"] if (text := held_out_text(evaluation)) else []
