@@ -295,8 +295,9 @@ def _where(params: Any, sites: Collection[str]) -> str:
         first = {shape[0] if len(shape) > 1 else 0 for shape in shapes[block]}
         layers += first.pop() if len(first) == 1 and 0 not in first else 1
     each = set(blocks.values())
-    if layers > 1 and len(each) == 1 and all(matches):
-        return f"{each.pop()} projections of each of {layers} layers"
+    if len(each) == 1 and all(matches):
+        count = each.pop()
+        return f"{count} projection{'s' * (count != 1)} of {f'each of {layers} layers' if layers > 1 else 'one layer'}"
     return f"{len(sites)} layer{'s' * (len(sites) != 1)}"
 
 

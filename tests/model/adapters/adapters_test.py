@@ -243,6 +243,11 @@ def test_patterns_choose_sites_and_ranks():
         f"adapter lora: Lora at 2 layers, {2 * 14 + 3 * 14} parameters",
         f"adapters are 78 parameters, {78 / 144:.3%} of the base model's 144",
     ]
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((5, *x.shape), x.dtype), params)
+    layers = {"block_0": {"mlp": stacked}, "block_1": {"mlp": stacked}}
+    sites = [f"layers/block_{n}/mlp/{name}" for n in (0, 1) for name in ("gate", "up")]
+    where = adapter._where({"layers": layers}, sites)
+    assert where == "2 projections of each of 10 layers"
 
 
 def test_parameters_of_the_base_are_the_base_model():
