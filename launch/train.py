@@ -153,6 +153,7 @@ def train(
             goodput.measure("restore"),
         ):
             start, meta = resolved.restore_start(run, saver, initial)
+        recorded = _last_row(folder) if primary else 0
         rows = (
             stack.enter_context(contextlib.closing(_open_rows(folder, start))) if primary else None
         )
@@ -160,7 +161,7 @@ def train(
         writer = _open_writers(folder, start.step, rows, written, writers)
         stack.enter_context(contextlib.closing(writer))
         if life is not None:
-            life.goes_on_from(start.step, of_run=start.source == "run")
+            life.goes_on_from(start.step, of_run=start.source == "run", recorded=recorded)
             run_messages.announce_start(run, start, life.starts)
 
         context = RunContext(
@@ -248,6 +249,15 @@ def _open_rows(folder: run_dir.RunDir, start: Restored) -> metric_writers.JsonlW
     # Checkpoints of earlier versions have no marks.
     marks = start.meta.get(metric_writers.MARKS)
     return metric_writers.JsonlWriter(folder.metrics, first_step=start.step + 1, marks=marks)
+
+
+def _last_row(folder: run_dir.RunDir) -> int:
+    """Returns the last step in metrics.jsonl; 0 if it has none, or is damaged, which opening it repairs."""
+    try:
+        rows = metric_writers.rows_in_force(folder.metrics)
+    except (FileNotFoundError, metric_writers.DamagedRowsError):
+        return 0
+    return max((int(row["step"]) for row in rows), default=0)
 
 
 def _rows_of(folder: run_dir.RunDir, step: int) -> list[dict[str, float]]:

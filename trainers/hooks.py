@@ -67,12 +67,14 @@ class Hook(abc.ABC):
       also_at: steps of further calls.
       at_start: also runs before a run's first update.
       prefix: of the names of its metrics; a hook is not run again at a step for which they are written.
+      ended_by: what ends the run if it does, such as its setting.
     """
 
     every: int
     also_at: Collection[int] = ()
     at_start: bool = False
     prefix: str = ""
+    ended_by: str = "a hook"
 
     @property
     def ended(self) -> bool:

@@ -217,7 +217,12 @@ class Loop:
     @property
     def ended(self) -> bool:
         """Whether a hook has ended the run."""
-        return any(hook.ended for hook in self.hooks)
+        return bool(self.ended_by)
+
+    @property
+    def ended_by(self) -> str:
+        """What has ended the run, as its hook says it; '' as long as none has."""
+        return next((hook.ended_by for hook in self.hooks if hook.ended), "")
 
     @property
     def loss(self) -> float | None:

@@ -232,8 +232,8 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
             "same gin files and bindings (--replace deletes the old one)."
         )
     print(
-        f"A token cache of other data with this task's name is there ({directory}; other {', '.join(keys)}); a second "
-        "cache is built beside it.",
+        f"The token cache {directory} is of other data with this task's name (other {', '.join(keys)}), and stays as it is; "
+        "a cache of these data is built beside it.",
         file=sys.stderr,
     )
 

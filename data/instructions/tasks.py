@@ -244,9 +244,12 @@ class _Sets:
         for path in paths:
             if path.is_file():
                 return read(path)
+        known = self.templates_dir.glob("**/templates.yaml")
+        sets = [str(path.parent.relative_to(self.templates_dir)) for path in known]
+        hint = spelling.nearest(name, sets)
         raise FileNotFoundError(
-            f"The set {name!r} has no templates: neither {paths[0]} nor {paths[1]} exists. Copy promptsource's "
-            "templates.yaml there, or set templates_dir"
+            f"The set {name!r} has no templates: neither {paths[0]} nor {paths[1]} exists"
+            f"{f' ({hint})' if hint.startswith('did') else ''}. Copy promptsource's templates.yaml there, or set templates_dir"
         )
 
     def source(self, name: str, template: Template, *, ranking: bool) -> Source:

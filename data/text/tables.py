@@ -183,6 +183,7 @@ def _column(column: Any) -> list[Any]:
     return [values.get(index) for index in column.indices.to_pylist()]
 
 
+_SETTINGS = {"text_key": "text_key (TEXT_KEY)", "id_key": "id_key (ID_KEY)"}  # with their macros
 _CHATS = "; conversations and completions are learnt by runs/finetune.gin over data/chat.gin"
 
 
@@ -191,6 +192,6 @@ def value_of(record: Mapping[str, Any], key: str, argument: str, where: str) -> 
     if key not in record:
         raise DataError(
             f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Correct "
-            f"{argument}{_CHATS if {'messages', 'completion'} & record.keys() else ''}"
+            f"{_SETTINGS.get(argument, argument)}{_CHATS if {'messages', 'completion'} & record.keys() else ''}"
         )
     return record[key]

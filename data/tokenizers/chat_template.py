@@ -215,8 +215,8 @@ def named(name_or_file: str, variables: Mapping[str, Any] | None = None) -> Chat
         source = _read(pathlib.Path(folder), name) or ""
     else:
         raise ChatTemplateError(
-            f"there is no chat template {name_or_file!r}: give the path of a jinja file, or one of "
-            f"{', '.join(BUILT_IN)}"
+            f"there is no chat template {name_or_file!r}: give the path of a jinja file, or the name of a built-in "
+            f"one: {', '.join(map(repr, BUILT_IN))}"
         )
     return ChatTemplate({DEFAULT: source}, dict(variables or {}), f"chat template {name_or_file}")
 

@@ -27,6 +27,7 @@ class _Stage:
 
 _stages: list[_Stage] = []  # under way in all threads, the newest last
 _written = 0.0  # when something was last written to standard output or standard error
+_in_line = False  # whether standard output is in the middle of a line, such as an answer that is being streamed
 _active = False
 
 
@@ -101,11 +102,13 @@ def _say(newest: _Stage) -> None:
     text = newest.text if isinstance(newest.text, str) else newest.text()
     if not text:
         return
+    global _in_line
+    begin, _in_line = "\n" * _in_line, False
     minutes, seconds = divmod(round(time.monotonic() - newest.began), 60)
     elapsed = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     bars: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
     with bars.external_write_mode(file=sys.stderr) if bars else contextlib.nullcontext():
-        print(f"{text}, {elapsed}", file=sys.stderr, flush=True)
+        print(f"{begin}{text}, {elapsed}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -115,8 +118,10 @@ def _noted(stream: Any) -> Iterator[None]:
     before = getattr(stream, "__dict__", {}).get("write")
 
     def write(text: str) -> int:
-        global _written
+        global _written, _in_line
         _written = time.monotonic()
+        if stream is sys.stdout and text:
+            _in_line = not text.endswith("\n")
         return own(text)
 
     try:

@@ -195,6 +195,12 @@ def _without_value(checked: Checked, used: Reach | None) -> Iterator[Problem]:
         if name not in checked.macros and name in macros_read:
             near = nearest(name, checked.macros)
             remedy = near or f"Set it: --gin.{name}=VALUE."
+            if name == "TASKS":  # references to functions, which a file of data sets
+                known = "VOCABULARY" in checked.macros
+                remedy = (
+                    "There are no data of its own here: give a file of data, such as --gin_file=t5x_configs/data/"
+                    f"{'files_base' if known else 'files'}.gin with FILES, and MIXTURE_OR_TASK_NAME=files."
+                )
             yield Problem(place, f"macro '{name}' has no value", remedy)
     for name, bound in checked.macros.items():
         if is_required(bound.value) and name in macros_read:
@@ -327,12 +333,14 @@ def _unreachable(
     """Yields bindings that the entry point cannot reach.
 
     Exceptions are bindings whose reference a later file or the command line replaced, which is the purpose of
-    later files, and the file of a method (t5x_configs/methods): it binds several layers, of which a model has
+    later files, streams of a shipped file of data that an evaluation does not read, and the file of a method (t5x_configs/methods): it binds several layers, of which a model has
     only some.
     """
     for key, bound in checked.bindings.items():
         _, target, argument = key
         if target in reach.ways or gin_reach.is_method(bound.file):
+            continue
+        if gin_reach.unread_stream(bound.file, target, entry_name, reach.ways):
             continue
         replaced = any(
             target in before().ways and before().checked.bindings.get(key) is bound

@@ -11,7 +11,7 @@ user's own files and the command line may change any binding.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from espalier.launch.config.gin_reader import (
@@ -32,6 +32,17 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "espalier.launch.evaluate.held_out.evaluate": _OF_EVALUATE,
     "espalier.launch.evaluate.ranks.evaluate": ("checkpoint", "params", "json_file", "adapter"),
 }
+
+
+def unread_stream(file: str, target: str, entry_name: str, reached: Collection[str]) -> bool:
+    """Returns whether a shipped file of data binds a stream that an evaluation does not read, which is no mistake.
+
+    An evaluation trains on no stream; one that reads no held-out stream either has its own way to the tasks.
+    """
+    name = target.rpartition(".")[2]
+    held_out = any(other.endswith(".make_eval_stream") for other in reached)
+    unread = name == "make_stream" or (name == "make_eval_stream" and not held_out)
+    return unread and entry_name in FLAGS and "/t5x_configs/data/" in file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,12 +81,13 @@ def evaluate(
         for name, facts in tasks.registered(ORIGIN).items()
         if "held_out" in facts and facts is not earlier.get(name)
     }
+    encodes = config.model.row.encodes
     if not held_out:
         raise LoadError(
-            "There are no held-out tasks: give --gin_file=t5x_configs/data/instructions.gin or a file that includes it, "
-            "and set HELD_OUT = {'task': ['set', ...]}."
+            f"There are no held-out tasks: give --gin_file=t5x_configs/data/instructions{'' if encodes else '_decoder'}.gin or a "
+            "file that includes it, and set HELD_OUT = {'task': ['set', ...]}."
         )
-    form = "encoder_decoder" if config.model.row.encodes else "decoder"
+    form = "encoder_decoder" if encodes else "decoder"
     for name, facts in held_out.items():
         if facts["form"] != form:
             raise LoadError(

@@ -133,8 +133,9 @@ class LoadedRun:
             raise LoadError(f"CHAT_TEMPLATE: {error}.") from None
         if template is None:
             raise LoadError(
-                'The run\'s vocabulary has no chat template for "messages": set a jinja file or one of '
-                f'{", ".join(chat_template.BUILT_IN)} with --gin.CHAT_TEMPLATE=\'"..."\', or give "text" '
+                'The run\'s vocabulary has no chat template for "messages": set CHAT_TEMPLATE '
+                "(of a command: --gin.CHAT_TEMPLATE='\"...\"') to the path of a jinja file or the name of a built-in one, "
+                f'{", ".join(map(repr, chat_template.BUILT_IN))}, or give "text" '
                 "in the format of the training texts."
             )
         return template

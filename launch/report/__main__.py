@@ -190,7 +190,7 @@ def _row(start: Start, wait: float | None, ended: str) -> Sequence[str]:
         duration(sum(start.seconds.values())),
         duration(start.training),
         duration(sum(start.seconds.get(part, 0.0) for part in START_PARTS)),
-        f"{start.lost_steps:,}",
+        lifetime.lost_steps([start]),
         "-" if wait is None else duration(wait),
         ended,
     )

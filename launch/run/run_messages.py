@@ -15,7 +15,7 @@ from espalier.trainers.checkpoints.restore import Restored
 from espalier.trainers.loop import Loop
 from espalier.trainers.recipe import Program
 from espalier.trainers.telemetry import flops, lifetime
-from espalier.trainers.telemetry.goodput import Goodput
+from espalier.trainers.telemetry.goodput import SHOWN, Goodput
 from espalier.trainers.telemetry.lifetime import Start
 from espalier.trainers.telemetry.progress import held_out_text
 
@@ -49,19 +49,31 @@ def announce(run: ResolvedRun) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     kind = f"{len(run.devices)} x {run.devices[0].device_kind}"
     trained = program.num_params(trained_only=True)
-    units, steps = run.units_per_batch, run.total_steps
     lines = [
         ("mesh", f"{mesh} ({kind}), rules {program.recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
         *_dtype_line(program),
         ("data", f"{', '.join(stream.source_names)}; fingerprint {stream.fingerprint[:12]}"),
-        (run.unit, f"{units:,} a step, {units * steps:,} in {steps:,} steps"),
-        ("epochs", epochs_line(stream, steps)),
+        (run.unit, _amount(run)),
+        ("epochs", epochs_line(stream, run.total_steps)),
         *run.notices,
     ]
     _print(lines)
     for report in program.reports:
         print(report, flush=True)
+
+
+def _amount(run: ResolvedRun) -> str:
+    """Returns the units of a step and of all steps; of tokens, the positions of rows and how many of them have a token."""
+    units, steps = run.units_per_batch, run.total_steps
+    if run.unit != "tokens":
+        return f"{units:,} a step, {units * steps:,} in {steps:,} steps"
+    facts, full = run.stream.summary(), ""
+    if "phases" in facts and facts["lengths"] == {"targets": run.program.recipe.length}:
+        shares = facts["phases"][0]["row_shares"]
+        fill = sum(share * facts["sources"][name]["fill"] for name, share in shares.items())
+        full = f", about {units * fill:,.0f} tokens ({fill:.0%} full)"
+    return f"{units:,} positions a step{full}; {units * steps:,} positions in {steps:,} steps"
 
 
 def announce_start(run: ResolvedRun, start: Restored, life: Sequence[Start]) -> None:
@@ -118,7 +130,7 @@ def summarise(
     """
     how = "stopped by a signal" if loop.interrupted else "done"
     if loop.ended and loop.step < run.total_steps:
-        how = "ended by a hook"
+        how = f"ended by {loop.ended_by}"
     print(f"{how} at step {loop.step}; the run is in {path}")
     losses = [f"training {loop.loss:.3f}"] if loop.loss is not None else []
     losses += [f"held out {text}"] if (text := held_out_text(evaluation)) else []
@@ -145,7 +157,9 @@ def time_split(goodput: Goodput) -> str:
     """Returns a line with the time of each part of the run."""
     parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
     share = parts.pop("goodput")
-    text = ", ".join(f"{name} {duration(v)}" for name, v in parts.items() if v >= 0.5)
+    text = ", ".join(
+        f"{SHOWN.get(name, name)} {duration(v)}" for name, v in parts.items() if v >= 0.5
+    )
     return f"time: {text}; {share:.0%} in steps"
 
 

@@ -8,18 +8,21 @@ base model is one of the adapted model without adapters. An adapter's parameters
 the base model.
 """
 
+import collections
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from espalier.common.ranges import recordable
+from espalier.model import layer_groups
 from espalier.model.flops import Counted
 from espalier.model.protocol import adapters_of
 from espalier.model.transforms.patterns import fullmatch
@@ -268,7 +271,7 @@ def report(params: Any, *, adapters: Adapters) -> list[str]:
                 )
         total += sum(own.values())
         lines.append(
-            f"adapter {slot}: {type(adapter).__name__} at {len(own)} layers, {sum(own.values()):,} parameters"
+            f"adapter {slot}: {type(adapter).__name__} at {_where(params, own)}, {sum(own.values()):,} parameters"
         )
     everything = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     base = everything - total
@@ -276,6 +279,26 @@ def report(params: Any, *, adapters: Adapters) -> list[str]:
         f"adapters are {total:,} parameters, {total / base:.3%} of the base model's {base:,}"
     )
     return lines
+
+
+def _where(params: Any, sites: Collection[str]) -> str:
+    """Returns how many projections have an adapter, such as '7 projections of each of 30 layers'."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        if match := layer_groups.BLOCK.fullmatch(path):
+            shapes.setdefault(f"{match[1]}/block_{match[2]}", []).append(leaf.shape)
+    matches = [layer_groups.BLOCK.fullmatch(f"{site}/kernel") for site in sites]
+    blocks = collections.Counter(f"{match[1]}/block_{match[2]}" for match in matches if match)
+    layers = 0
+    for block in blocks:
+        # Blocks of stacked layers have an axis of layers in front of every array.
+        first = {shape[0] if len(shape) > 1 else 0 for shape in shapes[block]}
+        layers += first.pop() if len(first) == 1 and 0 not in first else 1
+    each = set(blocks.values())
+    if len(each) == 1 and all(matches):
+        count = each.pop()
+        return f"{count} projection{'s' * (count != 1)} of {f'each of {layers} layers' if layers > 1 else 'one layer'}"
+    return f"{len(sites)} layer{'s' * (len(sites) != 1)}"
 
 
 def _sites(params: Any) -> dict[str, tuple[str | None, int]]:

@@ -71,6 +71,15 @@ def test_whatever_is_printed_postpones_it(said, stream):
     assert [line.split(",")[0] for line in lines if line != "row"] == ["training"]
 
 
+def test_it_ends_the_line_of_an_answer_that_is_being_streamed(said, capsys):
+    def show():
+        print("The", end="", flush=True)
+
+    with stages.stage("compiling"):
+        lines = said({1: show}, 25)
+    assert lines[0] == "" and [line.split(",")[0] for line in lines[1:]] == ["compiling"] * 2
+
+
 def test_nothing_is_said_where_silence_is_right(said):
     with stages.stage("serving"), stages.quiet():
         assert said({}, 300) == []

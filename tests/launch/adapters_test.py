@@ -74,7 +74,7 @@ def test_a_preference_run_learns_adapters_against_its_base(train, flags, unrolle
     run, alone = tmp_path / "run", tmp_path / "alone"
     result = train(*flags, f"--gin.MODEL_DIR={str(run)!r}")
     assert result.status == 0, result.err
-    assert "adapter lora: Lora at 7 layers" in result.out
+    assert "adapter lora: Lora at 7 projections of one layer" in result.out
     losses = [row["loss"] for row in read_jsonl(f"{run}/metrics.jsonl") if "loss" in row]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6) and losses[-1] < losses[0]
     ours, theirs = (

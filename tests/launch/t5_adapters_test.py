@@ -187,7 +187,7 @@ def test_virtual_tokens_of_the_inputs_are_learnt(start, base, tmp_path):
     more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270")
     more += (f"INITIAL_CHECKPOINT_PATH={str(base)!r}", "LEARNING_RATE=1e-2")
     result = start(tmp_path / "run", (*TUNING, "methods/adapters/prompt"), *more)
-    assert "adapter prompt: Prompt at 1 layers, 32 parameters" in result.out
+    assert "adapter prompt: Prompt at 1 layer, 32 parameters" in result.out
     saved = [step_dir.read_manifest(epath.Path(p)).arrays for p in step_dir.candidates(base)[:1]]
     ours = step_dir.read_manifest(step_dir.resolve(tmp_path / "run")).arrays
     changed = {

@@ -136,11 +136,15 @@ def test_a_run_says_what_it_will_do_and_did(trained):
     lines = dict(re.findall(r"^(\w+) +(.*)$", result.out, re.MULTILINE))
     assert lines["mesh"] == "data 1 x fsdp 8 x expert 1 x tensor 1 (8 x cpu), rules fsdp"
     assert lines["parameters"] == "123,072, of which 123,072 are trained"
-    assert lines["tokens"] == "1,024 a step, 40,960 in 40 steps"
+    fill = json.loads((path / "run.json").read_text())["data"]["sources"]["files"]["fill"]
+    assert 0.5 < fill <= 1
+    assert lines["tokens"] == (
+        f"1,024 positions a step, about {1024 * fill:,.0f} tokens ({fill:.0%} full); 40,960 positions in 40 steps"
+    )
     assert lines["start"] == "new parameters, step 0"
     assert lines["estimate"].startswith("about ")
     assert f"done at step 40; the run is in {path}" in result.out
-    assert re.search(r"time: init .*; \d+% in steps", result.out)
+    assert re.search(r"time: init .*, state .*; \d+% in steps", result.out)
 
 
 @pytest.mark.parametrize("page", transcripts.pages())

@@ -13,7 +13,7 @@ from espalier.common import stages
 # What a command says of a part that lasts; steps and waits for batches are told by the loop.
 _STAGES = {
     "data": "opening the data",
-    "restore": "restoring the state",
+    "restore": "making or restoring the state",
     "compile": "compiling the step",
     "generation": "generating",
     "checkpoint": "saving",
@@ -22,6 +22,8 @@ _STAGES = {
 # Interpreter, imports and checks; opening the data; restoring or making the state; the rest of compilation.
 _BEFORE = ("init", "data", "restore")
 START_PARTS = (*_BEFORE, "compile")
+# What a line calls a part by another word than metrics: a run that restores nothing compiles and makes its state there.
+SHOWN = {"restore": "state"}
 PARTS = (*START_PARTS, "data_wait", "generation", "step", "checkpoint", "evaluation")
 
 

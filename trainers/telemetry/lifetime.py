@@ -51,7 +51,8 @@ class Start:
       ended: 'running', 'done', 'interrupted' by a signal, or 'failed'; a killed process was last 'running', see `ending`.
       seconds: its time by part, see goodput.PARTS.
       saves: [step, seconds of training until its save] of the last saves.
-      lost_steps, lost_seconds: updates that the next start had to make again, and the time they had taken.
+      lost_steps, lost_seconds: updates that the next start had to make again, and the time they had taken; of a killed
+        process the least that they can be, since it may have gone on after its last record.
     """
 
     began: float
@@ -70,8 +71,9 @@ class Start:
         """Seconds of training."""
         return sum(self.seconds.get(part, 0.0) for part in _TRAINING)
 
-    def lose(self, step: int) -> None:
-        """Notes that the run went on from `step`."""
+    def lose(self, step: int, recorded: int = 0) -> None:
+        """Notes that the run went on from `step`; `recorded` is the last step of which this start has left a row of metrics."""
+        self.step = max(self.step, recorded)
         if self.from_step is None or step >= self.step:
             return
         self.lost_steps = self.step - max(step, self.from_step)
@@ -115,6 +117,12 @@ def waits(starts: Sequence[Start]) -> list[float | None]:
     return [None if a is None or b is None else max(b - a, 0.0) for a, b in pairs]
 
 
+def lost_steps(starts: Sequence[Start]) -> str:
+    """Returns the number of lost steps as a text, 'at least 25' if one of the starts that lost them was killed."""
+    least = any(s.lost_steps and s.ended == "running" for s in starts)
+    return f"{'at least ' * least}{sum(s.lost_steps for s in starts):,}"
+
+
 def split(starts: Sequence[Start]) -> dict[str, float]:
     """Returns the seconds of a run by part: the parts of `goodput` without lost steps, and 'lost' and 'gaps'."""
     parts = {part: sum(s.seconds.get(part, 0.0) for s in starts) for part in (*PARTS, "other")}
@@ -141,9 +149,9 @@ def line(starts: Sequence[Start]) -> str:
     total = sum(parts.values())
     parts["start"] = sum(parts[part] for part in START_PARTS)
     useful = sum(parts[part] for part in _TRAINING)
-    lost = sum(s.lost_steps for s in starts)
+    lost = lost_steps(starts)
     texts = [
-        f"{parts[part] / total:.0%} {name}{f' ({lost:,})' if part == 'lost' and lost else ''}"
+        f"{parts[part] / total:.0%} {name}{f' ({lost})' if part == 'lost' and lost != '0' else ''}"
         for part, name in _NAMES.items()
         if total and parts[part] >= 0.005 * total
     ]
@@ -274,13 +282,19 @@ class Lifetime(Unrecorded, contextlib.AbstractContextManager):
                     _log.warning("%s cannot be written (%s); training goes on.", FILE, error)
                 self._failed = True
 
-    def goes_on_from(self, step: int, *, of_run: bool) -> None:
-        """Notes the step of the state; `of_run` if it is from one of the run's own checkpoints."""
+    def goes_on_from(self, step: int, *, of_run: bool, recorded: int = 0) -> None:
+        """Notes the step of the state.
+
+        Args:
+          step: its step.
+          of_run: whether it is from one of the run's own checkpoints.
+          recorded: the last step in the run's rows of metrics, as the start before has left them.
+        """
         with self._lock:
             self.now.from_step = self.now.step = step
             if len(self.starts) > 1:
                 before = self.starts[-2]
-                before.lose(step if of_run else before.from_step or 0)
+                before.lose(step if of_run else before.from_step or 0, recorded)
                 before.saves = []
 
     def reached(self, step: int) -> None:

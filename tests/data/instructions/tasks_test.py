@@ -93,6 +93,7 @@ def test_tasks_mixture_and_ranking(register):
         ({"train": {}, "held_out": ()}, ValueError, "name no set"),
         ({"train": {"all": "small"}}, ValueError, r"train\['all'\] is 'small'; write a list"),
         ({"train": ["none"]}, FileNotFoundError, "The set 'none' has no templates: neither "),
+        ({"train": ["smal"]}, FileNotFoundError, r"exists \(did you mean 'small'\?\)\. Copy"),
         (
             {"train": ["group/none"]},
             FileNotFoundError,

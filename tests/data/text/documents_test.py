@@ -171,7 +171,7 @@ def test_line_that_is_no_object(tmp_path):
 
 def test_missing_text_key_names_the_keys_that_are_there(tmp_path):
     path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n{"content": "a", "id": 1}\n')
-    match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Correct text_key$"
+    match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Correct text_key \(TEXT_KEY\)$"
     with pytest.raises(DataError, match=match):
         _read(path)
     path = _compress(tmp_path / "chats.jsonl", b'{"messages": []}\n')

@@ -51,6 +51,16 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
     )
     assert command("evaluate routing", f"--checkpoint={mixture}", "--tasks", "files", *data) == 0
     assert json.loads((tmp_path / "again.json").read_text()) == found
+    assert "warning" not in capsys.readouterr().err
+    bare = tmp_path / "bare"  # its config.gin has a model, and no data
+    bare_of = (made[0], made[1], f"--to={bare}")
+    assert command("upcycle", *bare_of, "--experts", *experts) == 0
+    given = (f"--checkpoint={bare}", "--trust_config", "--tasks", "files")
+    assert command("evaluate routing", *given) == 2
+    assert "--gin_file=t5x_configs/data/files_base.gin with FILES" in capsys.readouterr().err
+    assert command("evaluate routing", *given, *data) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == found
+    assert "warning" not in capsys.readouterr().err
     other = tmp_path / "other.gin"
     other.write_text(
         "from __gin__ import dynamic_registration\nfrom espalier.data.tokenizers import vocabularies\n"

@@ -239,10 +239,15 @@ def test_patterns_choose_sites_and_ranks():
     assert params["down"]["adapter_ia3"]["input_scale"].shape == (8,)
     lines = adapter.report(params, adapters=module.adapters)
     assert lines == [
-        "adapter ia3: Ia3 at 1 layers, 8 parameters",
+        "adapter ia3: Ia3 at 1 layer, 8 parameters",
         f"adapter lora: Lora at 2 layers, {2 * 14 + 3 * 14} parameters",
         f"adapters are 78 parameters, {78 / 144:.3%} of the base model's 144",
     ]
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((5, *x.shape), x.dtype), params)
+    layers = {"block_0": {"mlp": stacked}, "block_1": {"mlp": stacked}}
+    sites = [f"layers/block_{n}/mlp/{name}" for n in (0, 1) for name in ("gate", "up")]
+    where = adapter._where({"layers": layers}, sites)
+    assert where == "2 projections of each of 10 layers"
 
 
 def test_parameters_of_the_base_are_the_base_model():
@@ -323,7 +328,7 @@ def test_virtual_tokens_have_learned_embeddings_and_all_others_the_tables():
     learned = rows[[0, 1, 2, 1]] + np.array([[1.0], [0.0], [0.0], [2.0]])
     np.testing.assert_allclose(embedded(module, params, ids)[0], learned, atol=1e-6)
     lines = adapter.report({"token_embed": params}, adapters=module.adapters)
-    assert lines[0] == "adapter prompt: Prompt at 1 layers, 6 parameters"
+    assert lines[0] == "adapter prompt: Prompt at 1 layer, 6 parameters"
     for settings, words in (({"first_id": 5}, "go up to 6"), ({"starts": (1,)}, "1 starts for 2")):
         make = functools.partial(Prompt, **{"length": 2, "first_id": 0, **settings})
         with pytest.raises(AdapterError, match=words):

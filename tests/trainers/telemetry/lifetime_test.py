@@ -49,7 +49,7 @@ def test_every_second_of_a_life_counts_once():
     assert parts["step"] == 70 + 30 + 30 - 14 and parts["lost"] == 14 and parts["gaps"] == 40
     assert sum(parts.values()) == 1240 - 1000
     assert lifetime.line(life) == (
-        "48% of 4 min in steps that count, 3 starts; 6% lost steps (10), 21% start-up, 2% evaluation, 6% saving, "
+        "48% of 4 min in steps that count, 3 starts; 6% lost steps (at least 10), 21% start-up, 2% evaluation, 6% saving, "
         "17% between processes; 27 s from the last sign of life to the next step"
     )
 
@@ -94,6 +94,15 @@ def test_lost_steps_are_those_after_the_checkpoint(step, lost, seconds):
     start = starts()[0]
     start.lose(step)
     assert (start.lost_steps, start.lost_seconds) == (lost, pytest.approx(seconds))
+
+
+def test_a_row_of_metrics_after_the_last_sign_of_life_counts():
+    start = starts()[0]
+    start.lose(40, recorded=75)
+    assert (start.step, start.lost_steps, start.lost_seconds) == (75, 35, 14.0)
+    assert lifetime.lost_steps([start]) == "at least 35"
+    start.ended = "interrupted"  # it has written its end
+    assert lifetime.lost_steps([start]) == "35"
 
 
 class Clock:
@@ -144,7 +153,7 @@ def test_a_start_is_recorded_while_it_runs_and_the_next_one_knows_what_was_lost(
     before, now = lifetime.read(path)
     assert (before.lost_steps, before.lost_seconds, before.ended) == (1, 7.0, "running")
     assert (now.from_step, now.step, now.ended) == (1, 2, "interrupted")
-    assert ", 2 starts; " in line and "lost steps (1)" in line
+    assert ", 2 starts; " in line and "lost steps (at least 1)" in line
 
     with pytest.raises(KeyError), Lifetime(str(path), path.write_text, Goodput()):
         raise KeyError

@@ -82,10 +82,11 @@ class StoppingRule:
         for i in range(1, len(readings)):
             if self.llh_drop and likelihoods[i] > likelihoods[0] - self.llh_drop:
                 continue
-            reason = self._entropy_falls(entropies[: i + 1], likelihoods[: i + 1])
+            told = self._told(entropies[i], readings[i].entropy)
+            reason = self._entropy_falls(entropies[: i + 1], likelihoods[: i + 1], told)
             if reason is None and masses[i] < masses[0] - self.mass_drop:
                 reason = (
-                    f"the mass of the likeliest tokens is {masses[i]:.3f}, "
+                    f"the mass of the likeliest tokens is {self._told(masses[i], readings[i].mass)}, "
                     f"{100 * (masses[0] - masses[i]):.1f} points below its first value"
                 )
             if reason is not None:
@@ -96,8 +97,11 @@ class StoppingRule:
         weight = self.smoothing
         return [*itertools.accumulate(values, lambda mean, x: weight * mean + (1 - weight) * x)]
 
+    def _told(self, average: float, read: float) -> str:
+        return f"smoothed {average:.3f} (read {read:.3f})" if self.smoothing else f"{average:.3f}"
+
     def _entropy_falls(
-        self, entropies: Sequence[float], likelihoods: Sequence[float]
+        self, entropies: Sequence[float], likelihoods: Sequence[float], told: str
     ) -> str | None:
         last, highest = entropies[-1], max(entropies)
         recent = entropies[-self.drops - 1 :]
@@ -107,7 +111,7 @@ class StoppingRule:
         far = last < (1 - self.entropy_drop) * highest
         if in_a_row and far and likelihoods[-1] < likelihoods[-2]:
             return (
-                f"the entropy of the likeliest tokens has dropped {self.drops} evaluations in a row, to {last:.3f} "
+                f"the entropy of the likeliest tokens has dropped {self.drops} evaluations in a row, to {told} "
                 f"bits, {100 * (1 - last / highest):.1f} % below its maximum, while the likelihood of chosen "
                 "completions still falls"
             )

@@ -94,6 +94,7 @@ class PreferenceIndicators(Hook):
     seed: Seed = 0
     at_start = True
     prefix = PREFIX
+    ended_by = "INDICATORS_STOP = 'alarm'"
 
     def __post_init__(self):
         self._check()

@@ -89,5 +89,5 @@ def test_a_watched_run_is_the_same_after_an_interruption_keeps_its_best_and_heed
     # The alarm of step 4 is found again by a run that is to end there.
     rows = (whole / "metrics.jsonl").read_text()
     result = preference_run(whole, "TRAIN_STEPS=8", "INDICATORS_STOP='alarm'")
-    assert "ended by a hook at step 6" in result.out
+    assert "ended by INDICATORS_STOP = 'alarm' at step 6" in result.out
     assert (whole / "metrics.jsonl").read_text() == rows

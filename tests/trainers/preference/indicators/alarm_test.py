@@ -51,6 +51,8 @@ def test_mass_two_points_below_its_first_value_raises_the_alarm():
     found = EXACT(series(rising, mass=[0.9, 0.95, 0.89, 0.879]))
     assert (found.step, found.before) == (30, 20)
     assert "0.879, 2.1 points below its first value" in found.reason
+    smoothed = StoppingRule(smoothing=0.5)(series(rising, mass=[0.95, 0.95, 0.95, 0.85]))
+    assert "is smoothed 0.900 (read 0.850), 5.0 points below its" in smoothed.reason
 
 
 def test_the_likelihood_must_have_fallen_as_far_as_asked():
