@@ -52,7 +52,7 @@ class _Answer:
 
     Attributes:
       where, row: place and content; see `data.aya_expanse.outputs.sft_row`.
-      length: tokens of the whole row that the student reads or predicts.
+      length: tokens of the whole row that the student reads or predicts, a start token among them.
       begin: place of the answer in these.
       ids: tokens of the answer, with those that end the turn.
     """
@@ -148,6 +148,7 @@ class StoredPool(StoredValues):
     def _answers(self, stream: Any) -> dict[bytes, _Answer]:
         """Returns the answers of a stream's tasks by the tokens that are read of their rows; of equal rows, the first."""
         answers: dict[bytes, _Answer] = {}
+        start = stream.summary()["start_token"]  # None if the rows have none, or BOS
         for name in stream.source_names:
             source = tasks.sources().get(name)
             if not isinstance(source, ChatFiles):
@@ -162,6 +163,8 @@ class StoredPool(StoredValues):
                         "as CHATS, without CHATS_COLUMNS"
                     )
                 length = min(len(ids), stream.targets_length)
+                if start is not None:
+                    ids, learnt, length = [start, *ids], [False, *learnt], length + 1
                 answer = self._answer(where, row, ids, learnt, length)
                 answers.setdefault(_key(ids[: length - 1]), answer)
         return answers

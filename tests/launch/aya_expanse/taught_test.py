@@ -62,7 +62,16 @@ def pool(branches, tmp_path_factory):
 def read(pool, tmp_path):
     """Returns a stream of rows with the predictions of their teachers."""
 
-    def run(vocabulary, *, size=264, file=pool.file, path=pool.path, store=tmp_path, **settings):
+    def run(
+        vocabulary,
+        *,
+        size=264,
+        file=pool.file,
+        path=pool.path,
+        store=tmp_path,
+        start_token=None,
+        **settings,
+    ):
         register_chats(
             name="chats", files=str(file), vocabulary=vocabulary, validation_fraction=0.0
         )
@@ -71,6 +80,7 @@ def read(pool, tmp_path):
             task_feature_lengths={"targets": LENGTH},
             batch_size=4,
             seed=0,
+            start_token=start_token,
             cache_dir=str(tmp_path / f"cache_{pathlib.Path(file).stem}"),
         )
         sizes = {"num_layers": 1, "embed_dim": 8, "num_heads": 1, "mlp_dim": 8}
@@ -120,12 +130,15 @@ def conversations(stream, vocabulary, steps=3):
                 yield prompt.partition(":")[0] + ":", *(row[name][is_learnt] for name in names)
 
 
+@pytest.mark.parametrize("start", [None, 0])
 def test_a_student_of_the_same_vocabulary_learns_the_largest_of_its_teachers(
-    pool, read, expected, tmp_path, capsys, monkeypatch
+    start, pool, read, expected, tmp_path, capsys, monkeypatch
 ):
     bytes_ = vocabularies.byte()
     seen = set()
-    for prompt, targets_T, ids_TK, log_p_TN in conversations(read(bytes_), bytes_):
+    for prompt, targets_T, ids_TK, log_p_TN in conversations(
+        read(bytes_, start_token=start), bytes_
+    ):
         log_p_TV = expected[prompt]
         assert len(targets_T) == len(log_p_TV)  # each token, and the end
         order_TK = np.argsort(-log_p_TV, axis=-1)[:, :K]
@@ -143,7 +156,7 @@ def test_a_student_of_the_same_vocabulary_learns_the_largest_of_its_teachers(
 
     monkeypatch.setattr("espalier.launch.aya_expanse.taught.predictions_of", computes)
     tasks.clear()
-    read(bytes_)
+    read(bytes_, start_token=start)
 
 
 def pieces_of(pool, folder):

@@ -116,7 +116,7 @@ def test_influence_reads_it_for_documents_and_for_queries(llama, command, tmp_pa
     capsys.readouterr()
     flags = (f"--out={tmp_path}/x.jsonl", f"--query_checkpoint={tmp_path}/run")
     assert command("influence score", *given, *flags) == 2
-    assert "import it with launch.convert" in capsys.readouterr().err
+    assert "import it with espalier convert" in capsys.readouterr().err
 
 
 def test_held_out_loss_is_that_of_the_run(llama, command, trained_run, tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_what_it_lacks_is_one_error(llama, command, tmp_path, capsys):
     files = (f"--inputs={rows}", f"--output={tmp_path}/out.jsonl")
     for flags, words in (
         (("--params=ema",), "without a moving average: remove --params=ema"),
-        (("--adapter=/none",), "belongs to a run: import it with launch.convert"),
+        (("--adapter=/none",), "belongs to a run: import it with espalier convert"),
         (("--gin.transformer.Transformer.tie_embeddings=None",), "tie_embeddings"),
     ):
         assert command("score", f"--checkpoint={llama}", *files, *flags) != 0
