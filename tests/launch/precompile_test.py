@@ -284,7 +284,9 @@ def test_one_chip(tpu_environment):
 @pytest.mark.tpu
 @needs_libtpu
 def test_a_slice_that_cannot_be_built(tpu_environment):
-    with pytest.raises(tpu_topology.TopologyError, match="--topology=v5e:3x3: no v5e slice has this shape"):
+    with pytest.raises(
+        tpu_topology.TopologyError, match="--topology=v5e:3x3: no v5e slice has this shape"
+    ):
         tpu_topology.devices(tpu_topology.parse("v5e:3x3"))
 
 
