@@ -37,7 +37,7 @@ def _mixture(
 
 
 _NORTH = ("north_mini_30b_a3b", "North Mini Code 30B-A3B, pre-training")
-_HALF = "With half as many chips a step needs {} GB of each, more than it has."
+_LIMITS = "With half as many chips a step needs {} GB of each; rows of {} tokens need {} GB here. A chip has less."
 _COMMAND = ("command_a_plus_218b", "Command A+ 218B-A25B, pre-training")
 # By the key of their title in table_rows.py.
 ROWS: dict[str, tuple[Row, ...]] = {
@@ -54,14 +54,18 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _llama("2xv5e:4x4", 32, *mesh("fsdp", data=2, fsdp=16), note="Slices are copies (`data`)."),
     ),
     "cohere2_moe": (
-        _mixture(*_NORTH, "v5p:2x2x2", note=_HALF.format(148.1), fsdp=2, expert=4),
-        _mixture(*_NORTH, "v6e:4x8", note=_HALF.format(46.2), fsdp=8, expert=4),
-        _mixture(*_COMMAND, "v5p:4x4x4", note=_HALF.format(158.5), fsdp=16, expert=4),
+        _mixture(
+            *_NORTH, "v5p:2x2x2", note=_LIMITS.format(148.1, "32,768", 136.2), fsdp=2, expert=4
+        ),
+        _mixture(*_NORTH, "v6e:4x8", note=_LIMITS.format(46.2, "16,384", 41.8), fsdp=8, expert=4),
+        _mixture(
+            *_COMMAND, "v5p:4x4x4", note=_LIMITS.format(158.5, "16,384", 176.5), fsdp=16, expert=4
+        ),
         _mixture(
             *_COMMAND,
             "v6e:16x16",
             length=2048,
-            note=f"{_HALF.format(47.9)} Rows of 4,096 tokens need 34.6 GB on this slice.",
+            note=_LIMITS.format(47.9, "4,096", 34.6),
             fsdp=64,
             expert=4,
         ),
