@@ -33,9 +33,8 @@ class ChatSource(rows.Source):
 
     loss_tokens: int  # tokens of the planned rows with a loss
     start_token: int | None = None  # before each conversation
-    unused_start: int | None = (
-        None  # the start token that was asked for, of conversations that begin with BOS
-    )
+    # The start token that was asked for, of conversations that begin with BOS.
+    unused_start: int | None = None
 
     def _sizes(self) -> dict[str, Any]:
         return {
@@ -190,9 +189,8 @@ def plan_chats(
     size_N = np.minimum(full_N, length)
     begins_with_bos = opened.columns["targets"].values(0)[:1].tolist() == [bos_id]
     start = None if begins_with_bos else start_token
-    skipped = int(
-        start is None
-    )  # without a start token, the first token is the input before the first target
+    # Without a start token, the first token is the input before the first target.
+    skipped = int(start is None)
     learnt_N = _sums(opened.columns[rows.LOSS_WEIGHTS], skipped, size_N)
     long_N = full_N > length
     dropped_N = long_N & (long_documents == "drop")

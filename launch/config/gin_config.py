@@ -333,7 +333,8 @@ def _unreachable(
     """Yields bindings that the entry point cannot reach.
 
     Exceptions are bindings whose reference a later file or the command line replaced, which is the purpose of
-    later files, streams of a shipped file of data that an evaluation does not read, and the file of a method (t5x_configs/methods): it binds several layers, of which a model has
+    later files, streams of a shipped file of data that an evaluation does not read, and the file of a method
+    (t5x_configs/methods): it binds several layers, of which a model has
     only some.
     """
     for key, bound in checked.bindings.items():
