@@ -13,6 +13,7 @@ from espalier.launch.papers.code_mix.scores import (
     ANSWER_LOSSES,
     ASKED,
     CODE_LOSS,
+    GROUPS,
     PLAIN,
     SORTING,
     TEXT_LOSS,
@@ -26,10 +27,13 @@ from espalier.launch.papers.shared.results import average, compare
 _PROSE = Prose.of(__name__)
 
 LOSS = 0.03  # of exact match
+NO_LOSS = 0.1  # of exact match: what twelve seeds of text with kinds of code show
 _WITH_CODE = [share for share in experiment.SHARES if share]
 _BALANCED, _FROM_CODE, _SYNTH = "balanced_to_text", "code_to_text", "balanced_synth_to_text"
 _COOLDOWN, _WITHOUT_CODE = (f"{_BALANCED}_cooldown{x}" for x in ("", "_without_code"))
 _EARLIER = "seeds 10 to 14"
+_TEXT, _WEB, _MARKUP, _ADJACENT, _VERIFIED = experiment.BESIDE_TEXT
+_SEEN = "verified over web code, seeds 20 to 24 of the part skills; their effect was 0.084"
 _KINDS = f"twice the deviation of whole phases of {_EARLIER}; the effect of a pilot with one seed"
 
 
@@ -88,6 +92,19 @@ def _pair(part: str, one: str, other: str, *scores: str) -> dict[str, list[Measu
 
 
 _TOKENS, _ANSWERS = "nats per token", "nats per answer"
+
+
+def _beside_text(*pairs: tuple[str, str]) -> dict[str, list[Measure]]:
+    """Returns secondary measures: what a kind of code does to reasoning, by all scores, to code and to facts."""
+    of_answers = (ANSWER_LOSSES["reasoning"], _ANSWERS), (CODE_LOSS, _TOKENS)
+    return {
+        "kinds": [
+            compare(SORTING, *pairs, relative=True),
+            *(compare(score, *pairs, unit=unit) for score, unit in of_answers),
+            *(compare(score, *pairs) for score in GROUPS),
+        ]
+    }
+
 
 CLAIMS = (
     _PROSE.claim(
@@ -223,6 +240,30 @@ CLAIMS = (
                 ),
             ]
         },
+    ),
+    _PROSE.claim(
+        "C3c",
+        "kinds",
+        compare(SORTING, (_VERIFIED, _WEB)),
+        above=0.0,
+        planned=Planned(sd=0.099, expected=0.1, source=_SEEN),
+        secondary=_beside_text((_VERIFIED, _WEB), (_WEB, _TEXT)),
+    ),
+    _PROSE.claim(
+        "C3d",
+        "kinds",
+        compare(SORTING, (_ADJACENT, _WEB)),
+        above=0.0,
+        planned=Planned(sd=0.099, expected=0.1, source=_SEEN),
+        secondary=_beside_text((_ADJACENT, _WEB)),
+    ),
+    _PROSE.claim(
+        "C3e",
+        "kinds",
+        compare(SORTING, (_MARKUP, _WEB)),
+        above=-NO_LOSS,
+        planned=Planned(sd=0.099, expected=0.0, source=_SEEN),
+        secondary=_beside_text((_MARKUP, _WEB)),
     ),
     _PROSE.claim(
         "C4a",

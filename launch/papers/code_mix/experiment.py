@@ -1,10 +1,12 @@
 """What code in pre-training does for text (arXiv 2408.10914): the runs, on generated text and at full size, and what is measured.
 
 Recipes, proportions and cooldowns share the runs they start from. 21 runs for each seed, of about a minute on a core for each
-2.4 million tokens; the number of seeds after a colon, and after `narrow,` that of the recipes at a quarter of the parameters:
+2.4 million tokens; the number of seeds after a colon, after `narrow,` that of the recipes at a quarter of the parameters, and after
+`kinds,` that of five runs of text and kinds of code:
 
   espalier sweep --sweep launch/papers/code_mix/experiment.py:5 --out runs/code_mix/skills --workers 2
   espalier sweep --sweep launch/papers/code_mix/experiment.py:narrow,5 --out runs/code_mix/narrow --workers 2
+  espalier sweep --sweep launch/papers/code_mix/experiment.py:kinds,5 --out runs/code_mix/kinds --workers 2
 
 At full size every arm of the paper at 470M, the recipes at 2.8B too. After `full,` comes DATA_ROOT, a folder of data with the tokenizer
 in its `tokenizer` and the evaluation sets in its `eval`, and after a comma the judge of win rates, as of espalier evaluate win_rate;
@@ -39,6 +41,11 @@ RECIPES = {
 STARTS = ("code_markup", "balanced_synth")  # with those of SHARES, whose runs they are
 # Kinds of code, compared by runs of a quarter of a phase: after a whole one, four fifths of the code teach what all of it does.
 KINDS = ("few_code", "few_markup", "few_adjacent", "few_synth")
+# Kinds of code beside text: a model of code alone has read no problem in words. One half of the tokens is text, the other has the
+# shares of KINDS. Text alone and text with web code are arms of SHARES, text with verified code is one of STARTS.
+BESIDE_TEXT = ("share_0", "share_50", "balanced_markup", "balanced_adjacent", "balanced_synth")
+# Seeds 20 to 24 of SHARES and STARTS had been seen when these were chosen, and 25 to 31 may run for claims of recipes.
+BESIDE_TEXT_FIRST_SEED = 40
 # Arm -> the recipe before it. The last steps: the rate falls linearly from the last rate of the recipe.
 COOLDOWNS = {
     "text_only_cooldown": "text_only",
@@ -61,6 +68,8 @@ READ = {
     "share_100": {"skill_web_code": 1.0},
     "code_markup": _CODE_WITH_MARKUP,
     "balanced_synth": {"skill_text": 0.5, "skill_web_code": 0.45, "skill_synth": 0.05},
+    "balanced_markup": {"skill_text": 0.5, "skill_web_code": 0.4, "skill_markup": 0.1},
+    "balanced_adjacent": {"skill_text": 0.5, "skill_web_code": 0.425, "skill_adjacent": 0.075},
     # Web code alone; markup, questions with code, or verified traces in place of some of it.
     "few_code": {"skill_web_code": 1.0},
     "few_markup": _CODE_WITH_MARKUP,
@@ -98,10 +107,14 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     if number := sweeps.after("narrow", seeds):
         arms = {arm: _arm(arm, RECIPES.get(arm), ("skills",)) for arm in NARROW}
         return sweeps.config(arms, seeds=number, sizes=SIZES, evaluations=skills)
+    if number := sweeps.after("kinds", seeds):
+        arms = {arm: _arm(arm, None, ("skills",)) for arm in BESIDE_TEXT}
+        some = sweeps.seeds(number, first=BESIDE_TEXT_FIRST_SEED)
+        return sweeps.config(arms, seeds=some, evaluations=skills)
     parents = {**RECIPES, "balanced_synth_to_text": "balanced_synth", **COOLDOWNS}
     arms = {
         arm: _arm(arm, parents.get(arm), ("skills", *([ANSWERS] if arm in JUDGED else [])))
-        for arm in sorted(READ)
+        for arm in sorted({arm for arms in PHASES for arm in arms})
     }
     evaluations = {**skills, ANSWERS: {"call": "espalier.launch.code_mix.skills:answers"}}
     return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
@@ -251,8 +264,16 @@ WIN_RATES, PROMPTS = (
     "win_rates",
     "prompts",
 )  # the full-size sweep's arm with win rates, and what it is asked
-PARTS = {"skills": "generated text and code", "narrow": "the same at a quarter of the parameters"}
-SWEEPS = {"skills": "code_mix/experiment:{seeds}", "narrow": "code_mix/experiment:narrow,{seeds}"}
+PARTS = {
+    "skills": "generated text and code",
+    "narrow": "the same at a quarter of the parameters",
+    "kinds": "kinds of code beside text",
+}
+SWEEPS = {
+    "skills": "code_mix/experiment:{seeds}",
+    "narrow": "code_mix/experiment:narrow,{seeds}",
+    "kinds": "code_mix/experiment:kinds,{seeds}",
+}
 _KEYS = (
     *("run", "arm", "size", "seed", "parents", "step", "tokens", "loss_tokens", "seconds"),
     *("epochs_total", "held_out", "evaluations", "digest"),

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.papers.code_mix.experiment import RECIPES, SHARES
+from espalier.launch.papers.code_mix.experiment import BESIDE_TEXT, RECIPES, SHARES
 from espalier.launch.papers.code_mix.scores import (
+    ANSWER_LOSSES,
     ASKED,
     CODE_LOSS,
     GROUPS,
@@ -184,6 +185,32 @@ def quality(results: Results) -> Any:
     right.set_title("balanced → text, a tenth of its code verified", fontsize=_TITLE)
     right.set_xlabel(f"{_POINTS} above without", fontsize=_SMALL)
     return figure
+
+
+def kinds(results: Results) -> Any:
+    """Reasoning by kind of code: beside text in the small experiment, of code alone at full size."""
+    names = ("text only", "web code", "with markup", "with adjacent", "with verified")
+    of_code = ("share_0", "share_100", "code_markup", "code_adjacent", "code_synth")
+    arms = BESIDE_TEXT if results.has(*BESIDE_TEXT) else of_code
+    if "reasoning" not in results.groups or not results.has(*arms):
+        return None
+    scores = [s for s in (SORTING, "reasoning", ANSWER_LOSSES["reasoning"]) if s in results.table]
+    figure, axes = panels(len(scores), (_WIDE, 3.2))
+    for score, one in zip(scores, axes, strict=True):
+        for at, (arm, colour) in enumerate(zip(arms, _KIND_COLOURS, strict=True)):
+            values = results.values(arm, score)
+            dots(one, at, values, colour)
+            if at < 2:
+                one.axhline(values.mean(), color=colour, lw=1, ls=":", label=names[at])
+        one.set_xticks(range(len(arms)), names, fontsize=_SMALL, rotation=35, ha="right")
+        one.tick_params(axis="y", labelsize=_SMALL)
+        one.set_title(score, fontsize=_TITLE)
+    axes[0].set_ylabel("exact match; the last panel: nats", fontsize=_SMALL)
+    legend_below(figure, axes[0], 2)
+    return figure
+
+
+_KIND_COLOURS = (GREY, GREEN, ORANGE, RED, BLUE)
 
 
 def cooldown(results: Results) -> Any:

@@ -10,6 +10,7 @@ from espalier.launch.papers.code_mix import figures
 from espalier.launch.papers.code_mix.claims import CLAIMS
 from espalier.launch.papers.code_mix.experiment import PHASES, read
 from espalier.launch.papers.code_mix.scores import (
+    ANSWER_LOSSES,
     CODE_LOSS,
     GROUPS,
     PLAIN,
@@ -27,7 +28,11 @@ from espalier.launch.plots.panels import save
 
 _PROSE = Prose.of(__name__)
 
-PLACES = {"skills": "generated text", "narrow": "generated text, a quarter of the parameters"}
+PLACES = {
+    "skills": "generated text",
+    "narrow": "generated text, a quarter of the parameters",
+    "kinds": "generated text with kinds of code",
+}
 HEADLINE = Headline(
     claim="C1b",
     what="sorting problems in words, text after a balanced start over text alone",
@@ -43,6 +48,7 @@ HEADLINE = Headline(
 def _figures(parts: Mapping[str, Results]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     small = parts.get("skills", Results(()))
+    beside_text = parts.get("kinds", small)
     drawn = {
         "recipes.png": (figures.recipes, _PROSE("recipes_figure")),
         "phases.png": (figures.phases, _PROSE("phases_figure")),
@@ -52,12 +58,17 @@ def _figures(parts: Mapping[str, Results]) -> dict[str, tuple[Any, str]]:
         "win_rates.png": (figures.win_rates, _PROSE("win_rates_figure")),
         "scale.png": (figures.scale, _PROSE("scale_figure")),
     }
-    ours = {runs.parameters: runs for runs in parts.values() if runs.parameters}
+    recipes = (parts[part] for part in ("skills", "narrow") if part in parts)
+    ours = {runs.parameters: runs for runs in recipes if runs.parameters}
     return {
         **{
             name: (plot(small) if small.groups else None, caption)
             for name, (plot, caption) in drawn.items()
         },
+        "kinds.png": (
+            figures.kinds(beside_text) if beside_text.groups else None,
+            _PROSE("kinds_figure"),
+        ),
         "sizes.png": (figures.sizes(ours), _PROSE("sizes_figure")),
     }
 
@@ -90,15 +101,17 @@ def _setup(parts: Mapping[str, Results]) -> list[str]:
 
 def _tables(parts: Mapping[str, Results]) -> list[str]:
     scores = (*GROUPS, SORTING, PLAIN, CODE_LOSS)
+    more = {"kinds": (ANSWER_LOSSES["reasoning"],)}
     titles = {
         "skills": "Generated text and code: all arms",
         "narrow": "A quarter of the parameters",
+        "kinds": "Kinds of code beside text",
     }
     return [
         line
         for part, title in titles.items()
         if part in parts
-        for line in _table(title, parts[part], scores)
+        for line in _table(title, parts[part], (*scores, *more.get(part, ())))
     ]
 
 

@@ -25,9 +25,9 @@ def config(arms: Mapping[str, Any], **settings: Any) -> ml_collections.ConfigDic
     )
 
 
-def seeds(number: int | str) -> tuple[int, ...]:
-    """Returns so many seeds that judge claims."""
-    return tuple(range(FIRST_SEED, FIRST_SEED + int(number)))
+def seeds(number: int | str, first: int = FIRST_SEED) -> tuple[int, ...]:
+    """Returns so many seeds that judge claims; a part whose arms others have run begins with a later one."""
+    return tuple(range(first, first + int(number)))
 
 
 def after(word: str, text: str) -> str:

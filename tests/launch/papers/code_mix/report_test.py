@@ -13,7 +13,7 @@ from espalier.data.tokenizers import vocabularies
 from espalier.launch.code_mix import skills as evaluate_skills
 from espalier.launch.config import gin_config
 from espalier.launch.load import load_run
-from espalier.launch.papers.code_mix import experiment, judged, report, skill_sources
+from espalier.launch.papers.code_mix import experiment, figures, judged, report, skill_sources
 from espalier.launch.papers.code_mix.experiment import ANSWERS, JUDGED, PHASES, SHARES
 from espalier.launch.papers.code_mix.scores import (
     ANSWER_LOSSES,
@@ -26,7 +26,7 @@ from espalier.launch.papers.code_mix.scores import (
     copied,
     wins,
 )
-from espalier.launch.papers.shared import claim
+from espalier.launch.papers.shared import claim, criteria
 from espalier.launch.plots import intervals
 from espalier.launch.sweep import file
 
@@ -97,6 +97,8 @@ ALL_HOLD = {
     },
     "code_markup": (0, 0, 0.5),
     "balanced_synth": (0.55, 0.4, 0.5),
+    "balanced_markup": (0.45, 0.5, 0.35),
+    "balanced_adjacent": (0.53, 0.5, 0.4),
     "few_code": (0, 0, 0.4),
     "few_markup": (0, 0, 0.3),
     "few_adjacent": (0, 0, 0.35),
@@ -175,7 +177,8 @@ def row(arm, seed=20, scores=(0.5, 0.5, 0.5)):
 
 def measured(scores=ALL_HOLD, seeds=5):
     narrow = [one | {"parameters": 30_000} for one in rows(scores, seeds, f"{SWEEP}narrow,")]
-    return {"skills": rows(scores, seeds), "narrow": narrow}
+    kinds = rows(scores, seeds, f"{SWEEP}kinds,")
+    return {"skills": rows(scores, seeds), "narrow": narrow, "kinds": kinds}
 
 
 def verdicts(found):
@@ -198,10 +201,11 @@ def test_claims_hold_where_they_are_clear_and_are_reported_with_their_plots(tmp_
     record = json.loads((tmp_path / "code_mix" / "results.json").read_text())
     assert len(record["measured"]["skills"]) == 21 * 5 and record["command"] == "a command"
     assert len(record["measured"]["narrow"]) == 4 * 5
+    assert len(record["measured"]["kinds"]) == 5 * 5
     assert record["headline"]["word"] == "reproduced" and record["headline"]["unit"] == "%"
     text = (tmp_path / "code_mix.md").read_text()
     plots = sorted(path.name for path in (tmp_path / "code_mix").glob("*.png"))
-    assert len(plots) == 8 and all(f"(code_mix/{name})" in text for name in plots)
+    assert len(plots) == 9 and all(f"(code_mix/{name})" in text for name in plots)
     assert "| balanced → text |" in text and "110,784 parameters" in text
 
 
@@ -210,6 +214,10 @@ def test_claims_fail_or_stay_undecided_with_their_effects():
     assert changed["C3a"] == "fails"
     changed = verdicts(measured({**ALL_HOLD, "share_25": (0.1, 0.29, 0.3)}))
     assert changed["C2b"] == "holds" and changed["C2c"] == changed["C2d"] == "fails"
+    changed = verdicts(measured({**ALL_HOLD, "balanced_markup": (0.3, 0.5, 0.35)}))
+    assert changed["C3e"] == "fails" and changed["C3c"] == changed["C3d"] == "holds"
+    changed = verdicts(measured({**ALL_HOLD, "share_50": (0.6, 0.5, 0.4)}))
+    assert changed["C3c"] == changed["C3d"] == changed["C3e"] == "fails"
     found = measured()
     for one in found["skills"]:
         if one["arm"] == "balanced_only":  # better in two seeds, far worse in three
@@ -326,6 +334,25 @@ def test_a_sweep_over_sizes_has_a_figure_of_them(tmp_path):
     assert "| balanced → text, 2p8b |" in text
 
 
+@pytest.mark.parametrize("web_code", ["share_50", "share_100"])
+def test_kinds_of_code_are_drawn_beside_text_and_of_code_at_full_size(web_code):
+    start = "balanced" if web_code == "share_50" else "code"
+    arms = ["share_0", web_code, *(f"{start}_{kind}" for kind in ("markup", "adjacent", "synth"))]
+    scores = dict(zip(arms, (0.2, 0.4, 0.3, 0.5, 0.6), strict=True))
+    every = [row(arm, seed, (scores[arm] + gap, 0.5, 0.5)) for arm in arms for seed, gap in SPREAD]
+    sorting, _, losses = figures.kinds(Results(every)).axes
+    drawn = [line.get_ydata() for line in sorting.lines]
+    assert [list(y) for y in drawn if len(y) == 3] == [
+        pytest.approx([scores[arm] + gap for _, gap in SPREAD]) for arm in arms
+    ]
+    of_all = [line.get_ydata() for line in losses.lines if line.get_linestyle() == ":"]
+    assert [list(y) for y in of_all] == [pytest.approx([0.8] * 2), pytest.approx([0.6] * 2)]
+    assert figures.kinds(Results(every[:-3])) is None
+
+
+SPREAD = ((20, -0.1), (21, 0.0), (22, 0.1))
+
+
 def test_scores_of_benchmarks_are_averaged_by_group_as_far_as_none_is_missing():
     answers = {name: {"score": 0.25} for name in ("trivia_qa", "nq_open", "boolq")}
     evaluations = {
@@ -393,6 +420,31 @@ def test_the_sweep_shares_what_runs_start_from_and_phases_go_on(tmp_path):
     assert [entry.total_steps for entry in plan] == [None] * 3  # they follow from the tokens
     for entry in plan[1:]:
         assert (entry.start["initial_scope"], entry.start["initial_data"]) == ("phase", "continue")
+
+
+def test_kinds_of_code_beside_text_are_half_of_the_tokens_and_of_unseen_seeds():
+    runs = file.read(f"{SWEEP}kinds,12")
+    assert {run.seed for run in runs} == set(range(40, 52)) and len(runs) == 5 * 12
+    assert {run.arm for run in runs} == set(experiment.BESIDE_TEXT)
+    assert not any(run.parent for run in runs)
+    for kind in ("markup", "adjacent", "synth"):
+        half = {source: share / 2 for source, share in experiment.READ[f"few_{kind}"].items()}
+        assert experiment.READ[f"balanced_{kind}"] == pytest.approx({"skill_text": 0.5, **half})
+    # What they share with the other part are the same runs, but for their seeds.
+    other = {run.arm: run for run in file.read(f"{SWEEP}1")}
+    shared = [run for run in runs if run.arm in other]
+    assert len(shared) == 3 * 12
+    for run in shared:
+        one = other[run.arm]
+        assert run.bindings[:-1] == one.bindings[:-1] and run.gin_files == one.gin_files
+        assert (run.bindings[-1], one.bindings[-1]) == (f"SEED={run.seed}", "SEED=20")
+
+
+def test_parts_that_were_judged_are_kept_when_another_one_runs():
+    record = json.loads(pathlib.Path("docs/reproductions/code_mix/results.json").read_text())
+    parts = tuple(record["measured"])
+    assert set(parts) >= {"skills", "narrow"}
+    criteria.kept(record["criteria"], parts, report.REPORT.claims, experiment)
 
 
 # Arm -> a sign that every document of one of its sources has and none of the others, and the share of tokens of that source.

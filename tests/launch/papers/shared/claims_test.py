@@ -334,7 +334,9 @@ def test_a_part_that_comes_later_has_criteria_of_its_own_and_changes_no_others(
     class Narrow(Experiment):
         SWEEPS = {"p": "1"}
 
-    criteria.fix(tmp_path, [first], Narrow)
+    fixed = criteria.fix(tmp_path, [first], Narrow)
+    said = criteria.in_words(fixed, [first, second])  # a page between the two
+    assert "none has changed since; nothing has run yet of the part `q`." in said
     (tmp_path / "p").mkdir()
     fixed = criteria.fix(tmp_path, [first, second], Wider)
     said = criteria.in_words(fixed, [first, second])
