@@ -105,7 +105,7 @@ def _with_later(
     """Returns criteria in force with the parts that the experiment did not have when they were fixed."""
     if "design" not in fixed:  # a record without parts says nothing of them
         return fixed
-    known = {*fixed["design"], *(bounds[_PART] for bounds in fixed["claims"].values())}
+    known = _parts(fixed)
     now = dict.fromkeys((*design, *(one.part for one in claims)))
     if not (new := [part for part in now if part not in known]):
         return fixed
@@ -117,6 +117,11 @@ def _with_later(
         "design": {**fixed["design"], **{one: design[one] for one in new if one in design}},
         "later": {**fixed.get("later", {}), **later},
     }
+
+
+def _parts(fixed: Mapping[str, Any]) -> set[str]:
+    """Returns the parts that criteria are of."""
+    return {*fixed.get("design", ()), *(bounds[_PART] for bounds in fixed["claims"].values())}
 
 
 def _bounds(claims: Sequence[Claim]) -> dict[str, list[Any]]:
@@ -172,7 +177,8 @@ def in_words(fixed: Mapping[str, Any] | None, claims: Sequence[Claim]) -> str:
     for part, one in fixed.get("later", {}).items():
         when = "after its first runs" if one["late"] else "before its first run"
         said += f", those of the part `{part}` {when}, on {_place(one)}"
-    now = _bounds(claims)
+    # Those of a part that the experiment got later are fixed before its first run.
+    now = _bounds([one for one in claims if one.part in _parts(fixed)])
     changed = [name for name in now if fixed["claims"].get(name) != now[name]]
     changed += [f"the runs of the part `{part}`" for part in fixed["changed"]]
     since = f"changed since: {', '.join(changed)}" if changed else "none has changed since"

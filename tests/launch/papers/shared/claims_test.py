@@ -334,7 +334,8 @@ def test_a_part_that_comes_later_has_criteria_of_its_own_and_changes_no_others(
     class Narrow(Experiment):
         SWEEPS = {"p": "1"}
 
-    criteria.fix(tmp_path, [first], Narrow)
+    narrow = criteria.fix(tmp_path, [first], Narrow)
+    assert "none has changed since" in criteria.in_words(narrow, [first, second])
     (tmp_path / "p").mkdir()
     fixed = criteria.fix(tmp_path, [first, second], Wider)
     said = criteria.in_words(fixed, [first, second])
