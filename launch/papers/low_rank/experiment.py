@@ -219,7 +219,8 @@ _FEWER = {
     8: 6,
 }  # seeds of other parts -> of these, whose first block has to take no longer than the other parts'
 IMAGE_RANKS = (0.1, 0.3, 0.5)
-GRIDS = {"l2": ("1e-4", "3e-4", "1e-3", "3e-3"), "frobenius": ("3e-4", "1e-3", "3e-3", "1e-2")}
+IMAGE_UPDATES = 1400
+GRIDS = {"l2": ("3e-5", "1e-4", "3e-4", "1e-3"), "frobenius": ("3e-4", "1e-3", "3e-3", "1e-2")}
 
 
 def looks(part: str) -> tuple[int, ...]:
@@ -233,9 +234,12 @@ def _later_seeds(number: str) -> tuple[int, ...]:
 
 
 def _rank_sweep(number: str) -> ml_collections.ConfigDict:
-    arms = {"dense": _arm("textures")}
+    names = ("TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD")
+    length = dict.fromkeys(names, IMAGE_UPDATES)
+    arms = {"dense": _arm("textures", **length)}
     for rank, init in itertools.product(IMAGE_RANKS, INITS[:2]):
-        arms[arm(init, rank)] = _arm("textures_low_rank", RANK=rank, FACTOR_INIT=init)
+        settings = {"RANK": rank, "FACTOR_INIT": init, "SPECTRUM_PERIOD": IMAGE_UPDATES}
+        arms[arm(init, rank)] = _arm("textures_low_rank", **settings, **length)
     return sweeps.config(arms, seeds=_later_seeds(number))
 
 

@@ -285,7 +285,7 @@ def _image_ranks(results: Results) -> Any:
             axes.plot([place] * len(of_seeds), of_seeds, "o", ms=4, color=colour, alpha=0.5, mew=0)
         axes.plot(places, [one.mean() for one in values], "_-", ms=14, color=colour, label=label)
     axes.set_xticks(ranks)
-    axes.set(xlabel="rank over the smaller side", ylabel="accuracy in per cent")
+    axes.set(xlabel="rank, share of the smaller side", ylabel="accuracy in per cent")
     legend_below(figure, axes, 3)
     return figure
 

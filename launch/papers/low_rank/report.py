@@ -42,7 +42,7 @@ _WEIGHT = experiment.WEIGHTS[1]  # of decay, at which the two kinds are compared
 _OTHERS = [weight for weight in experiment.WEIGHTS if weight != _WEIGHT]
 _PILOT = "seeds 10 to 14"
 _IMAGE_PILOT = f"{_PILOT}, at a rank of 0.3"
-_GRID_PILOT = "seed 90, and the part `lm`"
+_GRID_PILOT = "means of seed 90, deviations of the part `lm`"
 
 
 def _percent(*pairs: tuple[str, str]) -> Measure:
@@ -230,7 +230,7 @@ CLAIMS = (
         _DECAYS,
         at_best(PERPLEXITY, "frobenius", "l2", unit="%"),
         above=0.0,
-        planned=Planned(sd=1.5, expected=3.0, source=_GRID_PILOT),
+        planned=Planned(sd=1.5, expected=2.0, source=_GRID_PILOT),
         looks=experiment.looks(_DECAYS),
         secondary={_DECAYS: [_percent(*_SHARED)]},
     ),
@@ -239,7 +239,7 @@ CLAIMS = (
         _DECAYS,
         at_best(RANK, "frobenius", "l2"),
         above=0.0,
-        planned=Planned(sd=0.5, expected=2.0, source=_GRID_PILOT),
+        planned=Planned(sd=0.6, expected=1.2, source=_GRID_PILOT),
         looks=experiment.looks(_DECAYS),
         secondary={_DECAYS: [compare(RANK, *_SHARED)]},
     ),
@@ -248,7 +248,7 @@ CLAIMS = (
         _DECAYS,
         at_best(PERPLEXITY, "frobenius", "none", unit="%"),
         above=0.0,
-        planned=Planned(sd=1.8, expected=5.0, source=_GRID_PILOT),
+        planned=Planned(sd=2.5, expected=5.0, source=_GRID_PILOT),
         looks=experiment.looks(_DECAYS),
         secondary={_DECAYS: [at_best(PERPLEXITY, "l2", "none", unit="%")]},
     ),
@@ -329,7 +329,7 @@ CLAIMS = (
             *(compare("accuracy", (_SPECTRAL[rank], _HE[rank])) for rank in experiment.IMAGE_RANKS),
         ),
         above=0.0,
-        planned=Planned(sd=0.005, expected=0.005, source=_BY_RANK),
+        planned=Planned(sd=0.0047, expected=0.005, source=_BY_RANK),
         looks=experiment.looks(_RANKS),
         secondary={
             _RANKS: [
