@@ -214,10 +214,7 @@ def image_arm(init: str, decay: str, rate: str) -> str:
 # The paper's tables by rank and by weight of decay. Runs with the seeds below chose these designs, so that others judge them.
 LATER = ("ranks", "decays")
 _FIRST_LATER_SEED = 40
-_FEWER = {
-    5: 3,
-    8: 6,
-}  # seeds of other parts -> of these, whose first block has to take no longer than the other parts'
+_FEWER = {5: 3, 8: 6}  # numbers of seeds of other parts -> of these
 IMAGE_RANKS = (0.1, 0.3, 0.5)
 IMAGE_UPDATES = 1400
 GRIDS = {"l2": ("3e-5", "1e-4", "3e-4", "1e-3"), "frobenius": ("3e-4", "1e-3", "3e-3", "1e-2")}

@@ -86,7 +86,8 @@ def _grid(kind: str) -> list[str]:
 def at_best(score: str, kind: str, other: str, **settings: Any) -> Measure:
     """Returns a measure of how much better factors are with one decay than with another, each with its best weight.
 
-    See `best_weights`. There is no verdict where an end of a grid is its best weight for most seeds: a better one may lie beyond.
+    See `best_weights`. There is no verdict where an end of a grid is its best weight for most seeds of the first block: a
+    better one may lie beyond.
 
     Args:
       score: of the runs.
@@ -101,17 +102,22 @@ def at_best(score: str, kind: str, other: str, **settings: Any) -> Measure:
         arms = list(dict.fromkeys((*mine.values(), *its.values())))
         by_seed = {}
         for seed in mine:
-            one, two = (float(runs.scores(arm[seed], score)[seed]) for arm in (mine, its))
+            if seed not in its:
+                continue
+            one, two = (
+                float(runs.scores(arm[seed], score).get(seed, math.nan)) for arm in (mine, its)
+            )
             gain = two - one if runs.lower_is_better(score) else one - two
             by_seed[seed] = 100 * gain / two if settings.get("unit") == "%" else gain
         if not by_seed:
             return []
-        reasons = [runs.unmet(score, *arms)] + [
-            f"the best weight of {arm_name(one)} is an end of its grid"
-            for one, best in chosen.items()
-            if len(grid := _grid(one)) > 1
-            and 2 * sum(arm in (grid[0], grid[-1]) for arm in best.values()) > len(best)
-        ]
+        reasons = [runs.unmet(score, *arms)]
+        for one, best in chosen.items():
+            grid = _grid(one)
+            first = list(best.values())[: experiment.looks("decays")[0]]
+            at_end = sum(arm in (grid[0], grid[-1]) for arm in first)
+            if len(grid) > 1 and 2 * at_end > len(first):
+                reasons.append(f"the best weight of {arm_name(one)} is an end of its grid")
         than = "no decay" if other == "none" else arm_name(other)
         return [
             Effect(

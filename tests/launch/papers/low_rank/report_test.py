@@ -251,6 +251,10 @@ def test_the_best_weight_of_a_seed_is_that_of_the_other_seeds():
     )
     (effect,) = measures.at_best("perplexity", "l2", "none")(runs, "here")
     assert effect.values == pytest.approx([1.0, 1.9, 1.9, 9.0]) and "no decay" in effect.what
+    # Of a decided claim no further seeds are trained.
+    some = experiment.Results([r for r in runs.rows if r["seed"] < 3 or "l2" not in r["arm"]])
+    (effect,) = measures.at_best("perplexity", "frobenius", "l2")(some, "here")
+    assert [*effect.by_seed] == [0, 1, 2] and not effect.unmet
 
 
 def test_a_best_weight_at_the_end_of_its_grid_gives_no_verdict():
