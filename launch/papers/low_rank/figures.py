@@ -69,7 +69,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             _images(images),
             _PROSE("images_figure"),
         ),
-        "image_ranks.png": (_image_ranks(ranks), _PROSE("image_ranks_figure")),
+        "image_ranks.png": (_image_ranks(ranks, images), _PROSE("image_ranks_figure")),
         "decays.png": (_decays(grids), _PROSE("decays_figure")),
     }
 
@@ -267,23 +267,30 @@ def _images(results: Results) -> Any:
     return figure
 
 
-def _image_ranks(results: Results) -> Any:
-    ranks, starts = experiment.IMAGE_RANKS, experiment.INITS[:2]
-    if not results.has(
-        "dense", *itertools.starmap(experiment.arm, itertools.product(starts, ranks))
-    ):
+def _image_ranks(results: Results, images: Results) -> Any:
+    ranks = experiment.IMAGE_RANKS
+    runs = {("spectral", rank): (results, experiment.arm("spectral", rank)) for rank in ranks}
+    runs["he", 0.1] = (
+        images,
+        experiment.image_arm("he", "frobenius", "full"),
+    )  # as in textures_low_rank.gin
+    runs["he", experiment.HE_RANK] = results, experiment.arm("he", experiment.HE_RANK)
+    if not results.has("dense", *(arm for where, arm in runs.values() if where is results)):
         return None
     figure, (axes,) = panels(1, (7.5, 4.2))
     dense = 100 * results.values("dense", "accuracy")
     axes.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.2, lw=0)
     axes.axhline(dense.mean(), color="black", lw=1.2, label="dense, and all of its seeds")
-    for side, init in zip((-0.01, 0.01), starts, strict=True):
+    for side, init in zip((-0.01, 0.01), experiment.INITS[:2], strict=True):
         colour, label = _INIT_STYLE[init]
-        values = [100 * results.values(experiment.arm(init, rank), "accuracy") for rank in ranks]
-        places = np.array(ranks) + side
-        for place, of_seeds in zip(places, values, strict=True):
-            axes.plot([place] * len(of_seeds), of_seeds, "o", ms=4, color=colour, alpha=0.5, mew=0)
-        axes.plot(places, [one.mean() for one in values], "_-", ms=14, color=colour, label=label)
+        means = {}
+        for (start, rank), (where, arm) in runs.items():
+            of_seeds = 100 * where.values(arm, "accuracy")
+            if start == init and of_seeds.size:
+                place = [rank + side] * len(of_seeds)
+                axes.plot(place, of_seeds, "o", ms=4, color=colour, alpha=0.5, mew=0)
+                means[rank + side] = of_seeds.mean()
+        axes.plot(*zip(*means.items(), strict=True), "_-", ms=14, color=colour, label=label)
     axes.set_xticks(ranks)
     axes.set(xlabel="rank, share of the smaller side", ylabel="accuracy in per cent")
     legend_below(figure, axes, 3)

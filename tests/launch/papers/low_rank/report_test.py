@@ -101,12 +101,8 @@ def _course(arm, rank, step):
 
 LEVELS = {
     "vision": {"narrow": 0.80, "he_frobenius_full": 0.81, "he_frobenius_half": 0.81},
-    "ranks": {"dense": 0.856}
-    | {
-        lm.arm(init, rank): 0.8 + 0.05 * math.log10(10 * rank) + more
-        for init, more in (("he", 0.01), ("spectral", 0.02))
-        for rank in lm.IMAGE_RANKS
-    },
+    "ranks": {"dense": 0.856, lm.arm("he", lm.HE_RANK): 0.83}
+    | {lm.arm("spectral", rank): 0.82 + 0.05 * math.log10(10 * rank) for rank in lm.IMAGE_RANKS},
 }
 
 
@@ -173,7 +169,7 @@ def change(found, arm, part="lm", **scores):
 
 NAMES = (
     *(f"L{n}" for n in (*range(1, 11), *range(12, 17))),
-    *(f"V{n}" for n in range(1, 8)),
+    *(f"V{n}" for n in range(1, 7)),
 )
 
 
