@@ -14,6 +14,12 @@ on a core:
 
   espalier sweep --sweep launch/papers/low_rank/experiment.py:vision,5 --out runs/low_rank/vision --workers 2
 
+Two tables of the paper: `ranks` trains the same network in factors of three ranks, and `decays` searches the best
+weight of either decay, for language models that read a short text again and again. Both have seeds of their own, 3 where others have 5.
+
+  espalier sweep --sweep launch/papers/low_rank/experiment.py:ranks,5 --out runs/low_rank/ranks --workers 2
+  espalier sweep --sweep launch/papers/low_rank/experiment.py:decays,5 --out runs/low_rank/decays --workers 2
+
 At full size (`full` and the folder in which TFDS has prepared all three data sets), GPT-2 on LM1B has three starts, three decays and
 two learning rates, beside dense models and warm starts; ResNet-50 has two ranks, WRN-28-10 three. To see the runs and their commands,
 which a cluster runs in the order of their parents:
@@ -42,6 +48,8 @@ PLACES = {
     "gpt2": "steps of GPT-2 small",
     "wide": "characters, twice as wide",
     "vision": "textures",
+    "ranks": "textures, by rank",
+    "decays": "characters, read often",
 }
 
 _CHANCE = 0.1  # of the textures' ten classes
@@ -114,6 +122,10 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
             for name, init in settings.items()
         }
         return sweeps.config(arms, seeds=wide)
+    if number := sweeps.after("ranks", seeds):
+        return _rank_sweep(number)
+    if number := sweeps.after("decays", seeds):
+        return _decay_sweep(number)
     if data := sweeps.after("full", seeds):
         return _full_sweep(data)
     arms = {"dense": _arm("base", **_CURVE)}
@@ -197,6 +209,41 @@ def image_dense(rate: str) -> str:
 def image_arm(init: str, decay: str, rate: str) -> str:
     """Returns the name of an arm in factors."""
     return f"{init}_{decay}_{rate}"
+
+
+# The paper's tables by rank and by weight of decay. Runs with the seeds below chose these designs, so that others judge them.
+LATER = ("ranks", "decays")
+_FIRST_LATER_SEED = 40
+_FEWER = {5: 3, 8: 6}  # numbers of seeds of other parts -> of these
+IMAGE_RANKS = (0.1, 0.3, 0.5)  # of spectral starts
+HE_RANK = 0.3  # of a He start; `vision` has one of 0.1
+GRIDS = {"l2": ("3e-5", "1e-4", "3e-4", "1e-3"), "frobenius": ("3e-4", "1e-3", "3e-3")}
+
+
+def looks(part: str) -> tuple[int, ...]:
+    """Returns the numbers of seeds at which the claims of a sweep are judged."""
+    return tuple(_FEWER.get(number, number) if part in LATER else number for number in SEEDS)
+
+
+def _later_seeds(number: str) -> tuple[int, ...]:
+    count = _FEWER.get(int(number), int(number))
+    return tuple(range(_FIRST_LATER_SEED, _FIRST_LATER_SEED + count))
+
+
+def _rank_sweep(number: str) -> ml_collections.ConfigDict:
+    arms = {"dense": _arm("textures")}
+    for init, rank in (*(("spectral", rank) for rank in IMAGE_RANKS), ("he", HE_RANK)):
+        arms[arm(init, rank)] = _arm("textures_low_rank", RANK=rank, FACTOR_INIT=init)
+    return sweeps.config(arms, seeds=_later_seeds(number))
+
+
+def _decay_sweep(number: str) -> ml_collections.ConfigDict:
+    arms = {spectral("full"): _arm("read_often")}
+    for kind, weights in GRIDS.items():
+        for weight in weights:
+            settings = {"FACTOR_DECAY": kind, "FACTOR_DECAY_WEIGHT": float(weight)}
+            arms[decayed(kind, weight)] = _arm("read_often", **settings)
+    return sweeps.config(arms, seeds=_later_seeds(number))
 
 
 # The runs of full size.
@@ -418,11 +465,15 @@ PARTS = {
     "gpt2": "the time of GPT-2 small's steps",
     "wide": "the main effect at twice the width",
     "vision": "textures",
+    "ranks": "ranks on textures",
+    "decays": "the best weights of both decays",
 }
 SWEEPS = {
     "lm": "low_rank/experiment:{seeds}",
     "wide": "low_rank/experiment:wide,{seeds}",
     "vision": "low_rank/experiment:vision,{seeds}",
+    "ranks": "low_rank/experiment:ranks,{seeds}",
+    "decays": "low_rank/experiment:decays,{seeds}",
 }
 _SPECTRUM = "spectrum/"
 _READINGS = ("step", "effective_rank", "effective_step")

@@ -44,7 +44,9 @@ _FROM = 100  # updates before which a curve is too steep to compare
 
 def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
-    results, images = (parts.get(part, Results(())) for part in ("lm", "vision"))
+    results, images, ranks, grids = (
+        parts.get(part, Results(())) for part in ("lm", "vision", "ranks", "decays")
+    )
     return {
         "ranks.png": (_ranks(results), _PROSE("ranks_figure")),
         "spectra.png": (
@@ -67,6 +69,8 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             _images(images),
             _PROSE("images_figure"),
         ),
+        "image_ranks.png": (_image_ranks(ranks, images), _PROSE("image_ranks_figure")),
+        "decays.png": (_decays(grids), _PROSE("decays_figure")),
     }
 
 
@@ -260,4 +264,65 @@ def _images(results: Results) -> Any:
     left.set_xlabel("accuracy in per cent", fontsize=9)
     right.set_xlabel("effective rank at the end", fontsize=9)
     legend_below(figure, left, 2)
+    return figure
+
+
+def _image_ranks(results: Results, images: Results) -> Any:
+    ranks = experiment.IMAGE_RANKS
+    runs = {("spectral", rank): (results, experiment.arm("spectral", rank)) for rank in ranks}
+    runs["he", 0.1] = (
+        images,
+        experiment.image_arm("he", "frobenius", "full"),
+    )  # as in textures_low_rank.gin
+    runs["he", experiment.HE_RANK] = results, experiment.arm("he", experiment.HE_RANK)
+    if not results.has("dense", *(arm for where, arm in runs.values() if where is results)):
+        return None
+    figure, (axes,) = panels(1, (7.5, 4.2))
+    dense = 100 * results.values("dense", "accuracy")
+    axes.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.2, lw=0)
+    axes.axhline(dense.mean(), color="black", lw=1.2, label="dense, and all of its seeds")
+    for side, init in zip((-0.01, 0.01), experiment.INITS[:2], strict=True):
+        colour, label = _INIT_STYLE[init]
+        means = {}
+        for (start, rank), (where, arm) in runs.items():
+            of_seeds = 100 * where.values(arm, "accuracy")
+            if start == init and of_seeds.size:
+                place = [rank + side] * len(of_seeds)
+                axes.plot(place, of_seeds, "o", ms=4, color=colour, alpha=0.5, mew=0)
+                means[rank + side] = of_seeds.mean()
+        axes.plot(*zip(*means.items(), strict=True), "_-", ms=14, color=colour, label=label)
+    axes.set_xticks(ranks)
+    axes.set(xlabel="rank, share of the smaller side", ylabel="accuracy in per cent")
+    legend_below(figure, axes, 3)
+    return figure
+
+
+def _decays(results: Results) -> Any:
+    plain = experiment.spectral("full")
+    arms = {
+        kind: [experiment.decayed(kind, weight) for weight in weights]
+        for kind, weights in experiment.GRIDS.items()
+    }
+    if not results.has(plain, *itertools.chain(*arms.values())):
+        return None
+    figure, axes = panels(2, (8.4, 4.0))
+    for one, (score, words) in zip(
+        axes,
+        (("perplexity", "perplexity"), ("effective_rank", _CAUSES["effective_rank"])),
+        strict=True,
+    ):
+        one.axhline(results.values(plain, score).mean(), color=GREY, ls="--", label="no decay")
+        for kind, every in arms.items():
+            colour, marker = _DECAY_STYLE[kind]
+            weights = [float(weight) for weight in experiment.GRIDS[kind]]
+            values = [results.values(arm, score) for arm in every]
+            for weight, of_seeds in zip(weights, values, strict=True):
+                one.plot([weight] * len(of_seeds), of_seeds, ".", ms=5, color=colour, alpha=0.5)
+            means = [of_seeds.mean() for of_seeds in values]
+            one.plot(weights, means, color=colour, marker=marker, label=_DECAY_NAMES[kind])
+        one.set_xscale("log")
+        one.set(xlabel="weight of the decay", ylabel=words)
+    axes[1].set_yscale("log")
+    plain_ticks(axes[1].yaxis)
+    legend_below(figure, axes[0], 3)
     return figure

@@ -58,6 +58,82 @@ def gap_to_line(causes: Sequence[float], perplexities: Sequence[float]) -> float
     return float(-100 * np.expm1(y - on_line))
 
 
+def best_weights(runs: Results, kind: str) -> dict[int, str]:
+    """Returns by seed the arm of a decay with its best weight: that of least log perplexity, mean over other seeds.
+
+    These are the other seeds of the first block, so that no run is chosen by its own score, and later seeds change no choice.
+
+    Args:
+      runs: of the part `decays`.
+      kind: of GRIDS, or 'none', whose arm is the same for all seeds.
+    """
+    arms = _grid(kind)
+    scores = {seed: np.log(values) for seed, values in runs.by_seed(PERPLEXITY, *arms).items()}
+    block = sorted(scores)[: experiment.looks("decays")[0]]
+    others = {seed: [scores[one] for one in block if one != seed] for seed in scores}
+    return {
+        seed: arms[int(np.mean(some, axis=0).argmin())] for seed, some in others.items() if some
+    }
+
+
+def _grid(kind: str) -> list[str]:
+    weights = experiment.GRIDS.get(kind)
+    if weights is None:
+        return [experiment.spectral("full")]
+    return [experiment.decayed(kind, weight) for weight in weights]
+
+
+def at_best(score: str, kind: str, other: str, **settings: Any) -> Measure:
+    """Returns a measure of how much better factors are with one decay than with another, each with its best weight.
+
+    See `best_weights`. There is no verdict where an end of a grid is its best weight for most seeds of the first block: a
+    better one may lie beyond.
+
+    Args:
+      score: of the runs.
+      kind: the decay that is said to be better, of GRIDS: the effect is positive where it is.
+      other: the decay that it is compared with, or 'none'.
+      **settings: further fields of Effect; with the unit '%' the effect is in per cent of the other's score.
+    """
+
+    def measure(runs: Results, where: str) -> list[Effect]:
+        chosen = {one: best_weights(runs, one) for one in (kind, other)}
+        mine, its = chosen.values()
+        arms = list(dict.fromkeys((*mine.values(), *its.values())))
+        by_seed = {}
+        for seed in mine:
+            if seed not in its:
+                continue
+            one, two = (
+                float(runs.scores(arm[seed], score).get(seed, math.nan)) for arm in (mine, its)
+            )
+            gain = two - one if runs.lower_is_better(score) else one - two
+            by_seed[seed] = 100 * gain / two if settings.get("unit") == "%" else gain
+        if not by_seed:
+            return []
+        reasons = [runs.unmet(score, *arms)]
+        for one, best in chosen.items():
+            grid = _grid(one)
+            first = list(best.values())[: experiment.looks("decays")[0]]
+            at_end = sum(arm in (grid[0], grid[-1]) for arm in first)
+            if len(grid) > 1 and 2 * at_end > len(first):
+                reasons.append(f"the best weight of {arm_name(one)} is an end of its grid")
+        than = "no decay" if other == "none" else arm_name(other)
+        return [
+            Effect(
+                where=where,
+                what=f"{score.replace('_', ' ')}, gain of {arm_name(kind)} over {than} with the best weights",
+                by_seed=by_seed,
+                note=", ".join(map(arm_name, arms)),
+                unmet="; ".join(filter(None, reasons)),
+                digits=runs.digits(score),
+                **settings,
+            )
+        ]
+
+    return measure
+
+
 def closed(init: str, other: str) -> Measure:
     """Returns a measure of the share of the gap between another arm and the dense one that a start closes."""
 

@@ -17,6 +17,7 @@ from espalier.launch.papers.low_rank.measures import (
     RANK,
     STEP,
     above_the_middle,
+    at_best,
     at_the_same,
     closed,
     decays,
@@ -41,6 +42,7 @@ _WEIGHT = experiment.WEIGHTS[1]  # of decay, at which the two kinds are compared
 _OTHERS = [weight for weight in experiment.WEIGHTS if weight != _WEIGHT]
 _PILOT = "seeds 10 to 14"
 _IMAGE_PILOT = f"{_PILOT}, at a rank of 0.3"
+_GRID_PILOT = "means of seed 90, deviations of the part `lm`"
 
 
 def _percent(*pairs: tuple[str, str]) -> Measure:
@@ -48,7 +50,7 @@ def _percent(*pairs: tuple[str, str]) -> Measure:
     return compare(PERPLEXITY, *pairs, relative=True)
 
 
-_LM, _WIDE, _IMAGES = "lm", "wide", "vision"
+_LM, _WIDE, _IMAGES, _RANKS, _DECAYS = "lm", "wide", "vision", "ranks", "decays"
 _FULL, _HALF = (
     experiment.image_arm("spectral", "frobenius", rate) for rate in experiment.IMAGE_RATES
 )
@@ -67,6 +69,17 @@ _WARM = [
     (experiment.warm("full", ranks), experiment.spectral("full", ranks))
     for ranks in experiment.RANK_RULES
 ]
+
+# The same decay of both kinds, where both grids have it.
+_SHARED = [
+    decays(weight) for weight in experiment.GRIDS["frobenius"] if weight in experiment.GRIDS["l2"]
+]
+_SPECTRAL = {rank: experiment.arm("spectral", rank) for rank in experiment.IMAGE_RANKS}
+_STARTS = (experiment.arm("spectral", experiment.HE_RANK), experiment.arm("he", experiment.HE_RANK))
+_LEAST, _MOST = min(experiment.IMAGE_RANKS), max(experiment.IMAGE_RANKS)
+# A rank and the next smaller one.
+_STEPS = list(zip(experiment.IMAGE_RANKS[1:], experiment.IMAGE_RANKS, strict=False))
+_BY_RANK = "textures at a rank of 0.1 (seeds 20 to 31) and of 0.3 (seeds 10 to 14)"
 
 CLAIMS = (
     _PROSE.claim(
@@ -211,6 +224,33 @@ CLAIMS = (
         secondary={"gpt2": [times("spectral")]},
     ),
     _PROSE.claim(
+        "L14",
+        _DECAYS,
+        at_best(PERPLEXITY, "frobenius", "l2", unit="%"),
+        above=0.0,
+        planned=Planned(sd=1.5, expected=2.0, source=_GRID_PILOT),
+        looks=experiment.looks(_DECAYS),
+        secondary={_DECAYS: [_percent(*_SHARED)]},
+    ),
+    _PROSE.claim(
+        "L15",
+        _DECAYS,
+        at_best(RANK, "frobenius", "l2"),
+        above=0.0,
+        planned=Planned(sd=0.6, expected=1.2, source=_GRID_PILOT),
+        looks=experiment.looks(_DECAYS),
+        secondary={_DECAYS: [compare(RANK, *_SHARED)]},
+    ),
+    _PROSE.claim(
+        "L16",
+        _DECAYS,
+        at_best(PERPLEXITY, "frobenius", "none", unit="%"),
+        above=0.0,
+        planned=Planned(sd=2.5, expected=5.0, source=_GRID_PILOT),
+        looks=experiment.looks(_DECAYS),
+        secondary={_DECAYS: [at_best(PERPLEXITY, "l2", "none", unit="%")]},
+    ),
+    _PROSE.claim(
         "V1",
         _IMAGES,
         average(
@@ -251,6 +291,34 @@ CLAIMS = (
         planned=Planned(sd=0.008, expected=0.0, source=_IMAGE_PILOT),
         secondary={_IMAGES: [compare("loss", (_HALF, _FULL)), step_ratio(_HALF, _FULL)]},
     ),
+    _PROSE.claim(
+        "V5",
+        _RANKS,
+        compare("accuracy", (_SPECTRAL[_MOST], _SPECTRAL[_LEAST])),
+        above=0.0,
+        planned=Planned(sd=0.008, expected=0.016, source=_BY_RANK),
+        looks=experiment.looks(_RANKS),
+        secondary={
+            _RANKS: [
+                compare("accuracy", *((_SPECTRAL[one], _SPECTRAL[less]) for one, less in _STEPS)),
+                *(compare(score, _STARTS) for score in ("accuracy", "loss")),
+            ]
+        },
+    ),
+    _PROSE.claim(
+        "V6",
+        _RANKS,
+        compare("accuracy", (_SPECTRAL[_MOST], "dense")),
+        above=-EQUAL,
+        planned=Planned(sd=0.005, expected=-0.004, source=_BY_RANK),
+        looks=experiment.looks(_RANKS),
+        secondary={
+            _RANKS: [
+                compare("accuracy", *((_SPECTRAL[less], "dense") for _, less in _STEPS)),
+                compare("loss", *((one, "dense") for one in _SPECTRAL.values())),
+            ]
+        },
+    ),
 )
 
 
@@ -258,6 +326,8 @@ _COLUMNS = {
     "lm": ("parameters", "perplexity", "effective_rank", "effective_step"),
     "wide": ("parameters", "perplexity", "effective_rank", "effective_step"),
     "vision": ("parameters", "accuracy", "effective_rank", "effective_step"),
+    "ranks": ("parameters", "accuracy", "effective_rank", "effective_step"),
+    "decays": ("parameters", "perplexity", "effective_rank", "effective_step"),
 }
 _FORMATS = {"parameters": "{:,.0f}", "effective_step": "{:.2e}"}
 
@@ -273,10 +343,11 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
             out.append(_PROSE(text, rounds=len(next(iter(times["seconds"].values())))))
     out.append(_PROSE("terms"))
     missing = []
-    for part, before in (("lm", ""), ("wide", "wide,"), ("vision", "vision,")):
+    for part, sweep in experiment.SWEEPS.items():
         if runs := parts.get(part):
-            arms = list(experiment.get_config(f"{before}1").arms)
-            missing += runs.missing(arms, experiment.SEEDS[0])
+            _, _, argument = sweep.format(seeds=1).partition(":")
+            arms = list(experiment.get_config(argument).arms)
+            missing += runs.missing(arms, experiment.looks(part)[0])
     return [*out, *page.missing(missing, tuple(PLACES), parts)]
 
 

@@ -79,6 +79,42 @@ def test_arms_with_decay_differ_in_it_alone(kind):
         assert said(lm.decayed(kind, weight)) == plain | changed
 
 
+def test_runs_that_read_often_differ_from_those_that_read_once_in_the_text_alone():
+    grid = {run.arm: run for run in file.read("launch/papers/low_rank/experiment.py:decays,1")}
+    often, once = (
+        configuration(run.gin_files, *run.bindings) for run in (grid["spectral"], RUNS["spectral"])
+    )
+    changed = {name for name in once.macros if once.macros[name] != often.macros[name]}
+    assert changed == {"BYTES_PER_SOURCE", "SPECTRUM_PERIOD", "EVAL_PERIOD", "SEED"}
+    assert {*often.macros} == {*once.macros}
+    held_out = "espalier.data.text.corpus.assemble.validation_fraction"
+    assert (often.value(held_out), often.macros["BYTES_PER_SOURCE"]) == (0.8, 200_000)
+    for kind, weights in lm.GRIDS.items():
+        assert [float(weight) for weight in weights] == sorted(map(float, weights))
+        run = grid[lm.decayed(kind, weights[0])]
+        macros = configuration(run.gin_files, *run.bindings).macros
+        assert (macros["FACTOR_DECAY"], macros["FACTOR_DECAY_WEIGHT"]) == (kind, float(weights[0]))
+
+
+def test_arms_by_rank_are_those_of_textures_with_decay_of_the_product():
+    images, ranks = (
+        {run.arm: run for run in file.read(f"launch/papers/low_rank/experiment.py:{part},1")}
+        for part in ("vision", "ranks")
+    )
+    starts = [*(("spectral", rank) for rank in lm.IMAGE_RANKS), ("he", lm.HE_RANK)]
+    pairs = {
+        lm.arm(init, rank): (lm.image_arm(init, "frobenius", "full"), {"RANK": rank})
+        for init, rank in starts
+    }
+    pairs["dense"] = "dense", {}
+    assert [*ranks] == ["dense", *(arm for arm in pairs if arm != "dense")]
+    for arm, (same, changed) in pairs.items():
+        given, other = (
+            configuration(run.gin_files, *run.bindings).macros for run in (ranks[arm], images[same])
+        )
+        assert given == {**other, "SEED": 40, **changed}
+
+
 def test_arms_that_are_compared_over_dense_updates_end_with_the_same_rate_and_rule():
     for rate, ranks in (("full", ""), ("full", "_ratio"), ("half", "")):
         warm, cold = (of_arm(name(rate, ranks)) for name in (lm.warm, lm.spectral))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from espalier.launch.config import gin_config
 from espalier.launch.papers.low_rank import experiment, measures, report
 from espalier.launch.papers.low_rank import experiment as lm
 from espalier.launch.papers.shared import claim as shared_claim
+from espalier.launch.papers.shared import criteria
 from espalier.launch.sweep import file
 from espalier.trainers import initialise
 
@@ -43,12 +45,22 @@ def score_of(arm):
     return 6.5 * (14 / rank) ** 0.2, rank, 1.3e-5 * 10 ** (0.5 * strength)
 
 
+def score_of_decay(arm):
+    """The same of the part `decays`: each decay is best at the second weight of its grid."""
+    if arm == "spectral":
+        return 10.2, 14.0, 1e-5
+    _, kind, weight = arm.split("_")
+    least, rank = (9.8, 6.0) if kind == "l2" else (9.3, 9.0)
+    away = math.log10(float(weight) / float(lm.GRIDS[kind][1]))
+    return least * (1 + 0.05 * away**2), rank - away, 1e-5
+
+
 def rows(seeds=5, before=""):
     """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{before}{seeds}"):
-        perplexity, rank, step = score_of(run.arm)
-        shift = 0.03 * (run.seed - 20) + 0.002 * rng.normal()
+        perplexity, rank, step = (score_of_decay if before == "decays," else score_of)(run.arm)
+        shift = 0.03 * (run.seed % 20) + 0.002 * rng.normal()
         first = 250 if run.arm.startswith("warm") else 0
         last = 250 if run.arm == "dense_start" else 4500 if "long" in run.arm else 1500
         at = [at for at in range(50, last + 1, 50) if at > first]
@@ -87,16 +99,23 @@ def _course(arm, rank, step):
     }
 
 
-def image_rows(seeds=5, **levels):
+LEVELS = {
+    "vision": {"narrow": 0.80, "he_frobenius_full": 0.81, "he_frobenius_half": 0.81},
+    "ranks": {"dense": 0.856, lm.arm("he", lm.HE_RANK): 0.83}
+    | {lm.arm("spectral", rank): 0.82 + 0.05 * math.log10(10 * rank) for rank in lm.IMAGE_RANKS},
+}
+
+
+def image_rows(seeds=5, part="vision", **levels):
     """Rows of images with which all claims hold; `levels` are other accuracies of arms."""
     out, rng = [], np.random.default_rng(0)
-    levels = {"narrow": 0.80, "he_frobenius_full": 0.81, "he_frobenius_half": 0.81} | levels
-    for run in file.read(f"{SWEEP}:vision,{seeds}"):
+    levels = LEVELS[part] | levels
+    for run in file.read(f"{SWEEP}:{part},{seeds}"):
         level = levels.get(run.arm, 0.83 if "l2" in run.arm else 0.845)
         level = levels.get(run.arm, 0.86) if run.arm.startswith("dense") else level
         rank = 5.0 if "l2" in run.arm else 7.0
         step = 1.1e-3 if run.arm.endswith("half") else 2e-3
-        accuracy = level + 0.004 * (run.seed - 20) + 0.001 * rng.normal()
+        accuracy = level + 0.004 * (run.seed % 20) + 0.001 * rng.normal()
         end = {"step": 2400, "effective_step": step, "effective_rank": rank + 0.01 * rng.normal()}
         out.append(
             _row(run)
@@ -106,7 +125,7 @@ def image_rows(seeds=5, **levels):
                 "parameters": 50_000,
                 "held_out": {"textures": {"accuracy": accuracy, "loss": 1.3 - accuracy}},
                 "curve": [],
-                "spectrum": [end] if "frobenius" in run.arm or "l2" in run.arm else [],
+                "spectrum": [end] if run.arm.startswith(("he", "spectral")) else [],
                 "first_profile": [],
                 "last_profile": [],
             }
@@ -125,9 +144,10 @@ def times(factor=0.8, part="timing"):
 
 
 def everything():
-    wide = rows(before="wide,")
+    sweeps = {part: rows(before=f"{part},") for part in ("wide", "decays")}
+    images = {part: image_rows(part=part) for part in LEVELS}
     timed = {part: times(part=part) for part in experiment.TIMING}
-    return {"lm": rows(), "wide": wide, "vision": image_rows(), **timed}
+    return {"lm": rows(), **sweeps, **images, **timed}
 
 
 def judged(found):
@@ -138,16 +158,19 @@ def verdicts(found):
     return {name: claim.verdict for name, claim in judged(found).items()}
 
 
-def change(found, arm, **scores):
+def change(found, arm, part="lm", **scores):
     """Sets perplexities, or what is said of the end of runs; values of one arm differ a little by seed."""
-    for row in found["lm"]:
+    for row in found[part]:
         if row["arm"] == arm:
             for name, value in scores.items():
                 where = row["held_out"]["python"] if name == "perplexity" else row["spectrum"][-1]
                 where[name] = value * (1 + 1e-3 * row["seed"])
 
 
-NAMES = (*(f"L{n}" for n in (*range(1, 11), 12, 13)), "V1", "V2", "V3", "V4")
+NAMES = (
+    *(f"L{n}" for n in (*range(1, 11), *range(12, 17))),
+    *(f"V{n}" for n in range(1, 7)),
+)
 
 
 def test_all_claims_hold_where_they_should():
@@ -173,6 +196,11 @@ def test_claims_fail_where_their_primary_effect_does():
     for row in found["vision"]:
         if row["arm"] == "spectral_frobenius_full":
             row["spectrum"][-1]["effective_rank"] = 3.0 + 0.01 * row["seed"]
+    levels = {lm.arm("spectral", rank): 0.81 - 0.05 * rank for rank in lm.IMAGE_RANKS}
+    found["ranks"] = image_rows(part="ranks", **levels)
+    for at, weight in enumerate(lm.GRIDS["frobenius"]):
+        arm = lm.decayed("frobenius", weight)
+        change(found, arm, "decays", perplexity=10.5 + 0.2 * abs(at - 1), effective_rank=4.0)
     assert verdicts(found) == dict.fromkeys(NAMES, "fails")
 
 
@@ -184,6 +212,63 @@ def test_a_cause_is_compared_on_the_line_of_the_other_decay():
     assert measures.gap_to_line([4.0, *xs], [1.2 * 4, *ys]) == pytest.approx(-20.0)
     assert math.isnan(measures.gap_to_line([17.0, *xs], [8.0, *ys]))
     assert math.isnan(measures.gap_to_line([0.5, *xs], [8.0, *ys]))
+
+
+def grid_rows(**perplexities):
+    """Rows of the part `decays`: by arm the perplexity of each seed; arms that are not named have 20."""
+    arms = [one.arm for one in file.read(f"{SWEEP}:decays,1")]
+    seeds = range(len(next(iter(perplexities.values()))))
+    return experiment.Results(
+        [
+            {"arm": arm, "seed": seed, "held_out": {"python": {"perplexity": value}}}
+            | {"spectrum": [], "parameters": 1}
+            for arm in arms
+            for seed, value in zip(seeds, perplexities.get(arm, [20.0] * len(seeds)), strict=True)
+        ]
+    )
+
+
+def test_the_best_weight_of_a_seed_is_that_of_the_other_seeds():
+    l2, product = (
+        [lm.decayed(kind, weight) for weight in weights[1:-1]] for kind, weights in lm.GRIDS.items()
+    )
+    # The first seed is best with the second weight, the others with the first; the fourth is beyond the first block.
+    scores = {l2[0]: [9.0, 8.0, 8.0, 9.0], l2[1]: [8.0, 8.1, 8.1, 1.0], product[0]: [4.0] * 4}
+    runs = grid_rows(**scores, spectral=[10.0] * 4)
+    # Over seeds 1 and 2 the first weight is better; over two others, and over all three, the second.
+    want = {0: l2[0], 1: l2[1], 2: l2[1], 3: l2[1]}
+    assert measures.best_weights(runs, "l2") == want
+    assert set(measures.best_weights(runs, "none").values()) == {"spectral"}
+    assert measures.best_weights(grid_rows(**{l2[0]: [1.0]}), "l2") == {}
+    (effect,) = measures.at_best("perplexity", "frobenius", "l2", unit="%")(runs, "here")
+    assert effect.values == pytest.approx([100 * 5 / 9, 100 * 4.1 / 8.1, 100 * 4.1 / 8.1, -300.0])
+    assert not effect.unmet and effect.what.endswith(
+        "gain of Frobenius over L2 with the best weights"
+    )
+    (effect,) = measures.at_best("perplexity", "l2", "none")(runs, "here")
+    assert effect.values == pytest.approx([1.0, 1.9, 1.9, 9.0]) and "no decay" in effect.what
+    # Of a decided claim no further seeds are trained.
+    some = experiment.Results([r for r in runs.rows if r["seed"] < 3 or "l2" not in r["arm"]])
+    (effect,) = measures.at_best("perplexity", "frobenius", "l2")(some, "here")
+    assert [*effect.by_seed] == [0, 1, 2] and not effect.unmet
+
+
+def test_a_best_weight_at_the_end_of_its_grid_gives_no_verdict():
+    first, second = (lm.decayed("l2", weight) for weight in lm.GRIDS["l2"][:2])
+    runs = grid_rows(**{first: [7.0, 8.0, 8.0], second: [9.0] * 3})
+    (effect,) = measures.at_best("perplexity", "l2", "none")(runs, "here")
+    assert effect.unmet == "the best weight of L2 is an end of its grid"
+
+
+def test_parts_that_were_judged_keep_their_designs_and_later_ones_have_seeds_of_their_own():
+    record = json.loads(pathlib.Path("docs/reproductions/low_rank/results.json").read_text())
+    parts = [part for part in record["measured"] if part not in lm.LATER]
+    criteria.kept(record["criteria"], parts, report.REPORT.claims, experiment)
+    seeds = {part: {run.seed for run in file.read(f"{SWEEP}:{part},12")} for part in lm.LATER}
+    assert min(map(min, seeds.values())) > max(row["seed"] for row in record["measured"]["vision"])
+    for part in lm.LATER:
+        runs = [len({run.seed for run in file.read(f"{SWEEP}:{part},{n}")}) for n in lm.SEEDS]
+        assert tuple(runs) == lm.looks(part) == (3, 6, 12)
 
 
 def test_a_cause_beyond_the_other_decays_gives_no_verdict():
@@ -255,7 +340,10 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     judged = report.REPORT.write(found, tmp_path, FACTS)
     text = (tmp_path / "low_rank.md").read_text()
     drawn = {path.name for path in (tmp_path / "low_rank").glob("*.png")}
-    names = ("claims", "ranks", "spectra", "effective_rank", "explanations", "warm_start", "images")
+    names = (
+        *("claims", "ranks", "spectra", "effective_rank", "explanations", "warm_start", "images"),
+        *("image_ranks", "decays"),
+    )
     assert drawn == {f"{name}.png" for name in names}
     assert all(f"](low_rank/{name})" in text for name in drawn) and "Missing" not in text
     written = json.loads((tmp_path / "low_rank" / "results.json").read_text())
@@ -270,7 +358,8 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     judged = {claim.name: claim for claim in report.REPORT.write(partial, tmp_path, FACTS)}
     text = (tmp_path / "low_rank.md").read_text()
     assert "`he` (seed 21)" in text and "`spectral_ones`" in text and "`warm_start_full`" in text
-    assert all(f"all of the part `{part}`" in text for part in ("vision", "timing", "gpt2", "wide"))
+    missing = ("vision", "timing", "gpt2", "wide", "ranks", "decays")
+    assert all(f"all of the part `{part}`" in text for part in missing)
     assert judged["L1"].verdict == "holds" and judged["L2"].seeds == 4
     assert judged["L5"].verdict == "not measured" and "- Not measured." in text
     report.REPORT.write({}, tmp_path, FACTS)
