@@ -254,25 +254,34 @@ def _trained(program: Program) -> list[str]:
 
 
 def changes(layouts: Sequence[Layout]) -> list[dict[str, Any]]:
-    """Returns what of a sum differs between layouts: its name, the field, and the field's values by layout."""
-    facts: list[dict[str, list[Reduction]]] = []
-    for layout in layouts:
-        facts.append(collections.defaultdict(list))
-        for one in layout.sums:
-            facts[-1][one.of].append(one)
+    """Returns what of a sum differs between the orders of one mesh, or between the first orders of two meshes.
+
+    Each difference has the numbers of the layouts from 1, the name of the sum, the field, and its values in each layout.
+    """
+    meshes: dict[str, list[int]] = collections.defaultdict(list)
+    for i, layout in enumerate(layouts):
+        meshes[json.dumps(layout.mesh)].append(i)
     found = []
-    for of in sorted(set().union(*facts)):
-        for field in _FIELDS:
-            values = [[getattr(one, field) for one in sums[of]] for sums in facts]
-            if any(value != values[0] for value in values):
-                found.append({"of": of, "field": field, "values": values})
+    for compared in [*meshes.values(), [same[0] for same in meshes.values()]]:
+        facts: list[dict[str, list[Reduction]]] = []
+        for i in compared:
+            facts.append(collections.defaultdict(list))
+            for one in layouts[i].sums:
+                facts[-1][one.of].append(one)
+        for of in sorted(set().union(*facts)):
+            for field in _FIELDS:
+                values = [[getattr(one, field) for one in sums[of]] for sums in facts]
+                if any(value != values[0] for value in values):
+                    numbers = [i + 1 for i in compared]
+                    found.append({"layouts": numbers, "of": of, "field": field, "values": values})
     return found
 
 
 def warnings(program: Program, layouts: Sequence[Layout]) -> list[str]:
     """Returns a sentence for each way of summing in which rounding can decide the first update of adapters that start at 0."""
     gradients = {one.of for layout in layouts for one in layout.sums if _can_decide(one)}
-    zeros = {of for of in gradients if set(of.split(" + ")) & _zero_starts(program)} if gradients else set()
+    drawn_zero = _zero_starts(program) if gradients else set()
+    zeros = {of for of in gradients if set(of.split(" + ")) & drawn_zero}
     if not zeros or not is_scale_free(program):
         return []
     changed = {one["of"] for one in changes(layouts)}
@@ -362,12 +371,13 @@ def report(
         for (dtype, terms, way, words, bound, _), names in groups.items():
             lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.1g}  {way:<24}  {_few(names)}")
             lines += [f"  {'':<22}{words}"] if words else []
-    fields = collections.defaultdict(list)
-    for one in changed:
-        fields[one["field"]].append(one["of"])
     lines += ["", "error: at most this multiple of the sum of the terms' sizes, in any order"]
-    if len(layouts) > 1:
-        lines += [f"changes of {field}: {_few(names)}" for field, names in fields.items()] or ["no sum changes"]
+    differing: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for one in changed:
+        differing[" and ".join(map(str, one["layouts"])), one["field"]].append(one["of"])
+    for (compared, field), names in differing.items():
+        lines.append(f"layouts {compared} differ in {field}: {_few(names)}")
+    lines += [] if changed else ["no sum differs between these layouts"]
     for warning in risky:
         lines += ["", f"WARNING: {warning}"]
     lines += ["", "remedies:", *(f"  - {one}" for one in _REMEDIES)] if risky else []
