@@ -31,12 +31,11 @@ from espalier.trainers.recipe import Program, Recipe
 _PRECISE = 2.0**-20
 _FIELDS = ("algorithm", "dtype", "shape", "terms", "combined", "backend")
 _REMEDIES = (
-    "--gin.DTYPE=\"'float32'\" computes products and sums of gradients in float32, in more memory and time; and "
-    "recipe.Recipe.gradient_dtype must not be a narrower one.",
-    "--gin.LORA_A_INIT=@jax.nn.initializers.zeros --gin.LORA_B_INIT=@lora.uniform_fan_in starts A at 0 in place of B, whose "
-    "gradient may be summed in another way.",
-    "A run places chips by their coordinates, in whatever order they are listed (trainers/partitioning.py): of the same slice, MESH "
-    "and versions, the order of the sums is always that of the first layout.",
+    "--gin.DTYPE=\"'float32'\" computes products and sums of gradients in float32, in more memory and time.",
+    "--gin.LORA_A_INIT=@jax.nn.initializers.zeros --gin.LORA_B_INIT=@lora.uniform_fan_in, of a run with methods/adapters/lora.gin, "
+    "starts A at 0 in place of B, and its gradient may be summed in another way.",
+    "A run places chips by their coordinates, in whatever order they are listed (trainers/partitioning.py): with the same slice, MESH "
+    "and versions it is always the first layout.",
 )
 
 
@@ -220,11 +219,11 @@ def compiled(program: Program, order: Sequence[int]) -> Layout:
     outputs = jax.tree_util.tree_leaves_with_path(traced.out_info)
     if len(outputs) != len(tuple(hlo_text.leaves(module.entry.result.shape))):
         raise hlo_text.HloError(f"the program has not the {len(outputs)} results of the train step")
-    paths = _trained(program)
+    # From short to long, so that of two paths that end alike the longer one remains.
     gradients = {
         i: path
+        for path in sorted(_trained(program), key=len)
         for i, (keys, _) in enumerate(outputs)
-        for path in paths
         if f"/{trainable.path_name(keys)}".endswith(f"/{path}")
     }
     lines = [
@@ -369,7 +368,7 @@ def report(
             groups[one.dtype, one.terms, way, words, one.bound, one.combined[1:]].append(one.of)
         lines.append(f"  {'dtype':<6}{'terms':>5}  {'error':>7}  {'algorithm':<24}  sum of")
         for (dtype, terms, way, words, bound, _), names in groups.items():
-            lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.1g}  {way:<24}  {_few(names)}")
+            lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.2g}  {way:<24}  {_few(names)}")
             lines += [f"  {'':<22}{words}"] if words else []
     lines += ["", "error: at most this multiple of the sum of the terms' sizes, in any order"]
     differing: dict[tuple[str, str], list[str]] = collections.defaultdict(list)

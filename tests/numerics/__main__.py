@@ -2,7 +2,7 @@
 
 The model is t5x_configs/models/tiny.gin in bfloat16, with the adapters of methods/adapters/lora.gin; the data are random pairs whose
 chosen completions have more of one half of the tokens. Only the sum of gradients over the devices differs between runs of a seed.
-Writes docs/evidence/numerics.json and its figure, in about two minutes on an idle core:
+Writes docs/evidence/numerics.json and its figure, in about four minutes of a core:
 
   python -m tests.numerics
 """
@@ -204,7 +204,7 @@ def figure(document: dict) -> object:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each start and order (default 5)")
-    parser.add_argument("--updates", type=int, default=40, help="updates of a run (default 40)")
+    parser.add_argument("--updates", type=int, default=60, help="updates of a run (default 60)")
     parser.add_argument("--plot_only", action="store_true", help="draws the figure from the JSON file")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs/evidence")
     flags = parser.parse_args()

@@ -26,7 +26,7 @@ def total(terms_PN: jax.Array, order: str) -> jax.Array:
         return _chain(terms_PN[::-1], rounded)
     if order == "ring":
         block_N = jnp.arange(terms_PN.shape[1]) * DEVICES // terms_PN.shape[1]
-        places_PN = (jnp.arange(DEVICES)[:, None] + block_N + 1) % DEVICES
+        places_PN = (jnp.arange(DEVICES)[:, None] + block_N[None] + 1) % DEVICES
         return _chain(jnp.take_along_axis(terms_PN, places_PN, axis=0), rounded)
     if order == "pairs":
         while len(terms_PN) > 1:
