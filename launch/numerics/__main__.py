@@ -63,9 +63,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="JSON",
-        help="a mesh besides the run's own MESH, such as '{\"data\": 2, \"fsdp\": 2}'; repeatable",
+        help='a mesh besides the run\'s own MESH, such as \'{"data": 2, "fsdp": 2}\'; repeatable',
     )
-    group.add_argument("--json", metavar="FILE", help="also write all of the report to this JSON file")
+    group.add_argument(
+        "--json", metavar="FILE", help="also write all of the report to this JSON file"
+    )
 
 
 def _run(start: cli.Start) -> int:

@@ -74,7 +74,7 @@ def mesh_of(text: str) -> dict[str, int]:
         sizes = None
     if not isinstance(sizes, dict) or any(type(size) is not int for size in sizes.values()):
         raise NumericsError(
-            f"--mesh={text} is not a mesh: give sizes by axis, such as --mesh='{{\"data\": 2, \"fsdp\": 2}}'."
+            f'--mesh={text} is not a mesh: give sizes by axis, such as --mesh=\'{{"data": 2, "fsdp": 2}}\'.'
         )
     return sizes
 
@@ -83,7 +83,9 @@ def orders_of(texts: Sequence[str]) -> list[tuple[int, ...]]:
     """Returns the orders that flags --order give; raises NumericsError."""
     for text in texts:
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-            raise NumericsError(f"--order={text} is not a list of chips: give numbers such as 3,2,1,0.")
+            raise NumericsError(
+                f"--order={text} is not a list of chips: give numbers such as 3,2,1,0."
+            )
     return [tuple(map(int, text.split(","))) for text in texts]
 
 
@@ -112,7 +114,9 @@ def numerics(
     """
     topology = tpu_topology.parse(topology_name)
     if topology.num_chips == 1:
-        raise NumericsError(f"--topology={topology} is one chip, which sums nothing with others: give a slice.")
+        raise NumericsError(
+            f"--topology={topology} is one chip, which sums nothing with others: give a slice."
+        )
     if topology.slices > 1:
         raise NumericsError(
             f"--topology={topology} has {topology.slices} slices, and sums between slices are not read: give one slice."
@@ -132,7 +136,9 @@ def numerics(
     ]
     keys = [(tuple(program.mesh.shape.items()), order) for program, order in planned]
     if len(set(keys)) < len(keys):
-        raise NumericsError("A layout is given twice: remove the --mesh or --order that repeats another one.")
+        raise NumericsError(
+            "A layout is given twice: remove the --mesh or --order that repeats another one."
+        )
     for i, (program, order) in enumerate(planned):
         print(f"compiling layout {i + 1} of {len(planned)} for {topology} ...", flush=True)
         layouts.append(compiled(placed(program, [devices[chip] for chip in order]), order))
@@ -142,7 +148,10 @@ def numerics(
         "topology": str(topology),
         "versions": tpu_topology.versions(),
         "layouts": [
-            {**dataclasses.asdict(one), "sums": [{**dataclasses.asdict(s), "bound": s.bound} for s in one.sums]}
+            {
+                **dataclasses.asdict(one),
+                "sums": [{**dataclasses.asdict(s), "bound": s.bound} for s in one.sums],
+            }
             for one in layouts
         ],
         "changes": changed,
@@ -197,7 +206,9 @@ def placed(program: Program, devices: Sequence[jax.Device]) -> Program:
     return dataclasses.replace(
         program,
         mesh=mesh,
-        abstract_state=initialise.with_shardings(state, jax.tree.map(lambda x: moved(x.sharding), state)),
+        abstract_state=initialise.with_shardings(
+            state, jax.tree.map(lambda x: moved(x.sharding), state)
+        ),
         batch_sharding=moved(program.batch_sharding),
     )
 
@@ -214,7 +225,9 @@ def compiled(program: Program, order: Sequence[int]) -> Layout:
         except jax.errors.JaxRuntimeError as error:
             if compile_report.out_of_memory(str(error)) is None:
                 raise
-            raise NumericsError("The step does not fit the chips: espalier precompile finds what does.") from None
+            raise NumericsError(
+                "The step does not fit the chips: espalier precompile finds what does."
+            ) from None
     module = hlo_text.parse(text)
     outputs = jax.tree_util.tree_leaves_with_path(traced.out_info)
     if len(outputs) != len(tuple(hlo_text.leaves(module.entry.result.shape))):
@@ -294,7 +307,11 @@ def warnings(program: Program, layouts: Sequence[Layout]) -> list[str]:
         f"{_few(names)} start at 0, and the first update follows the sign of each gradient, whatever its size. That gradient is summed "
         f"in {dtype} over {terms} chips ({', '.join(ways)}) and errs by up to {bound:.2g} of the sum of its terms' sizes: where terms "
         f"cancel, rounding decides the sign. "
-        + ("How it is summed changes between these layouts." if differs else "How it is summed is the same in these layouts.")
+        + (
+            "How it is summed changes between these layouts."
+            if differs
+            else "How it is summed is the same in these layouts."
+        )
         for (dtype, terms, bound, ways, differs), names in groups.items()
     ]
 
@@ -353,23 +370,29 @@ def report(
     risky: Sequence[str],
 ) -> str:
     """Returns the report as text; parameters with like sums share a line."""
-    lines = [f"compiled with {', '.join(f'{name} {version}' for name, version in versions.items())}"]
+    lines = [
+        f"compiled with {', '.join(f'{name} {version}' for name, version in versions.items())}"
+    ]
     for i, layout in enumerate(layouts):
         lines += ["", f"layout {i + 1}: {layout}"]
-        lines += [f"  program {layout.program} of {layout.instructions:,} instructions, backend_config {layout.backend}"]
+        lines += [
+            f"  program {layout.program} of {layout.instructions:,} instructions, backend_config {layout.backend}"
+        ]
         same = next((k for k in range(i) if layouts[k].sums == layout.sums), None)
         if same is not None:
             lines.append(f"  sums as in layout {same + 1}")
             continue
         groups: dict[tuple[Any, ...], list[str]] = collections.defaultdict(list)
         for one in layout.sums:
-            way = f"{one.algorithm} of {len(one.combined)}" if len(one.combined) > 1 else one.algorithm
-            words = " ".join(one.backend.split("{")[0].split()[:2])
-            groups[one.dtype, one.terms, way, words, one.bound, one.combined[1:]].append(one.of)
-        lines.append(f"  {'dtype':<6}{'terms':>5}  {'error':>7}  {'algorithm':<24}  sum of")
-        for (dtype, terms, way, words, bound, _), names in groups.items():
-            lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.2g}  {way:<24}  {_few(names)}")
-            lines += [f"  {'':<22}{words}"] if words else []
+            way = (
+                one.algorithm
+                if len(one.combined) == 1
+                else f"{one.algorithm} of {len(one.combined)}"
+            )
+            groups[one.dtype, one.terms, way, one.bound, one.combined[1:]].append(one.of)
+        lines.append(f"  {'dtype':<6}{'terms':>5}  {'error':>7}  {'algorithm':<20}  sum of")
+        for (dtype, terms, way, bound, _), names in groups.items():
+            lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.2g}  {way:<20}  {_few(names)}")
     lines += ["", "error: at most this multiple of the sum of the terms' sizes, in any order"]
     differing: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for one in changed:

@@ -103,7 +103,8 @@ def read(module: Module, outputs: Mapping[int, str]) -> list[Reduction]:
                 channel = instruction.attribute("channel_id")
                 group = [
                     Reduction(
-                        of=" + ".join(sorted(names.get((*at, i), ()))) or _other(instruction, array),
+                        of=" + ".join(sorted(names.get((*at, i), ())))
+                        or _other(instruction, array),
                         dtype=array.dtype,
                         shape=array.dims,
                         terms=terms,
@@ -166,7 +167,11 @@ class _Program:
             config = json.loads(text) if text else {}
             fields = config.get("collective_algorithm_config") if isinstance(config, dict) else None
             if isinstance(fields, dict):
-                words = [str(value) for key in ("emitter", "strategy", "debug") if (value := fields.get(key))]
+                words = [
+                    str(value)
+                    for key in ("emitter", "strategy", "debug")
+                    if (value := fields.get(key))
+                ]
                 return " ".join(" ".join(words).split())
         return ""
 
@@ -258,7 +263,12 @@ class _Program:
         elif opcode in ("opt-barrier", "async-update", "domain"):
             yield operand(0), path
         else:
-            used = {"dynamic-slice": 1, "dynamic-update-slice": 2, "copy": 1, "collective-permute": 1}
+            used = {
+                "dynamic-slice": 1,
+                "dynamic-update-slice": 2,
+                "copy": 1,
+                "collective-permute": 1,
+            }
             for i in range(len(one.operands))[: used.get(opcode)]:
                 yield operand(i), path if opcode == "add-dependency" and i == 0 else ()
 

@@ -44,7 +44,10 @@ from tests.numerics.orders import DEVICES, ORDERS, total
 DOCS = pathlib.Path(__file__).parent.parent.parent / "docs" / "evidence"
 LENGTH, ROWS, RATE = 48, 16, 5e-3
 PROMPT, COMPLETION, TOKENS, SHARE = 8, 16, 128, 0.8
-FILES = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "runs/preference", "methods/adapters/lora")]
+FILES = [
+    f"t5x_configs/{name}.gin"
+    for name in ("models/tiny", "runs/preference", "methods/adapters/lora")
+]
 SETTINGS = [
     *("TRAIN_STEPS=100", f"BATCH_SIZE={ROWS}", f"TASK_FEATURE_LENGTHS={{'targets': {LENGTH}}}"),
     *("DTYPE='bfloat16'", "attention.Attention.implementation='xla'"),
@@ -69,7 +72,8 @@ def batch(seed: int, step: int) -> dict[str, np.ndarray]:
     low = rng.random((ROWS, 2, COMPLETION)) < np.array([SHARE, 1 - SHARE])[:, None]
     ids = rng.integers(4, TOKENS, low.shape) + np.where(low, 0, TOKENS)
     pairs = [
-        [(prompt.tolist(), side.tolist()) for side in both] for prompt, both in zip(prompts, ids, strict=True)
+        [(prompt.tolist(), side.tolist()) for side in both]
+        for prompt, both in zip(prompts, ids, strict=True)
     ]
     return {
         **inputs.pack(pairs, np.zeros(ROWS), length=LENGTH),
@@ -84,7 +88,10 @@ class Example:
     def __init__(self):
         recipes = {start: _recipe(bindings) for start, bindings in STARTS.items()}
         recipe = next(iter(recipes.values()))
-        self.mask, boxed = (p := precompile.resolved(recipe, jax.devices()[:DEVICES])).mask, p.boxed_params
+        self.mask, boxed = (
+            (p := precompile.resolved(recipe, jax.devices()[:DEVICES])).mask,
+            p.boxed_params,
+        )
         optimizer = make_optimizer(
             recipe.optimizer, learning_rate=schedules.as_schedule(RATE), boxed_params=boxed
         )
@@ -119,7 +126,9 @@ class Example:
         self.local, self.update = local, update
         self.init = {s: jax.jit(functools.partial(init, one)) for s, one in recipes.items()}
 
-    def run(self, start: str, seed: int, order: str, steps: int) -> tuple[list[float], np.ndarray, np.ndarray]:
+    def run(
+        self, start: str, seed: int, order: str, steps: int
+    ) -> tuple[list[float], np.ndarray, np.ndarray]:
         """Returns the losses before each update, the trained parameters after all, and the gradients [P, N] of the first."""
         params, state = self.init[start](seed)
         losses, first = [], np.zeros(0)
@@ -128,7 +137,9 @@ class Example:
             first = np.asarray(terms_PN, np.float64) if step == 0 else first
             weight = weights_P.sum()
             losses.append(float(sums_P.sum() / weight))
-            params, state = self.update(params, state, jax.device_get(terms_PN), weight, ORDERS.index(order))
+            params, state = self.update(
+                params, state, jax.device_get(terms_PN), weight, ORDERS.index(order)
+            )
         trained, _ = trainable.split(params, self.mask)
         return losses, np.asarray(ravel_pytree(trained)[0], np.float64), first
 
@@ -141,7 +152,9 @@ def signs(first_PN: np.ndarray) -> dict[str, float]:
     live_PN = first_PN[:, np.abs(first_PN).sum(0) > 0]
     exact_N = live_PN.sum(0)
     shares = {
-        order: float(np.mean(np.sign(total(jnp.asarray(live_PN, jnp.float32), order)) != np.sign(exact_N)))
+        order: float(
+            np.mean(np.sign(total(jnp.asarray(live_PN, jnp.float32), order)) != np.sign(exact_N))
+        )
         for order in ORDERS
     }
     cancelled = float(np.median(np.abs(exact_N) / np.abs(live_PN).sum(0)))
@@ -166,9 +179,22 @@ def measure(seeds: int, steps: int) -> dict[str, object]:
                         **({"first signs": signs(first)} if order == "float32" else {}),
                     }
                 )
-                print(start, seed, order, losses[0], losses[-1], runs[-1]["distance"], round(time.process_time()), flush=True)
+                print(
+                    start,
+                    seed,
+                    order,
+                    losses[0],
+                    losses[-1],
+                    runs[-1]["distance"],
+                    round(time.process_time()),
+                    flush=True,
+                )
     settings = {"rows": ROWS, "tokens of a row": LENGTH, "learning rate": RATE, "devices": DEVICES}
-    return {"command": "python -m tests.numerics", "settings": {**settings, "updates": steps}, "runs": runs}
+    return {
+        "command": "python -m tests.numerics",
+        "settings": {**settings, "updates": steps},
+        "runs": runs,
+    }
 
 
 def figure(document: dict) -> object:
@@ -183,34 +209,61 @@ def figure(document: dict) -> object:
     for start, order in itertools.product(STARTS, ORDERS):
         losses = np.array([of[start, order, seed] for seed in seeds])
         if order == "float32":
-            left.fill_between(updates, losses.min(0), losses.max(0), color=colours[start], alpha=0.2, lw=0)
-        left.plot(updates, losses.mean(0), color=colours[start], lw=1, label=start if order == "float32" else None)
+            left.fill_between(
+                updates, losses.min(0), losses.max(0), color=colours[start], alpha=0.2, lw=0
+            )
+        left.plot(
+            updates,
+            losses.mean(0),
+            color=colours[start],
+            lw=1,
+            label=start if order == "float32" else None,
+        )
     left.axhline(np.log(2), color=panels.GREY, ls="--", lw=1)
-    left.text(updates[-1], np.log(2), "ln 2", ha="right", va="bottom", fontsize=9, color=panels.GREY)
+    left.text(
+        updates[-1], np.log(2), "ln 2", ha="right", va="bottom", fontsize=9, color=panels.GREY
+    )
     left.set(xlabel="update", ylabel="DPO loss (nats per pair)", title="loss, all five orders")
     left.legend(frameon=False, fontsize=9, loc="lower left")
     for axis, start in zip(right, STARTS, strict=True):
         for order, colour in zip(ORDERS[1:], panels.colours(len(ORDERS) - 1), strict=True):
-            gaps = np.array([np.abs(of[start, order, seed] - of[start, "float32", seed]) for seed in seeds])
+            gaps = np.array(
+                [np.abs(of[start, order, seed] - of[start, "float32", seed]) for seed in seeds]
+            )
             gaps = np.maximum(gaps[:, 1:], 1e-7)
             axis.fill_between(updates[1:], gaps.min(0), gaps.max(0), color=colour, alpha=0.12, lw=0)
             axis.plot(updates[1:], np.median(gaps, 0), color=colour, lw=1.2, label=order)
-        axis.set(yscale="log", ylim=(1e-6, 1e-1), xlabel="update", title=f"{start}: gap to sums in float32")
+        axis.set(
+            yscale="log",
+            ylim=(1e-6, 1e-1),
+            xlabel="update",
+            title=f"{start}: gap to sums in float32",
+        )
     right[0].set_ylabel("|difference of losses| (nats per pair)")
     right[0].legend(frameon=False, fontsize=8, loc="lower right")
     return made
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each start and order (default 5)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="runs of each start and order (default 5)"
+    )
     parser.add_argument("--updates", type=int, default=60, help="updates of a run (default 60)")
-    parser.add_argument("--plot_only", action="store_true", help="draws the figure from the JSON file")
-    parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs/evidence")
+    parser.add_argument(
+        "--plot_only", action="store_true", help="draws the figure from the JSON file"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs/evidence"
+    )
     flags = parser.parse_args()
     target = flags.out / "numerics.json"
     if not flags.plot_only:
-        target.write_text(json.dumps(measure(flags.seeds, flags.updates), indent=1) + "\n")
+        document = measure(flags.seeds, flags.updates)
+        runs = ",\n".join(json.dumps(run) for run in document.pop("runs"))
+        target.write_text(f'{json.dumps(document)[:-1]}, "runs": [\n{runs}\n]}}\n')
     figure(json.loads(target.read_text())).savefig(flags.out / "images" / "numerics.png", dpi=110)
     return 0
 
