@@ -291,24 +291,28 @@ def changes(layouts: Sequence[Layout]) -> list[dict[str, Any]]:
 
 def warnings(program: Program, layouts: Sequence[Layout]) -> list[str]:
     """Returns a sentence for each way of summing in which rounding can decide the first update of adapters that start at 0."""
-    gradients = {one.of for layout in layouts for one in layout.sums if _can_decide(one)}
-    drawn_zero = _zero_starts(program) if gradients else set()
-    zeros = {of for of in gradients if set(of.split(" + ")) & drawn_zero}
-    if not zeros or not is_scale_free(program):
+    risky: dict[str, list[_Gradient]] = collections.defaultdict(list)
+    for layout in layouts:
+        for gradient in _gradients(layout):
+            # A sum of two is rounded once, in either order.
+            if gradient.terms > 2 and gradient.roundoff > _PRECISE:
+                risky[gradient.of].append(gradient)
+    zeros = _zero_starts(program) if risky else set()
+    risky = {of: ones for of, ones in risky.items() if set(of.split(" + ")) & zeros}
+    if not risky or not is_scale_free(program):
         return []
     changed = {one["of"] for one in changes(layouts)}
     groups: dict[tuple[Any, ...], list[str]] = collections.defaultdict(list)
-    for of in sorted(zeros):
-        sums = {s for layout in layouts for s in layout.sums if s.of == of and _can_decide(s)}
-        worst = max(sums, key=lambda s: s.bound)
-        ways = tuple(sorted({s.algorithm for s in sums}))
+    for of, ones in sorted(risky.items()):
+        worst = max(ones, key=lambda one: one.bound)
+        ways = ", ".join(sorted({way for one in ones for way in one.algorithms}))
         groups[worst.dtype, worst.terms, worst.bound, ways, of in changed].append(of)
     return [
-        f"{_few(names)} start at 0, and the first update follows the sign of each gradient, whatever its size. That gradient is summed "
-        f"in {dtype} over {terms} chips ({', '.join(ways)}) and errs by up to {bound:.2g} of the sum of its terms' sizes: where terms "
-        f"cancel, rounding decides the sign. "
+        f"{_few(names)} start at 0, and the first update follows the sign of each gradient, whatever its size. The gradient is summed "
+        f"in {dtype} over {terms} chips ({ways}) and errs by up to {bound:.2g} of the sum of its terms' sizes: where terms cancel, "
+        "rounding decides the sign. "
         + (
-            "How it is summed changes between these layouts."
+            "How it is summed differs between these layouts."
             if differs
             else "How it is summed is the same in these layouts."
         )
@@ -316,9 +320,32 @@ def warnings(program: Program, layouts: Sequence[Layout]) -> list[str]:
     ]
 
 
-def _can_decide(one: Reduction) -> bool:
-    """Whether a sum's rounding depends on its order, beyond float32: a sum of two is rounded once, in either order."""
-    return one.terms > 2 and reductions.unit_roundoff(one.dtype) > _PRECISE
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    """All sums of a parameter's gradient in one layout, which may follow each other: over one axis of the mesh, then another."""
+
+    of: str
+    dtype: str
+    roundoff: float
+    terms: int
+    bound: float
+    algorithms: tuple[str, ...]
+
+
+def _gradients(layout: Layout) -> Iterator[_Gradient]:
+    by_name: dict[str, list[Reduction]] = collections.defaultdict(list)
+    for one in layout.sums:
+        by_name[one.of].append(one)
+    for of, sums in by_name.items():
+        narrowest = max(sums, key=lambda one: reductions.unit_roundoff(one.dtype))
+        yield _Gradient(
+            of=of,
+            dtype=narrowest.dtype,
+            roundoff=reductions.unit_roundoff(narrowest.dtype),
+            terms=min(math.prod(one.terms for one in sums), len(layout.chips)),
+            bound=math.prod(1 + one.bound for one in sums) - 1,
+            algorithms=tuple(one.algorithm for one in sums),
+        )
 
 
 def _zero_starts(program: Program) -> set[str]:
@@ -395,8 +422,9 @@ def report(
             lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.2g}  {way:<20}  {_few(names)}")
     lines += ["", "error: at most this multiple of the sum of the terms' sizes, in any order"]
     differing: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
-    for one in changed:
-        differing[" and ".join(map(str, one["layouts"])), one["field"]].append(one["of"])
+    for change in changed:
+        compared = " and ".join(map(str, change["layouts"]))
+        differing[compared, change["field"]].append(change["of"])
     for (compared, field), names in differing.items():
         lines.append(f"layouts {compared} differ in {field}: {_few(names)}")
     lines += [] if changed else ["no sum differs between these layouts"]

@@ -1,7 +1,7 @@
 """The sums across chips of a compiled train step, and the parameter that each of them is the gradient of.
 
-A new parameter is followed backwards through the program: through arithmetic, loops, fusions and moves of data, up to the
-first sum across chips or the product that computes the gradient on one chip. Scalars, such as the norm of all gradients, are
+A new parameter is followed backwards through the program: through arithmetic, loops, fusions, moves of data and the sums across
+chips, of which there may be several in turn, up to the product that computes the gradient on one chip. Scalars, such as the norm of all gradients, are
 not followed, so that no parameter leads to the sums of another. Sums that no parameter leads to are those of losses and norms
 (all scalars) or of activations.
 """
@@ -41,6 +41,7 @@ class Reduction:
       algorithm: all-reduce, reduce-scatter, or RING: partial sums go from chip to chip, and each adds its own product.
       combined: what else one collective sums, itself included, by name.
       backend: the compiler's own words on the algorithm, of the instruction's backend_config.
+      groups: which chips add to one sum, in XLA's words; two sums of a gradient in turn have different groups.
     """
 
     of: str
@@ -50,6 +51,7 @@ class Reduction:
     algorithm: str
     combined: tuple[str, ...] = ()
     backend: str = ""
+    groups: str = ""
 
     @property
     def bound(self) -> float:
@@ -110,6 +112,7 @@ def read(module: Module, outputs: Mapping[int, str]) -> list[Reduction]:
                         terms=terms,
                         algorithm=kind_of(opcode, computation.name),
                         backend=program.backend(instruction),
+                        groups=instruction.attribute("replica_groups") or "",
                     )
                     for i, array in parts
                     if array.dtype in _SIGNIFICANDS
@@ -119,11 +122,11 @@ def read(module: Module, outputs: Mapping[int, str]) -> list[Reduction]:
                 if key not in groups or any((*at, i) in names for i in range(len(group))):
                     groups[key] = group
     # One entry for each ring: the permutations of a parameter's ring have the same facts.
-    found: dict[Reduction, None] = {}
+    distinct: dict[Reduction, None] = {}
     for group in groups.values():
         combined = tuple(sorted({one.of for one in group}))
-        found |= dict.fromkeys(dataclasses.replace(one, combined=combined) for one in group)
-    return sorted(found, key=lambda one: (one.of, one.algorithm, one.dtype, one.shape))
+        distinct |= dict.fromkeys(dataclasses.replace(one, combined=combined) for one in group)
+    return sorted(distinct, key=lambda one: (one.of, one.algorithm, one.dtype, one.shape))
 
 
 def _other(instruction: Instruction, array: Array) -> str:
@@ -197,7 +200,7 @@ class _Program:
         for one in permutations:
             below: set[Instruction] = set()
             # A permutation that only moves a finished sum leads to no product.
-            if self._walk(self.module.operand(one, 0), (), set(), below):
+            if self._walk(self.module.operand(one, 0), (), None, below):
                 sums.add((one.computation, one.name, 0))
         return sums
 
@@ -205,10 +208,13 @@ class _Program:
         self,
         start: Instruction,
         path: tuple[int, ...],
-        sums: set[tuple[str, str, int]],
+        sums: set[tuple[str, str, int]] | None,
         permutations: set[Instruction],
     ) -> bool:
-        """Adds the sums and permutations that lead to a part of an instruction's result; whether a product leads to it."""
+        """Adds the sums and permutations that lead to a part of an instruction's result; whether a product leads to it.
+
+        With None for `sums` it ends at sums.
+        """
         seen: set[tuple[str, str, tuple[int, ...]]] = set()
         waiting, products = [(start, path)], False
         while waiting:
@@ -219,7 +225,9 @@ class _Program:
             opcode = one.opcode.removesuffix("-start").removesuffix("-done")
             if self.is_sum(one):
                 last = path[-1] if path and len(one.operands) > 1 else 0
-                sums.add((one.computation, one.name, last))
+                if sums is not None:
+                    sums.add((one.computation, one.name, last))
+                    waiting.append((self.module.operand(one, last), ()))
             elif opcode in _SOURCES and not _is_free(one):
                 products |= opcode in ("dot", "convolution", "reduce", "custom-call")
             else:
