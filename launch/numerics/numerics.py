@@ -122,12 +122,8 @@ def numerics(
             f"--topology={topology} has {topology.slices} slices, and sums between slices are not read: give one slice."
         )
     wanted = [recipe, *(dataclasses.replace(recipe, mesh=mesh) for mesh in meshes)]
-    if not isinstance(orders, Sequence):
-        orders_for(range(topology.num_chips), orders)  # an error comes before libtpu starts
-    else:
-        _check_orders(orders, topology.num_chips)
+    orders_for(range(topology.num_chips), orders)  # an error comes before libtpu starts
     devices = list(tpu_topology.devices(topology))
-    layouts: list[Layout] = []
     programs_of = [precompile.resolved(one, devices) for one in wanted]
     planned = [
         (program, order)
@@ -139,14 +135,16 @@ def numerics(
         raise NumericsError(
             "A layout is given twice: remove the --mesh or --order that repeats another one."
         )
+    layouts = []
     for i, (program, order) in enumerate(planned):
         print(f"compiling layout {i + 1} of {len(planned)} for {topology} ...", flush=True)
         layouts.append(compiled(placed(program, [devices[chip] for chip in order]), order))
     changed = changes(layouts)
     risky = warnings(programs_of[0], layouts)
+    versions = tpu_topology.versions()
     document = {
         "topology": str(topology),
-        "versions": tpu_topology.versions(),
+        "versions": versions,
         "layouts": [
             {
                 **dataclasses.asdict(one),
@@ -158,7 +156,7 @@ def numerics(
         "warnings": risky,
         "remedies": list(_REMEDIES) if risky else [],
     }
-    print(report(document["versions"], layouts, changed, risky))
+    print(report(versions, layouts, changed, risky))
     if json_file:
         precompile.write_json(json_file, document)
     return risky
@@ -170,9 +168,15 @@ def orders_for(
     """Returns orders of chips: those that are given, or so many of the own order, its reverse, and random ones.
 
     Raises:
-      NumericsError: fewer than one, or more than there are.
+      NumericsError: fewer than one, more than there are, or one that does not have each chip once.
     """
     if isinstance(orders, Sequence):
+        for order in orders:
+            if sorted(order) != list(range(len(own))):
+                raise NumericsError(
+                    f"--order={','.join(map(str, order))} is no order of {len(own)} chips: give each number from 0 to "
+                    f"{len(own) - 1} once."
+                )
         return [tuple(order) for order in orders]
     count = 2 if orders is None else orders
     if not 1 <= count <= math.factorial(len(own)):
@@ -184,14 +188,6 @@ def orders_for(
     while len(found) < count:
         found[tuple(draw.sample(list(own), len(own)))] = None
     return list(found)
-
-
-def _check_orders(orders: Sequence[Sequence[int]], chips: int) -> None:
-    for order in orders:
-        if sorted(order) != list(range(chips)):
-            raise NumericsError(
-                f"--order={','.join(map(str, order))} is no order of {chips} chips: give each number from 0 to {chips - 1} once."
-            )
 
 
 def placed(program: Program, devices: Sequence[jax.Device]) -> Program:

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import functools
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -65,13 +64,12 @@ def unit_roundoff(dtype: str) -> float:
 
 
 def error_bound(terms: int, roundoff: float) -> float:
-    """Returns (n - 1) u / (1 - (n - 1) u) for n terms and unit roundoff u.
+    """Returns (n - 1) u for n terms and unit roundoff u.
 
-    A sum of n floats in any order errs by at most this multiple of the sum of their absolute values (Higham, Accuracy and
-    Stability of Numerical Algorithms, section 4.2), without underflow.
+    A sum of n floats that are added in any order, each time rounded to nearest, errs by at most this multiple of the sum of their
+    absolute values (Lange and Rump, BIT Numerical Mathematics 57, 2017), without overflow.
     """
-    error = (terms - 1) * roundoff
-    return error / (1 - error) if error < 1 else math.inf
+    return (terms - 1) * roundoff
 
 
 def read(module: Module, outputs: Mapping[int, str]) -> list[Reduction]:

@@ -3,6 +3,8 @@
 Shapes: P = 8 devices, N elements.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -36,8 +38,8 @@ def total(terms_PN: jax.Array, order: str) -> jax.Array:
     return _chain(terms_PN, rounded)
 
 
-def _chain(terms_PN: jax.Array, after: object) -> jax.Array:
+def _chain(terms_PN: jax.Array, after: Callable[[jax.Array], jax.Array]) -> jax.Array:
     partial_N = terms_PN[0]
     for term_N in terms_PN[1:]:
-        partial_N = after(partial_N + term_N)  # type: ignore[operator]
+        partial_N = after(partial_N + term_N)
     return partial_N
