@@ -29,13 +29,13 @@ from espalier.trainers.recipe import Program, Recipe
 
 # Sums of at least so many significant bits are not warned of.
 _PRECISE = 2.0**-20
-_FIELDS = ("algorithm", "dtype", "shape", "terms", "combined", "backend")
+_FIELDS = ("algorithm", "dtype", "terms", "combined", "backend")
 _REMEDIES = (
     "--gin.DTYPE=\"'float32'\" computes products and sums of gradients in float32, in more memory and time.",
     "--gin.LORA_A_INIT=@jax.nn.initializers.zeros --gin.LORA_B_INIT=@lora.uniform_fan_in, of a run with methods/adapters/lora.gin, "
     "starts A at 0 in place of B, and its gradient may be summed in another way.",
     "A run places chips by their coordinates, in whatever order they are listed (trainers/partitioning.py): with the same slice, MESH "
-    "and versions it is always the first layout.",
+    "and versions the order is always that of --orders=1.",
 )
 
 
@@ -278,7 +278,7 @@ def changes(layouts: Sequence[Layout]) -> list[dict[str, Any]]:
                 facts[-1][one.of].append(one)
         for of in sorted(set().union(*facts)):
             for field in _FIELDS:
-                values = [[getattr(one, field) for one in sums[of]] for sums in facts]
+                values = [sorted({getattr(one, field) for one in sums[of]}) for sums in facts]
                 if any(value != values[0] for value in values):
                     numbers = [i + 1 for i in compared]
                     found.append({"layouts": numbers, "of": of, "field": field, "values": values})
@@ -430,7 +430,7 @@ def report(
     return "\n".join(lines)
 
 
-def _few(names: Sequence[str], most: int = 3) -> str:
+def _few(names: Sequence[str], most: int = 2) -> str:
     names = list(dict.fromkeys(names))
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
