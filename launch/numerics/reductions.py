@@ -24,7 +24,7 @@ _SIGNIFICANDS = {"bf16": 8, "f16": 11, "f32": 24, "f64": 53}
 # What computes a gradient from other arrays: nothing is followed further.
 _SOURCES = (
     *("constant", "convolution", "custom-call", "dot", "gather", "iota", "partition-id", "recv"),
-    *("reduce", "reduce-window", "rng-bit-generator", "scatter", "select-and-scatter", "sort"),
+    *("reduce", "reduce-window", "rng-bit-generator", "select-and-scatter", "sort"),
 )
 
 
@@ -274,6 +274,7 @@ class _Program:
                 "dynamic-update-slice": 2,
                 "copy": 1,
                 "collective-permute": 1,
+                "scatter": 1,  # what it adds to, such as the gradient of an output layer that is tied to the table
             }
             for i in range(len(one.operands))[: used.get(opcode)]:
                 yield operand(i), path if opcode == "add-dependency" and i == 0 else ()

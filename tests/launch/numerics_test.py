@@ -34,7 +34,7 @@ SETTINGS = [
 
 # A step of four chips as libtpu writes it, shortened. Results: 0 and 1 leave a loop with one all-reduce of both gradients; 2 has a
 # reduce-scatter in a fusion, whose strategy is the fusion's; 3 gets partial sums from two neighbours; 4 is only moved between
-# chips after its all-reduce; 5 is the product of one chip; 9 is summed over pairs of chips twice. A norm divides all of them. A maximum and a count are no rounded sums.
+# chips after its all-reduce, and added to by a scatter; 5 is the product of one chip; 9 is summed over pairs of chips twice. A norm divides all of them. A maximum and a count are no rounded sums.
 PROGRAM = """\
 HloModule jit_step, num_partitions=4
 
@@ -112,12 +112,13 @@ ENTRY %main (w: bf16[4,4], u: bf16[16,4], k: s32[4]) -> (f32[8,4], f32[4,8], bf1
   %pe = bf16[8,4] dot(%u, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %se = bf16[8,4] all-reduce(%pe), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%sum
   %ge = bf16[8,4] collective-permute(%se), channel_id=8, source_target_pairs={{0,3},{1,2},{2,1},{3,0}}
+  %te = bf16[8,4] scatter(%ge, %k, %w), to_apply=%sum
   %sg = bf16[4,4] all-reduce(%first), channel_id=11, replica_groups={{0,1},{2,3}}, to_apply=%sum
   %gg = bf16[4,4] all-reduce(%sg), channel_id=12, replica_groups={{0,2},{1,3}}, to_apply=%sum
   %top = f32[4] convert(%k)
   %highest = f32[4] all-reduce(%top), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%most
   %counts = s32[4] all-reduce(%k), channel_id=10, replica_groups={{0,1,2,3}}, to_apply=%sum
-  ROOT %out = (f32[8,4], f32[4,8], bf16[4,4], bf16[4,4], bf16[8,4], bf16[4,4], f32[], f32[4], s32[4], bf16[4,4]) tuple(%na, %nb, %gc, %gd, %ge, %first, %norm, %highest, %counts, %gg)
+  ROOT %out = (f32[8,4], f32[4,8], bf16[4,4], bf16[4,4], bf16[8,4], bf16[4,4], f32[], f32[4], s32[4], bf16[4,4]) tuple(%na, %nb, %gc, %gd, %te, %first, %norm, %highest, %counts, %gg)
 }
 """
 
