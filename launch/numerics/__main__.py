@@ -56,7 +56,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="CHIPS",
-        help="in place of --orders, the chips in the order in which they fill the mesh, such as 3,2,1,0; repeatable",
+        help="instead of --orders, the chips in the order in which they fill the mesh, such as 3,2,1,0; repeatable",
     )
     group.add_argument(
         "--mesh",

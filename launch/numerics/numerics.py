@@ -33,7 +33,7 @@ _FIELDS = ("algorithm", "dtype", "terms", "combined", "backend")
 _REMEDIES = (
     "--gin.DTYPE=\"'float32'\" computes products and sums of gradients in float32, in more memory and time.",
     "--gin.LORA_A_INIT=@jax.nn.initializers.zeros --gin.LORA_B_INIT=@lora.uniform_fan_in, of a run with methods/adapters/lora.gin, "
-    "starts A at 0 in place of B, and its gradient may be summed in another way.",
+    "starts A at 0 instead of B, and its gradient may be summed in another way.",
     "A run places chips by their coordinates, in whatever order they are listed (trainers/partitioning.py): with the same slice, MESH "
     "and versions the order is always that of --orders=1.",
 )
@@ -303,15 +303,11 @@ def warnings(program: Program, layouts: Sequence[Layout]) -> list[str]:
         worst = max(ones, key=lambda one: one.bound)
         ways = ", ".join(sorted({way for one in ones for way in one.algorithms}))
         groups[worst.dtype, worst.terms, worst.bound, ways, of in changed].append(of)
+    same = " How it is summed is the same in these layouts." if len(layouts) > 1 else ""
     return [
-        f"{_few(names)} start at 0, and the first update follows the sign of each gradient, whatever its size. The gradient is summed "
-        f"in {dtype} over {terms} chips ({ways}) and errs by up to {bound:.2g} of the sum of its terms' sizes: where terms cancel, "
-        "rounding decides the sign. "
-        + (
-            "How it is summed differs between these layouts."
-            if differs
-            else "How it is summed is the same in these layouts."
-        )
+        f"adapters that start at 0: {_few(names)}. The first update follows the sign of each gradient, whatever its size. The gradient is "
+        f"summed in {dtype} over {terms} chips ({ways}) and errs by up to {bound:.2g} of the sum of its terms' sizes: where terms cancel, "
+        f"rounding decides the sign.{' How it is summed differs between these layouts.' if differs else same}"
         for (dtype, terms, bound, ways, differs), names in groups.items()
     ]
 
@@ -423,7 +419,8 @@ def report(
         differing[compared, change["field"]].append(change["of"])
     for (compared, field), names in differing.items():
         lines.append(f"layouts {compared} differ in {field}: {_few(names)}")
-    lines += [] if changed else ["no sum differs between these layouts"]
+    if len(layouts) > 1 and not changed:
+        lines.append("no sum differs between these layouts")
     for warning in risky:
         lines += ["", f"WARNING: {warning}"]
     lines += ["", "remedies:", *(f"  - {one}" for one in _REMEDIES)] if risky else []

@@ -255,7 +255,8 @@ def warned(run, dtype="bf16", terms=4):
 def test_it_warns_of_the_factor_that_starts_at_0(bindings, zero):
     (warning,) = warned(recipe(*bindings))
     assert (
-        warning.startswith(f"{QUERY}{zero} start at 0") and "summed in bf16 over 4 chips" in warning
+        warning.startswith(f"adapters that start at 0: {QUERY}{zero}. The first")
+        and "summed in bf16 over 4 chips (all-reduce)" in warning
     )
 
 
