@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def commands():
-    """(where, gin files, bindings, launch words) of each `launch.train`, `precompile` and `submit` command shown."""
+    """(where, gin files, bindings, launch words) of each `train`, `precompile`, `numerics` and `submit` command shown."""
     found = [
         ROOT / "README.md",
         ROOT / "PAPERS.md",
@@ -33,7 +33,9 @@ def commands():
     for path in sorted(str(file.relative_to(ROOT)) for file in found):
         text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
         for number, match in enumerate(
-            re.finditer(r"espalier (?:train|precompile|submit) ((?:.*\\\n)+.*|--gin_file=.*)", text)
+            re.finditer(
+                r"espalier (?:train|precompile|numerics|submit) ((?:.*\\\n)+.*|--gin_file=.*)", text
+            )
         ):
             words = shlex.split(match[1].replace("\\\n", " "))
             files = [w.partition("=")[2] for w in words if w.startswith("--gin_file=")]

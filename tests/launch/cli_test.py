@@ -477,7 +477,7 @@ def test_python_runs_the_package_as_the_console():
 
 COMMANDS = {
     *("train", "evaluate", "lm_eval", "score", "generate", "serve", "convert", "merge", "upcycle"),
-    *("prepare", "influence", "precompile", "submit", "sweep", "reproduce", "report"),
+    *("prepare", "influence", "precompile", "numerics", "submit", "sweep", "reproduce", "report"),
     "quickstart",
 }
 GROUPS = ("evaluate", "prepare", "influence")  # their first argument names a sub-command

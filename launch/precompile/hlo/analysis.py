@@ -45,7 +45,7 @@ _FREE = (
     "tuple",
     "while",
 )
-_FREE_TARGETS = (
+FREE_TARGETS = (
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
     "AsyncCollectiveDone",
@@ -145,7 +145,7 @@ def _moved(module: Module, instruction: Instruction) -> int:
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0
-    if opcode == "custom-call" and any(f'"{t}"' in instruction.attributes for t in _FREE_TARGETS):
+    if opcode == "custom-call" and any(f'"{t}"' in instruction.attributes for t in FREE_TARGETS):
         return 0
     operands = [module.operand(instruction, i) for i in range(len(instruction.operands))]
     if opcode.endswith("-start"):

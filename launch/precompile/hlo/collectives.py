@@ -80,7 +80,7 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
                 apart.append((exchange[0], times, exchange[1]))
             if opcode not in KINDS:
                 continue
-            kind = _kind(opcode, computation.name)
+            kind = kind_of(opcode, computation.name)
             entry = (kind, times, _wire_bytes(module, kind, instruction))
             if not entry[2]:  # within groups of one chip
                 continue
@@ -116,7 +116,7 @@ def sent(totals: Mapping[str, Total]) -> tuple[int, int]:
     return sum(total.bytes for total in totals.values()) - between, between
 
 
-def _kind(opcode: str, computation: str) -> str:
+def kind_of(opcode: str, computation: str) -> str:
     """Returns the kind of a collective; TPU programs have a reduce-scatter as an all-reduce in a fusion of this name."""
     fused = opcode == "all-reduce" and computation.startswith("all-reduce-scatter")
     return "reduce-scatter" if fused else opcode
