@@ -6,6 +6,7 @@ Shapes: R rows, E experts, X in, Y out.
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,13 @@ from espalier.model.moe import parallel
 from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
 
 
-def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def grouped_matmul(
+    rows_RX: jax.Array,
+    kernel_EXY: jax.Array,
+    sizes_E: jax.Array,
+    *,
+    names: Sequence[str] = (axes.UNMODELED, axes.UNMODELED),
+) -> jax.Array:
     """Returns the products of rows, sorted by expert, with their expert's kernel, [R, Y].
 
     On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox; calls that it does not support
@@ -28,9 +35,10 @@ def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array
     Args:
       sizes_E: number of rows of each expert, at most R in total; or [G, E / devices of an expert axis]
         if the rows are on G devices (see model/moe/parallel.py).
+      names: logical names of the kernel's last two dimensions, for a mesh that splits one of them.
     """
     if sizes_E.ndim == 2:
-        return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E)
+        return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E, names)
     sizes_E = sizes_E.astype(jnp.int32)
     form = _choose(rows_RX, kernel_EXY)
     if form == "blocks":
@@ -215,14 +223,10 @@ def _used(rows: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
 _MEGABLOX_ROWS = 128  # of a tile; tiles that two experts share are multiplied for both
 _MEGABLOX_COLUMNS = 512  # of a tile, at most
-_MEGABLOX_LANES = 128
 
 
 def megablox_problem(kernel_EXY: jax.Array) -> str:
     """Returns why megablox does not support the gradient of these kernels, or ''."""
-    _, X, Y = kernel_EXY.shape
-    if X % _MEGABLOX_LANES or Y % _MEGABLOX_LANES:
-        return f"kernels [{X}, {Y}] (multiples of {_MEGABLOX_LANES})"
     if axes.free_mesh_axes():
         # XLA cannot split a Pallas kernel.
         return "a mesh whose axes split the model's own dimensions"

@@ -76,7 +76,7 @@ def test_no_mesh_changes_values_gradients_or_statistics(rules, shape, settings):
     want = gradients(mlp)(nn.unbox(boxed), x_BTD)
     mesh, rules, params, x_BTD = on_mesh(rules, shape, boxed, x_BTD)
     with partitioning.use_mesh(mesh, rules):
-        assert parallel.placement(ROWS, EXPERTS) is not None
+        assert parallel.placement(ROWS, EXPERTS, 12) is not None
         same(gradients(mlp)(params, x_BTD), want)
 
 
@@ -167,6 +167,6 @@ def test_without_expert_parallelism_nothing_but_kernels_is_gathered():
 def test_what_does_not_divide_takes_the_plain_form():
     mesh = partitioning.make_mesh(shape={"expert": 8})
     with partitioning.use_mesh(mesh, partitioning.rules_named("ep")):
-        assert parallel.placement(7, EXPERTS) is None
-        assert parallel.placement(8, 6) is None
-    assert parallel.placement(8, EXPERTS) is None
+        assert parallel.placement(7, EXPERTS, 12) is None
+        assert parallel.placement(8, 6, 12) is None
+    assert parallel.placement(8, EXPERTS, 12) is None
