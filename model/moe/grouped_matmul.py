@@ -27,15 +27,15 @@ def grouped_matmul(
 ) -> jax.Array:
     """Returns the products of rows, sorted by expert, with their expert's kernel, [R, Y].
 
-    On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox; calls that it does not support
-    compute that gradient at E times its FLOPs, with one warning. On CPUs and GPUs ragged_dot multiplies every row with
+    On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox. Where XLA would have to split that,
+    the gradient takes E times its FLOPs, with one warning. On CPUs and GPUs ragged_dot multiplies every row with
     every expert. On a CPU a loop multiplies blocks of rows instead, as many as the sizes need. On a Hopper GPU a Pallas
     kernel does; other GPUs, and calls that it does not support, take ragged_dot with one warning of the cost. Results for rows after the last expert's rows are undefined.
 
     Args:
       sizes_E: number of rows of each expert, at most R in total; or [G, E / devices of an expert axis]
         if the rows are on G devices (see model/moe/parallel.py).
-      names: logical names of the kernel's last two dimensions, for a mesh that splits one of them.
+      names: logical names of the kernel's last two dimensions, of which a mesh may split one; by default both are whole.
     """
     if sizes_E.ndim == 2:
         return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E, names)
@@ -64,7 +64,7 @@ def _choose(
             return "hopper"
         _warn(ragged_dot_cost(len(kernel_EXY), problem))
     if target_platform() == "tpu":
-        problem = megablox_problem(kernel_EXY)
+        problem = megablox_problem()
         if not problem:
             return "megablox"
         _warn(
@@ -225,11 +225,11 @@ _MEGABLOX_ROWS = 128  # of a tile; tiles that two experts share are multiplied f
 _MEGABLOX_COLUMNS = 512  # of a tile, at most
 
 
-def megablox_problem(kernel_EXY: jax.Array) -> str:
-    """Returns why megablox does not support the gradient of these kernels, or ''."""
+def megablox_problem() -> str:
+    """Returns why megablox does not support the gradient of kernels here, or ''."""
     if axes.free_mesh_axes():
         # XLA cannot split a Pallas kernel.
-        return "a mesh whose axes split the model's own dimensions"
+        return "a mesh that does not divide the rows, the experts or their width"
     return ""
 
 
