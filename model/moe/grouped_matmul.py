@@ -17,6 +17,9 @@ from espalier.model.kernels.platform import reference_forms, target_platform
 from espalier.model.moe import parallel
 from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
 
+# XLA cannot split a Pallas kernel, so that it must be in a `shard_map`, see model/moe/parallel.py.
+_SPLIT_BY_XLA = "a mesh that does not divide the rows, the experts or their width"
+
 
 def grouped_matmul(
     rows_RX: jax.Array,
@@ -64,12 +67,11 @@ def _choose(
             return "hopper"
         _warn(ragged_dot_cost(len(kernel_EXY), problem))
     if target_platform() == "tpu":
-        problem = megablox_problem()
-        if not problem:
+        if not axes.free_mesh_axes():
             return "megablox"
         _warn(
             f"The gradient of the kernels of {len(kernel_EXY)} experts takes {len(kernel_EXY)} times its FLOPs here, because "
-            f"XLA multiplies all rows for every expert. megablox does not support {problem}."
+            f"XLA multiplies all rows for every expert. megablox does not support {_SPLIT_BY_XLA}."
         )
     return "ragged_dot"
 
@@ -156,9 +158,7 @@ def hopper_problem(rows_RX: jax.Array, kernel_EXY: jax.Array) -> str:
     if R < _HOPPER_BLOCK or X % _HOPPER_BLOCK or Y % _HOPPER_BLOCK:
         return f"{R} rows with kernels [{X}, {Y}] (at least {_HOPPER_BLOCK}, and multiples of it)"
     if axes.free_mesh_axes():
-        return (
-            "a mesh whose axes split the model's own dimensions"  # XLA cannot split a Pallas kernel
-        )
+        return _SPLIT_BY_XLA
     return ""
 
 
@@ -225,19 +225,11 @@ _MEGABLOX_ROWS = 128  # of a tile; tiles that two experts share are multiplied f
 _MEGABLOX_COLUMNS = 512  # of a tile, at most
 
 
-def megablox_problem() -> str:
-    """Returns why megablox does not support the gradient of kernels here, or ''."""
-    if axes.free_mesh_axes():
-        # XLA cannot split a Pallas kernel.
-        return "a mesh that does not divide the rows, the experts or their width"
-    return ""
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def tpu_matmul(
     rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Returns the products of rows with their expert's kernel, [R, Y]; see `grouped_matmul`. `megablox_problem` must be ''.
+    """Returns the products of rows with their expert's kernel, [R, Y]; see `grouped_matmul`. No mesh axis may be free.
 
     Args:
       sizes_E: int32, the number of rows of each expert.
