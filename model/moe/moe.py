@@ -306,11 +306,10 @@ class MoeMlp(Counted):
         self, projections: tuple[Any, Any, Any], rows_RD: jax.Array, sizes: jax.Array
     ) -> jax.Array:
         gate, up, down = projections
-        branch_RF = activation(self.activation)(
-            self._adapted(gate, layer_input=rows_RD)(rows_RD, sizes)
-        )
-        up_RF = self._adapted(up, layer_input=rows_RD)(rows_RD, sizes)
-        return self._adapted(down, layer_input=rows_RD, gate=branch_RF)(branch_RF * up_RF, sizes)
+        gate, up = (self._adapted(dense, layer_input=rows_RD) for dense in (gate, up))
+        branch_RF = activation(self.activation)(gate(rows_RD, sizes))
+        down = self._adapted(down, layer_input=rows_RD, gate=branch_RF)
+        return down(branch_RF * up(rows_RD, sizes), sizes)
 
     def _expert_dense(self, name: str, features: int, *names: str) -> Any:
         return self.expert_dense(

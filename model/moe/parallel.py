@@ -65,7 +65,7 @@ class Placement:
         def part(*args):
             return local(*args)[None]
 
-        # A sum outside of `shard_map` sends nothing in the backward pass, and only what the next operation needs in the forward pass.
+        # XLA sums outside of `shard_map`: its gradient sends nothing there.
         parts = self.map(part, *specs, out=PartitionSpec(self.width, self.tokens))
         return lambda *args: jax.lax.reduce_sum(parts(*args), axes=(0,))
 
