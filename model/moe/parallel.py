@@ -216,7 +216,9 @@ def _collect(
         rows_PSD = routing.by_choice(rows_RD, exchange.received)
         rows_PSD = rows_PSD.reshape(place.expert_shards, -1, rows_RD.shape[-1])
         rows_RD = _all_to_all(rows_PSD, place).reshape(rows_RD.shape)
-        own = own.replace(rank_C=jnp.minimum(exchange.slot_C, len(rows_RD) - 1))
+        assert exchange.slot_C is not None
+        rank_C = jnp.minimum(exchange.slot_C, len(rows_RD) - 1)
+        own = Dispatch(own.order_R, rank_C, own.used_C, own.sizes_E)
     return routing.collect(rows_RD, weights_btk, own)
 
 
