@@ -359,7 +359,11 @@ def _parameter_problems(
     boxed_params: Any,
     replicated_limit: int,
 ) -> list[str]:
-    problems, replicated, experts = [], 0, set()
+    problems, replicated, of_experts = [], 0, set()
+    settings = {
+        axes.EXPERT: "num_experts",
+        axes.MLP: "the width of experts (expert_dim or mlp_dim)",
+    }
     for path, box in jax.tree_util.tree_leaves_with_path(boxed_params, is_leaf=axes.is_boxed):
         where = "/".join(str(key.key) for key in path)
         if not isinstance(box, nn.LogicallyPartitioned):
@@ -370,15 +374,15 @@ def _parameter_problems(
             problems.append(f"parameter {where} has axes {unknown} without a rule")
             continue
         sizes = dict(zip(box.names, box.value.shape, strict=True))
-        experts |= {sizes[axes.EXPERT]} if axes.EXPERT in sizes else set()
+        if axes.EXPERT in sizes:
+            of_experts |= {(name, size) for name, size in sizes.items() if name in settings}
         targeted = [targets[name] for name in box.names if name is not None]
         if math.prod(shards_of(mesh, target) for target in targeted) == 1:
             replicated += math.prod(box.value.shape) * box.value.dtype.itemsize
-    shards = shards_of(mesh, targets.get(axes.EXPERT))
     problems += [
-        f"num_experts = {size} is not a multiple of the {shards} shards of {axes.EXPERT!r}"
-        for size in sorted(experts)
-        if size % shards
+        f"{settings[name]} = {size} is not a multiple of the {shards} shards of {name!r}"
+        for name, size in sorted(of_experts)
+        if size % (shards := shards_of(mesh, targets.get(name)))
     ]
     # Splitting the experts alone leaves the rest whole on purpose.
     others = (name for name in axes.PARAMETER_AXES if name != axes.EXPERT)

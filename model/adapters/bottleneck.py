@@ -66,5 +66,5 @@ class BiasedExperts(ExpertDense):
         zeros = nn.initializers.zeros
         bias_E1Y = axes.parameter(self, "bias", zeros, names, shape, self.param_dtype)
         ones_R1 = jnp.ones((len(rows_RX), 1), self.dtype)
-        of_rows = grouped_matmul(ones_R1, bias_E1Y.astype(self.dtype), sizes_E)
+        of_rows = grouped_matmul(ones_R1, bias_E1Y.astype(self.dtype), sizes_E, names=names[1:])
         return super().product(rows_RX, sizes_E) + of_rows

@@ -78,7 +78,9 @@ class Ia3(Rescaling):
             shape = (site.base.num_experts, 1, x.shape[-1])
             scale_E1X = axes.parameter(self, name, ones, names, shape, self.param_dtype)
             rows_R1 = jnp.ones((len(x), 1), jnp.float32)
-            return rescaled(x, grouped_matmul(rows_R1, scale_E1X.astype(jnp.float32), *sizes))
+            return rescaled(
+                x, grouped_matmul(rows_R1, scale_E1X.astype(jnp.float32), *sizes, names=names[1:])
+            )
         scale_X = axes.parameter(
             self, name, ones, site.axes[side : side + 1], x.shape[-1:], self.param_dtype
         )

@@ -74,9 +74,13 @@ class Lora(Adapter):
         a, b = self.factors(site, x.shape[-1], y.shape[-1], *experts)
         # In the compute dtype of the projection, with the scale where arrays are small.
         x = self._dropped(x).astype(y.dtype)
-        inner = self._product("lora_a", x, a.astype(y.dtype), *sizes)
+        inner = self._product(
+            "lora_a", x, a.astype(y.dtype), *sizes, names=(site.axes[0], axes.RANK)
+        )
         scaled = inner * self.scale(a.shape[-1])
-        change = self._product("lora_b", scaled, b.astype(y.dtype), *sizes)
+        change = self._product(
+            "lora_b", scaled, b.astype(y.dtype), *sizes, names=(axes.RANK, site.axes[1])
+        )
         return self._renormed(site, y, change, a, b) if self.dora else y + change
 
     @nn.nowrap
@@ -143,8 +147,10 @@ class Lora(Adapter):
             return x
         return nn.Dropout(self.dropout, deterministic=False)(x)
 
-    def _product(self, name: str, x: jax.Array, factor: jax.Array, *sizes: jax.Array) -> jax.Array:
-        y = grouped_matmul(x, factor, *sizes) if sizes else matmul.matmul(x, factor)
+    def _product(
+        self, name: str, x: jax.Array, factor: jax.Array, *sizes: jax.Array, names: tuple[str, str]
+    ) -> jax.Array:
+        y = grouped_matmul(x, factor, *sizes, names=names) if sizes else matmul.matmul(x, factor)
         return taps.projection(self, name, x, y, sizes=sizes[0] if sizes else None)
 
     def _renormed(

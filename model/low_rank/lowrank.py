@@ -192,9 +192,9 @@ class LowRankExpertDense(ExpertDense):
         )
         if factors is None:
             return super().product(rows_RX, sizes_E)
-        inner = grouped_matmul(rows_RX, factors[0], sizes_E)
+        inner = grouped_matmul(rows_RX, factors[0], sizes_E, names=(names[0], RANK))
         inner = taps.projection(self, "u", rows_RX, inner, sizes=sizes_E)
-        y_RY = grouped_matmul(inner, factors[1], sizes_E)
+        y_RY = grouped_matmul(inner, factors[1], sizes_E, names=(RANK, names[1]))
         return taps.projection(self, "v", inner, y_RY, sizes=sizes_E)
 
 

@@ -6,6 +6,7 @@ Shapes: R rows, E experts, X in, Y out.
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,21 +17,31 @@ from espalier.model.kernels.platform import reference_forms, target_platform
 from espalier.model.moe import parallel
 from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
 
+# XLA cannot split a Pallas kernel, so that it must be in a `shard_map`, see model/moe/parallel.py.
+_SPLIT_BY_XLA = "a mesh that does not divide the rows, the experts or their width"
 
-def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
+
+def grouped_matmul(
+    rows_RX: jax.Array,
+    kernel_EXY: jax.Array,
+    sizes_E: jax.Array,
+    *,
+    names: Sequence[str] = (axes.UNMODELED, axes.UNMODELED),
+) -> jax.Array:
     """Returns the products of rows, sorted by expert, with their expert's kernel, [R, Y].
 
-    On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox; calls that it does not support
-    compute that gradient at E times its FLOPs, with one warning. On CPUs and GPUs ragged_dot multiplies every row with
+    On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox. Where XLA would have to split that,
+    the gradient takes E times its FLOPs, with one warning. On CPUs and GPUs ragged_dot multiplies every row with
     every expert. On a CPU a loop multiplies blocks of rows instead, as many as the sizes need. On a Hopper GPU a Pallas
     kernel does; other GPUs, and calls that it does not support, take ragged_dot with one warning of the cost. Results for rows after the last expert's rows are undefined.
 
     Args:
       sizes_E: number of rows of each expert, at most R in total; or [G, E / devices of an expert axis]
         if the rows are on G devices (see model/moe/parallel.py).
+      names: logical names of the kernel's last two dimensions, of which a mesh may split one; by default both are whole.
     """
     if sizes_E.ndim == 2:
-        return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E)
+        return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E, names)
     sizes_E = sizes_E.astype(jnp.int32)
     form = _choose(rows_RX, kernel_EXY)
     if form == "blocks":
@@ -56,12 +67,11 @@ def _choose(
             return "hopper"
         _warn(ragged_dot_cost(len(kernel_EXY), problem))
     if target_platform() == "tpu":
-        problem = megablox_problem(kernel_EXY)
-        if not problem:
+        if not axes.free_mesh_axes():
             return "megablox"
         _warn(
             f"The gradient of the kernels of {len(kernel_EXY)} experts takes {len(kernel_EXY)} times its FLOPs here, because "
-            f"XLA multiplies all rows for every expert. megablox does not support {problem}."
+            f"XLA multiplies all rows for every expert. megablox does not support {_SPLIT_BY_XLA}."
         )
     return "ragged_dot"
 
@@ -148,9 +158,7 @@ def hopper_problem(rows_RX: jax.Array, kernel_EXY: jax.Array) -> str:
     if R < _HOPPER_BLOCK or X % _HOPPER_BLOCK or Y % _HOPPER_BLOCK:
         return f"{R} rows with kernels [{X}, {Y}] (at least {_HOPPER_BLOCK}, and multiples of it)"
     if axes.free_mesh_axes():
-        return (
-            "a mesh whose axes split the model's own dimensions"  # XLA cannot split a Pallas kernel
-        )
+        return _SPLIT_BY_XLA
     return ""
 
 
@@ -215,25 +223,13 @@ def _used(rows: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
 _MEGABLOX_ROWS = 128  # of a tile; tiles that two experts share are multiplied for both
 _MEGABLOX_COLUMNS = 512  # of a tile, at most
-_MEGABLOX_LANES = 128
-
-
-def megablox_problem(kernel_EXY: jax.Array) -> str:
-    """Returns why megablox does not support the gradient of these kernels, or ''."""
-    _, X, Y = kernel_EXY.shape
-    if X % _MEGABLOX_LANES or Y % _MEGABLOX_LANES:
-        return f"kernels [{X}, {Y}] (multiples of {_MEGABLOX_LANES})"
-    if axes.free_mesh_axes():
-        # XLA cannot split a Pallas kernel.
-        return "a mesh whose axes split the model's own dimensions"
-    return ""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def tpu_matmul(
     rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Returns the products of rows with their expert's kernel, [R, Y]; see `grouped_matmul`. `megablox_problem` must be ''.
+    """Returns the products of rows with their expert's kernel, [R, Y]; see `grouped_matmul`. No mesh axis may be free.
 
     Args:
       sizes_E: int32, the number of rows of each expert.

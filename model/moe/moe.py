@@ -71,7 +71,7 @@ class ExpertDense(nn.Module):
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Returns rows @ kernel[e]; factorised and adapted experts override it."""
-        y_RY = grouped_matmul(rows_RX, self.kernel(rows_RX.shape[-1]), sizes_E)
+        y_RY = grouped_matmul(rows_RX, self.kernel(rows_RX.shape[-1]), sizes_E, names=self.axes[1:])
         return taps.projection(self, "kernel", rows_RX, y_RY, sizes=sizes_E)
 
     def kernel(self, inputs: int) -> jax.Array:
@@ -153,7 +153,11 @@ class MoeMlp(Counted):
         scores = routing.scored(self, x_BTD, self.score)
         real_BT = routing.real_tokens(x_BTD, segments_BT)
         # A tap needs the rows of all devices in one order.
-        place = None if taps.is_active() else parallel.placement(len(x_BTD), self.num_experts)
+        place = (
+            None
+            if taps.is_active()
+            else parallel.placement(len(x_BTD), self.num_experts, self.width)
+        )
         choose: Callable[..., Any] = functools.partial(self._choose, place=place)
         if place is not None:  # without this, XLA would gather all scores to sort them
             choose = place.map(choose, *(place.split,) * 3)
@@ -244,18 +248,30 @@ class MoeMlp(Counted):
     ) -> jax.Array:
         """Returns the weighted sum of the experts' outputs."""
         count, (rows, length, top_k) = self.num_experts, experts_BTK.shape
+        gate, up, down = projections = self._projections()
+        mlp = functools.partial(_gated, activation(self.activation))
+        kernels = None
+        if self._only_products(projections):
+            x_BTD = x_BTD.astype(self.config.compute_dtype)
+            hidden = jax.ShapeDtypeStruct((1, self.width), x_BTD.dtype)
+            kernels = (gate(x_BTD, None), up(x_BTD, None), down(hidden, None))
         if place is None:
             most = rows * min(length * top_k, count * self._capacity(length))
             rows_RD, plan = routing.send(x_BTD, experts_BTK, count, rows=most)
-            with taps.expert_rows(plan.order_R, top_k):
-                out_RD = self._experts(rows_RD, plan.sizes_E)
+            if kernels is not None:
+                out_RD = mlp(rows_RD, kernels, plan.sizes_E)
+            else:
+                with taps.expert_rows(plan.order_R, top_k):
+                    out_RD = self._experts(projections, rows_RD, plan.sizes_E)
             return routing.collect(out_RD, weights_BTK, plan)
         # The experts of a token are distinct, so it sends at most `experts` choices to one device.
         rows, experts = rows // place.token_shards, count // place.expert_shards
         most = rows * min(length * min(top_k, experts), experts * self._capacity(length))
         most = min(most, self._exchanged(rows * length * top_k, place))
+        if kernels is not None:
+            return parallel.mixed(mlp, x_BTD, experts_BTK, weights_BTK, kernels, place, rows=most)
         rows_RD, sizes, exchange = parallel.send(x_BTD, experts_BTK, count, place, rows=most)
-        out_RD = self._experts(rows_RD, sizes)
+        out_RD = self._experts(projections, rows_RD, sizes)
         return parallel.collect(out_RD, weights_BTK, exchange, place)
 
     def _limit(self, name: str) -> float | None:
@@ -274,21 +290,24 @@ class MoeMlp(Counted):
         factor = self._limit("exchange_factor")
         return choices if factor is None else math.ceil(factor * choices / place.expert_shards)
 
-    def _experts(self, rows_RD: jax.Array, sizes: jax.Array) -> jax.Array:
-        act, config = activation(self.activation), self.config
+    def _projections(self) -> tuple[Any, Any, Any]:
         hidden = (self.width, axes.EMBED, axes.MLP)
-        gate = self._adapted(self._expert_dense("gate", *hidden), layer_input=rows_RD)
-        up = self._adapted(self._expert_dense("up", *hidden), layer_input=rows_RD)
-        down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
+        gate, up = (self._expert_dense(name, *hidden) for name in ("gate", "up"))
+        return gate, up, self._expert_dense("down", self.config.embed_dim, axes.MLP, axes.EMBED)
+
+    def _only_products(self, projections: tuple[Any, Any, Any]) -> bool:
+        """Returns whether nothing but the products with their kernels is to be computed or seen of the projections."""
         # Results of single projections that a caller captures would be kernels.
-        captured = self.is_mutable_collection("intermediates")
-        plain = all(type(dense) is ExpertDense for dense in (gate, up, down))
-        if plain and not captured and row_blocks.applies(sizes):
-            rows_RD = rows_RD.astype(config.compute_dtype)
-            hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), self.width), rows_RD.dtype)
-            kernels = (gate(rows_RD, None), up(rows_RD, None), down(hidden_RF, None))
-            return row_blocks.expert_mlp(act, rows_RD, kernels, sizes.astype(jnp.int32))
-        branch_RF = act(gate(rows_RD, sizes))
+        seen = taps.is_active() or self.is_mutable_collection("intermediates")
+        plain = all(type(dense) is ExpertDense for dense in projections)
+        return plain and self.adapters is None and not seen
+
+    def _experts(
+        self, projections: tuple[Any, Any, Any], rows_RD: jax.Array, sizes: jax.Array
+    ) -> jax.Array:
+        gate, up, down = projections
+        gate, up = (self._adapted(dense, layer_input=rows_RD) for dense in (gate, up))
+        branch_RF = activation(self.activation)(gate(rows_RD, sizes))
         down = self._adapted(down, layer_input=rows_RD, gate=branch_RF)
         return down(branch_RF * up(rows_RD, sizes), sizes)
 
@@ -322,6 +341,21 @@ class MoeMlp(Counted):
                 raise ValueError(
                     f"MoeMlp.{name} = {factor} must be positive; None keeps every choice."
                 )
+
+
+def _gated(
+    act: Callable[[jax.Array], jax.Array],
+    rows_RD: jax.Array,
+    kernels: row_blocks.Kernels,
+    sizes_E: jax.Array,
+) -> jax.Array:
+    """Returns down_e(act(gate_e(x)) * up_e(x)) of every row x with its expert's kernels, [R, D]."""
+    if row_blocks.applies():
+        return row_blocks.expert_mlp(act, rows_RD, kernels, sizes_E.astype(jnp.int32))
+    gate_EDF, up_EDF, down_EFD = kernels
+    hidden_RF = act(grouped_matmul(rows_RD, gate_EDF, sizes_E))
+    hidden_RF = hidden_RF * grouped_matmul(rows_RD, up_EDF, sizes_E)
+    return grouped_matmul(hidden_RF, down_EFD, sizes_E)
 
 
 @recordable

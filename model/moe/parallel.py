@@ -1,13 +1,17 @@
 """Experts on a mesh: every device sorts its own tokens and sends rows to the devices of their experts.
 
 Without this, XLA would gather all tokens to sort them. The logical rules say which mesh axes split tokens
-(axes.BATCH) and experts (axes.EXPERT). An axis that splits experts must also split tokens; outside of the
-experts it is a data-parallel axis (GShard, arXiv 2006.16668). Between `send` and `collect` rows stay on
-the devices of their experts, where `grouped_matmul` multiplies them.
+(axes.BATCH), experts (axes.EXPERT) and the experts' hidden width (axes.MLP). An axis that splits experts must also split
+tokens; outside of the experts it is a data-parallel axis (GShard, arXiv 2006.16668). Devices that split the hidden width
+have the same tokens, each computes with its slice of every expert, and their results are summed.
 
-Shapes: B batch, T length, D width, K experts per token, E experts; G devices over which tokens are split;
-P devices, with E / P experts each, that exchange rows; C choices and R rows of a device; S rows that a
-device can send to one other device. Lower-case letters are a device's part of a dimension.
+`mixed` does it all in one `shard_map`. Where other modules work on the rows, they stay between `send` and `collect` on
+the devices of their experts, and `per_device` multiplies them.
+
+Shapes: B batch, T length, D width, F hidden width, K experts per token, E experts; G devices over which tokens are split;
+P devices, with E / P experts each, that exchange rows; N devices that split the hidden width; C choices and R rows of a
+device; S rows that a device can send to one other device; X in and Y out of a product. Lower-case letters are a device's
+part of a dimension.
 """
 
 import dataclasses
@@ -28,21 +32,26 @@ from espalier.model.moe.routing import Dispatch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The mesh axes that split tokens, with G devices, and those that also split experts, with P devices."""
+    """The mesh axes that split tokens, with G devices, those that also split experts, with P devices, and those that split
+    the experts' hidden width, with N devices."""
 
     tokens: tuple[str, ...]
     experts: tuple[str, ...]
+    width: tuple[str, ...]
     token_shards: int
     expert_shards: int
+    width_shards: int
 
-    def map(self, local: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
-        """Returns `local` mapped over the devices; results are concatenated along their first dimension."""
+    def map(
+        self, local: Callable[..., Any], *specs: PartitionSpec, out: PartitionSpec | None = None
+    ) -> Callable[..., Any]:
+        """Returns `local` mapped over the devices; results are concatenated along their first dimension, or by `out`."""
         return jax.shard_map(
             local,
             in_specs=specs,
-            out_specs=self.split,
+            out_specs=self.split if out is None else out,
             # Pallas kernels compile only where `shard_map` names every axis of the mesh, axes of one device included.
-            axis_names=set(self.tokens) | axes.single_mesh_axes(),
+            axis_names={*self.tokens, *self.width} | axes.single_mesh_axes(),
             check_vma=False,
         )
 
@@ -50,17 +59,32 @@ class Placement:
     def split(self) -> PartitionSpec:
         return PartitionSpec(self.tokens)
 
+    def total(self, local: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., jax.Array]:
+        """Returns `local` mapped over the devices, with its results summed over those that split the hidden width."""
 
-def placement(rows: int, num_experts: int) -> Placement | None:
-    """Returns the placement of `rows` of tokens and the experts.
+        def part(*args):
+            return local(*args)[None]
 
-    None if no axis splits tokens, if rows or experts do not divide evenly, or if an axis splits only experts.
+        # XLA sums outside of `shard_map`: its gradient sends nothing there.
+        parts = self.map(part, *specs, out=PartitionSpec(self.width, self.tokens))
+        return lambda *args: jax.lax.reduce_sum(parts(*args), axes=(0,))
+
+    def kernel(self, *names: str) -> PartitionSpec:
+        """Returns how a kernel [E, X, Y] is split, of whose last two dimensions these are the logical names."""
+        split = (self.width or None if name == axes.MLP else None for name in names)
+        return PartitionSpec(self.experts or None, *split)
+
+
+def placement(rows: int, num_experts: int, width: int) -> Placement | None:
+    """Returns the placement of `rows` of tokens and the experts of this hidden `width`.
+
+    None if no axis splits them, if one of the three does not divide evenly, or if an axis splits only experts.
     """
     rules = nn.get_logical_axis_rules()
     active = _active(rules) if rules else None
     if active is None or rows % active.token_shards or num_experts % active.expert_shards:
         return None
-    return active
+    return None if width % active.width_shards else active
 
 
 def _active(rules: Sequence[tuple[str, Any]]) -> Placement | None:
@@ -72,13 +96,16 @@ def _active(rules: Sequence[tuple[str, Any]]) -> Placement | None:
         return tuple(name for name in names if name in free)
 
     tokens, experts = split_by(axes.BATCH), split_by(axes.EXPERT)
-    if not tokens or not set(experts) <= set(tokens):
+    width = tuple(name for name in split_by(axes.MLP) if name not in tokens)
+    if not tokens + width or not set(experts) <= set(tokens):
         return None
     return Placement(
         tokens=tokens,
         experts=experts,
+        width=width,
         token_shards=math.prod(free[name] for name in tokens),
         expert_shards=math.prod(free[name] for name in experts),
+        width_shards=math.prod(free[name] for name in width),
     )
 
 
@@ -124,15 +151,21 @@ def send(
     """
 
     def local(x_btd, experts_btk):
-        if place.expert_shards == 1:
-            rows_RD, own = routing.send(x_btd, experts_btk, num_experts)
-            return rows_RD, own.sizes_E.reshape(1, -1), Exchange(own, None, None)
-        own = routing.dispatch(experts_btk.reshape(-1), num_experts)
-        x_md = x_btd.reshape(-1, x_btd.shape[-1])
-        rows_RD, slot_C, received = _exchange(x_md, experts_btk.shape[-1], own, place, rows)
-        return rows_RD, received.sizes_E.reshape(1, -1), Exchange(own, slot_C, received)
+        return _send(x_btd, experts_btk, num_experts, place, rows)
 
     return place.map(local, place.split, place.split)(x_BTD, experts_BTK)
+
+
+def _send(
+    x_btd: jax.Array, experts_btk: jax.Array, num_experts: int, place: Placement, rows: int
+) -> tuple[jax.Array, jax.Array, Exchange]:
+    if place.expert_shards == 1:
+        rows_RD, own = routing.send(x_btd, experts_btk, num_experts)
+        return rows_RD, own.sizes_E.reshape(1, -1), Exchange(own, None, None)
+    own = routing.dispatch(experts_btk.reshape(-1), num_experts)
+    x_md = x_btd.reshape(-1, x_btd.shape[-1])
+    rows_RD, slot_C, received = _exchange(x_md, experts_btk.shape[-1], own, place, rows)
+    return rows_RD, received.sizes_E.reshape(1, -1), Exchange(own, slot_C, received)
 
 
 def _exchange(
@@ -170,15 +203,52 @@ def collect(
     """Returns each token's weighted sum of its experts' rows, [B, T, D], on the token's device."""
 
     def local(rows_RD, weights_btk, exchange):
-        own = exchange.own
-        if exchange.received is not None:
-            rows_PSD = routing.by_choice(rows_RD, exchange.received)
-            rows_PSD = rows_PSD.reshape(place.expert_shards, -1, rows_RD.shape[-1])
-            rows_RD = _all_to_all(rows_PSD, place).reshape(rows_RD.shape)
-            own = own.replace(rank_C=jnp.minimum(exchange.slot_C, len(rows_RD) - 1))
-        return routing.collect(rows_RD, weights_btk, own)
+        return _collect(rows_RD, weights_btk, exchange, place)
 
     return place.map(local, *(place.split,) * 3)(rows_RD, weights_BTK, exchange)
+
+
+def _collect(
+    rows_RD: jax.Array, weights_btk: jax.Array, exchange: Exchange, place: Placement
+) -> jax.Array:
+    own = exchange.own
+    if exchange.received is not None:
+        rows_PSD = routing.by_choice(rows_RD, exchange.received)
+        rows_PSD = rows_PSD.reshape(place.expert_shards, -1, rows_RD.shape[-1])
+        rows_RD = _all_to_all(rows_PSD, place).reshape(rows_RD.shape)
+        assert exchange.slot_C is not None
+        rank_C = jnp.minimum(exchange.slot_C, len(rows_RD) - 1)
+        own = Dispatch(own.order_R, rank_C, own.used_C, own.sizes_E)
+    return routing.collect(rows_RD, weights_btk, own)
+
+
+def mixed(
+    mlp: Callable[..., jax.Array],
+    x_BTD: jax.Array,
+    experts_BTK: jax.Array,
+    weights_BTK: jax.Array,
+    kernels: tuple[jax.Array, jax.Array, jax.Array],
+    place: Placement,
+    *,
+    rows: int,
+) -> jax.Array:
+    """Returns each token's weighted sum of its experts' results, [B, T, D], on the token's device.
+
+    Args:
+      mlp: returns the results of rows [R, D] that are sorted by expert, called with them, a device's kernels and its
+        experts' numbers of rows.
+      kernels: gate [E, D, F], up [E, D, F] and down [E, F, D].
+      x_BTD, experts_BTK, place, rows: as of `send`; weights_BTK: as of `collect`.
+    """
+    num_experts = len(kernels[0])
+
+    def local(x_btd, experts_btk, weights_btk, *kernels):
+        rows_RD, sizes_1e, exchange = _send(x_btd, experts_btk, num_experts, place, rows)
+        return _collect(mlp(rows_RD, kernels, sizes_1e[0]), weights_btk, exchange, place)
+
+    inward, down = place.kernel(axes.EMBED, axes.MLP), place.kernel(axes.MLP, axes.EMBED)
+    mapped = place.total(local, *(place.split,) * 3, inward, inward, down)
+    return mapped(x_BTD, experts_BTK, weights_BTK, *kernels)
 
 
 def per_device(
@@ -186,13 +256,23 @@ def per_device(
     rows_RX: jax.Array,
     kernel_EXY: jax.Array,
     sizes_Ge: jax.Array,
+    names: Sequence[str],
 ) -> jax.Array:
-    """Returns product(rows, kernels, sizes) on every device, for its rows and the kernels of its experts."""
+    """Returns product(rows, kernels, sizes) on every device, for its rows and its part of the kernels.
+
+    Args:
+      names: logical names of the kernel's last two dimensions.
+    """
     place = _active(nn.get_logical_axis_rules())
     assert place is not None  # the sizes were computed with a placement
 
     def local(rows_RX, kernel_eXY, sizes_e):
         return product(rows_RX, kernel_eXY, sizes_e.reshape(-1))
 
-    kernels = PartitionSpec(place.experts or None)
-    return place.map(local, place.split, kernels, place.split)(rows_RX, kernel_EXY, sizes_Ge)
+    kernel = place.kernel(*names)
+    _, of_x, of_y = kernel
+    specs = (PartitionSpec(place.tokens, of_x), kernel, place.split)
+    if of_x:
+        return place.total(local, *specs)(rows_RX, kernel_EXY, sizes_Ge)
+    out = PartitionSpec(place.tokens, of_y)
+    return place.map(local, *specs, out=out)(rows_RX, kernel_EXY, sizes_Ge)

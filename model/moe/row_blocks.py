@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.model import axes
-from espalier.model.kernels import narrow, taps
+from espalier.model.kernels import narrow
 from espalier.model.kernels.platform import reference_forms, target_platform
 
 # Rows per block. A block reads its expert's whole kernel, so large blocks are faster. The number of
@@ -97,10 +97,10 @@ Activation = Callable[[jax.Array], jax.Array]
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F] and down [E, F, D]
 
 
-def applies(sizes: jax.Array) -> bool:
-    """Returns whether `expert_mlp` is to be used for rows of these `sizes`, see grouped_matmul."""
+def applies() -> bool:
+    """Returns whether `expert_mlp` is to be used for the rows of one device, see grouped_matmul."""
     cpu = target_platform() == "cpu" and not reference_forms()
-    return cpu and sizes.ndim == 1 and not taps.is_active() and not axes.free_mesh_axes()
+    return cpu and not axes.free_mesh_axes()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -78,4 +78,6 @@ class Mov(Routed, Ia3):
         scales_ENX = axes.parameter(self, name, ones, names, shape, self.param_dtype)
         read = x_RX if side or site.gate is None else site.gate
         weights_RN = self.weights(site, read, axis, sizes)
-        return rescaled(x_RX, grouped_matmul(weights_RN, scales_ENX.astype(jnp.float32), sizes))
+        return rescaled(
+            x_RX, grouped_matmul(weights_RN, scales_ENX.astype(jnp.float32), sizes, names=names[1:])
+        )

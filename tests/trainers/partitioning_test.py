@@ -188,8 +188,10 @@ def test_layers_may_be_split_only_where_they_divide():
         validate(mesh_of(fsdp=4), rules)
 
 
-def mixture(num_experts, **sizes):
-    mlp = functools.partial(MoeMlp, num_experts=num_experts, balance_loss=0.01)
+def mixture(num_experts, *, expert_dim=None, **sizes):
+    mlp = functools.partial(
+        MoeMlp, num_experts=num_experts, expert_dim=expert_dim, balance_loss=0.01
+    )
     config = TransformerConfig(**{**SIZES, **sizes})
     return Transformer(config=config, block=functools.partial(Block, mlp=mlp))
 
@@ -201,6 +203,15 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
         validate(mesh_of(expert=4, fsdp=2), "fsdp_ep", boxed=boxed)
     assert str(caught.value).count("\n  - ") == 1
     assert "num_experts = 6 is not a multiple of the 4 shards of 'expert'" in str(caught.value)
+
+
+def test_a_width_of_experts_that_the_mesh_does_not_divide_is_refused():
+    boxed = initialise.abstract_variables(mixture(8, expert_dim=6))["params"]
+    validate(mesh_of(tensor=2, fsdp=4), "fsdp_tp", boxed=boxed)
+    with pytest.raises(ValueError) as caught:
+        validate(mesh_of(tensor=4, fsdp=2), "fsdp_tp_whole_kv", boxed=boxed)
+    assert str(caught.value).count("\n  - ") == 1
+    assert "expert_dim or mlp_dim) = 6 is not a multiple of the 4 shards" in str(caught.value)
 
 
 def test_expert_parallelism_leaves_the_rest_whole_on_purpose():

@@ -1,5 +1,6 @@
 """Grouped products against loops over experts in float64, and what the blocks of the CPU form cover."""
 
+import contextlib
 import functools
 import types
 import warnings
@@ -14,6 +15,7 @@ from espalier.model.kernels import narrow
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 from espalier.model.moe import grouped_matmul as form
 from espalier.model.moe import row_blocks
+from espalier.trainers import partitioning
 
 X, Y = 5, 3
 
@@ -48,9 +50,9 @@ def by_loops(rows, kernel, direction, sizes):
     return out, drows, dkernel
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, use_reference_forms])
 @pytest.mark.parametrize(("sizes", "unused"), [*((sizes, 0) for sizes in SIZES), (SIZES[3], 6)])
-def test_values_and_gradients(platform, sizes, unused):
+def test_values_and_gradients(context, sizes, unused):
     rows, kernel, direction = operands(sizes, unused)
     used = (np.arange(len(rows)) < sum(sizes)).reshape(-1, 1)
     want = by_loops(rows, kernel, direction, sizes)
@@ -60,7 +62,7 @@ def test_values_and_gradients(platform, sizes, unused):
         out = jnp.where(used, out, 0)
         return jnp.sum(out * direction), out
 
-    with use_platform(platform):
+    with use_platform("cpu"), context():
         grads, out = jax.jit(jax.grad(along, argnums=(0, 1), has_aux=True))(rows, kernel)
     for got, expected in zip((out, *grads), want, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
@@ -185,18 +187,24 @@ def test_ragged_dot_on_a_gpu_warns_of_its_cost_once(on, capability, operands, re
             assert form._choose(*operands) == "ragged_dot"
 
 
-def test_ragged_dot_on_a_tpu_warns_of_the_cost_of_its_gradient_once(on):
-    with use_platform("tpu"):
-        with pytest.warns(UserWarning, match=r"3 times its FLOPs.*kernels \[64, 128\]"):
-            assert form._choose(*halves(x=64)) == "ragged_dot"
+def test_what_a_tpu_mesh_cannot_map_warns_of_the_cost_of_its_gradient_once(on):
+    """Rows that the mesh does not divide: the products are outside of `shard_map`."""
+    mesh = partitioning.make_mesh(shape={"fsdp": 2, "tensor": 4})
+    with partitioning.use_mesh(mesh, partitioning.rules_named("fsdp_tp")), use_platform("tpu"):
+        with pytest.warns(UserWarning, match="3 times its FLOPs.*does not divide"):
+            assert form._choose(*halves()) == "ragged_dot"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert form._choose(*halves(x=64)) == "ragged_dot"
+            assert form._choose(*halves()) == "ragged_dot"
 
 
-@pytest.mark.parametrize("sizes", [(70, 0, 150), (0, 128, 9)])
-def test_the_gradient_of_the_tpu_form_in_the_interpreter(sizes):
-    rows, kernel, direction = large(sizes, unused := 36)
+@pytest.mark.parametrize(
+    ("sizes", "x", "y"),
+    [((70, 0, 150), 128, 128), ((0, 128, 9), 128, 128), ((70, 9), 96, 520), ((9, 70), 520, 3)],
+)
+def test_the_gradient_of_the_tpu_form_in_the_interpreter(sizes, x, y):
+    """Of widths that no tile divides too."""
+    rows, kernel, direction = large(sizes, unused := 36, x, y)
     want = by_loops(rows, kernel, direction, sizes)
     out, pull = jax.vjp(
         lambda r, k: form.tpu_matmul(r, k, jnp.asarray(sizes), interpret=True), rows, kernel
@@ -260,10 +268,10 @@ def test_the_hopper_kernel_in_the_interpreter(on):
     np.testing.assert_array_equal(got[-unused:], 0)
 
 
-def large(sizes, unused):
+def large(sizes, unused, x=128, y=128):
     """Operands that the kernels support; unused rows are not a number, on which no result may depend."""
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((sum(sizes) + unused, 128), (len(sizes), 128, 128), (sum(sizes) + unused, 128))
+    shapes = ((sum(sizes) + unused, x), (len(sizes), x, y), (sum(sizes) + unused, y))
     rows, kernel, direction = (
         jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
     )

@@ -1,5 +1,6 @@
 """A mixture of MLPs against one that multiplies every token with every expert, in float64."""
 
+import contextlib
 import functools
 import math
 import re
@@ -65,15 +66,15 @@ def test_values_are_those_of_all_experts_masked(platform, num_experts, top_k, re
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_gradients_are_those_of_all_experts_masked(platform):
+@pytest.mark.parametrize("form", [contextlib.nullcontext, use_reference_forms])
+def test_gradients_are_those_of_all_experts_masked(form):
     mlp, params, x_BTD = made(5, 2, scale=2.0)
     direction = np.asarray(jax.random.normal(jax.random.key(2), x_BTD.shape), np.float64)
 
     def loss(params):
         return jnp.sum(mlp.apply({"params": params}, x_BTD) * direction)
 
-    with use_platform(platform):
+    with form():
         gradient = jax.jit(jax.grad(loss))(params)
     # Central differences of the reference, along one random direction for each array.
     for i, name in enumerate(sorted(params)):
@@ -301,9 +302,13 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("platform", "factor"), [("cpu", 0.1), ("cpu", 1.0), ("tpu", 0.5), ("tpu", 5.0)]
+    ("form", "factor"),
+    [
+        *((contextlib.nullcontext, factor) for factor in (0.1, 1.0)),
+        *((use_reference_forms, factor) for factor in (0.5, 5.0)),
+    ],
 )
-def test_beyond_its_capacity_an_expert_adds_nothing(platform, factor):
+def test_beyond_its_capacity_an_expert_adds_nothing(form, factor):
     """Against all experts of all tokens with masked weights, values and gradients."""
     full, params, x_BTD = made(5, 2, scale=2.0)
     mlp = full.clone(capacity_factor=factor)
@@ -325,7 +330,7 @@ def test_beyond_its_capacity_an_expert_adds_nothing(platform, factor):
     weights_BTE, pull, kept = jax.vjp(weights, params, has_aux=True)
     want, cotangent = jax.jit(jax.grad(reference, argnums=(0, 1)))(params, weights_BTE)
     want["router"] = pull(cotangent)[0]["router"]
-    with use_platform(platform):
+    with form():
         gradient, (out, sown) = jax.jit(jax.grad(got, has_aux=True))(params)
     np.testing.assert_allclose(out, masked(params, x_BTD, weights_BTE), atol=1e-5)
     jax.tree.map(same, gradient, want)

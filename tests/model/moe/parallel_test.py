@@ -10,13 +10,25 @@ import numpy as np
 import pytest
 
 from espalier.launch.precompile.hlo import text
+from espalier.model.adapters import adapter
+from espalier.model.adapters.bottleneck import Bottleneck
+from espalier.model.adapters.lora import Lora
 from espalier.model.config import TransformerConfig
+from espalier.model.low_rank.lowrank import Factorisation, LowRankExpertDense
 from espalier.model.moe import moe, parallel
 from espalier.trainers import initialise, partitioning
 
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=16, num_heads=1, mlp_dim=12)
 EXPERTS, ROWS, LENGTH = 8, 8, 6
 SEGMENTS_BT = jnp.asarray(np.arange(LENGTH) < np.arange(1, 9)[:, None], jnp.int32)
+
+FACTORISED = functools.partial(
+    LowRankExpertDense, factorisation=Factorisation(rank=0.25, layers=(".*",))
+)
+ADAPTED = adapter.named(
+    lora=functools.partial(Lora, layers=("gate|up",), rank=2, b_init=nn.initializers.normal()),
+    bottleneck=functools.partial(Bottleneck, layers=("down",), width=3),
+)
 
 
 def made(**settings):
@@ -69,6 +81,13 @@ def same(found, want):
         ("ep", {"expert": 4}, {"score": "sigmoid", "router_z_loss": 0.0}),
         ("fsdp_ep", {"fsdp": 2, "expert": 4}, {"capacity_factor": 0.8}),
         ("fsdp_tp", {"fsdp": 2, "tensor": 4}, {"capacity_factor": 0.8}),
+        ("tp", {"tensor": 4}, {}),
+        ("tp_whole_kv", {"tensor": 2}, {"expert_dim": 10}),
+        ("fsdp_tp_whole_kv", {"fsdp": 4, "tensor": 2}, {}),
+        ("fsdp_tp_sp", {"fsdp": 4, "tensor": 2}, {}),
+        ("fsdp_tp_sp_whole_kv", {"fsdp": 2, "tensor": 3}, {}),
+        ("fsdp_tp", {"fsdp": 4, "tensor": 2}, {"expert_dense": FACTORISED}),
+        ("tp", {"tensor": 4}, {"adapters": ADAPTED}),
     ],
 )
 def test_no_mesh_changes_values_gradients_or_statistics(rules, shape, settings):
@@ -76,7 +95,7 @@ def test_no_mesh_changes_values_gradients_or_statistics(rules, shape, settings):
     want = gradients(mlp)(nn.unbox(boxed), x_BTD)
     mesh, rules, params, x_BTD = on_mesh(rules, shape, boxed, x_BTD)
     with partitioning.use_mesh(mesh, rules):
-        assert parallel.placement(ROWS, EXPERTS) is not None
+        assert parallel.placement(ROWS, EXPERTS, mlp.width) is not None
         same(gradients(mlp)(params, x_BTD), want)
 
 
@@ -167,6 +186,9 @@ def test_without_expert_parallelism_nothing_but_kernels_is_gathered():
 def test_what_does_not_divide_takes_the_plain_form():
     mesh = partitioning.make_mesh(shape={"expert": 8})
     with partitioning.use_mesh(mesh, partitioning.rules_named("ep")):
-        assert parallel.placement(7, EXPERTS) is None
-        assert parallel.placement(8, 6) is None
-    assert parallel.placement(8, EXPERTS) is None
+        assert parallel.placement(7, EXPERTS, 12) is None
+        assert parallel.placement(8, 6, 12) is None
+    mesh = partitioning.make_mesh(shape={"tensor": 8})
+    with partitioning.use_mesh(mesh, partitioning.rules_named("tp")):
+        assert parallel.placement(8, EXPERTS, 12) is None  # a recipe refuses this mesh
+    assert parallel.placement(8, EXPERTS, 12) is None
