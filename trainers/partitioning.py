@@ -20,8 +20,8 @@ from espalier.model.kernels.platform import use_platform
 from espalier.model.protocol import Sizes
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
-# the rest of the model copied; tensor: heads and widths split.
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+# the rest of the model copied; context: the length of rows and parameters split; tensor: heads and widths split.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(
@@ -212,13 +212,17 @@ def _factorisations(count: int, names: Sequence[str]) -> Iterator[dict[str, int]
                 yield {names[0]: size, **rest}
 
 
+def _mesh_axes(target: Any) -> tuple[str, ...]:
+    return () if target is None else (target,) if isinstance(target, str) else target
+
+
 def _rules(*targets: Mapping[str, Any]) -> Rules:
     """Returns a rule for every known name; names without a target are replicated."""
     merged: dict[str, Any] = {axes.BATCH: ("data", "fsdp")}
     for target in targets:
         merged |= target
-    width = merged.get(axes.EMBED)
-    merged[axes.LOOKUP_BATCH] = tuple(axis for axis in merged[axes.BATCH] if axis != width)
+    width = _mesh_axes(merged.get(axes.EMBED))
+    merged[axes.LOOKUP_BATCH] = tuple(axis for axis in merged[axes.BATCH] if axis not in width)
     return tuple((name, merged.get(name)) for name in axes.ALL_AXES)
 
 
@@ -230,6 +234,10 @@ _TENSOR = dict.fromkeys(
     "tensor",
 )
 _SEQUENCE = {axes.LENGTH: "tensor"}
+# Context parallel: parameters are split over the devices of a row too.
+_CONTEXT = dict.fromkeys(_FSDP, ("fsdp", "context")) | dict.fromkeys(
+    (axes.LENGTH, axes.INNER_LENGTH), "context"
+)
 _EXPERT = {axes.EXPERT: "expert", axes.BATCH: ("data", "fsdp", "expert")}
 # Key/value heads whole on every device, for fewer of them than tensor shards. Attention then takes its plain form,
 # since a fused kernel needs the query heads of a device together with their own key/value heads.
@@ -245,6 +253,9 @@ RULE_SETS: dict[str, Rules] = {
     "fsdp_tp": _rules(_FSDP, _TENSOR),
     # The residual stream's length split over tensor too (arXiv 2205.05198).
     "fsdp_tp_sp": _rules(_FSDP, _TENSOR, _SEQUENCE),
+    # Attention over parts of rows (arXiv 2309.14509 and 2310.01889).
+    "fsdp_cp": _rules(_FSDP, _CONTEXT),
+    "fsdp_tp_cp": _rules(_FSDP, _TENSOR, _CONTEXT),
     # Expert parallel: experts and batch split over expert, all else whole (GShard, arXiv 2006.16668).
     "ep": _rules(_EXPERT),
     "fsdp_ep": _rules(_FSDP, _EXPERT),
@@ -290,10 +301,6 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
 def shards_of(mesh: Mesh | AbstractMesh, target: Any) -> int:
     """Returns the number of shards that the target of a rule makes."""
     return math.prod(mesh.shape[name] for name in _mesh_axes(target))
-
-
-def _mesh_axes(target: Any) -> tuple[str, ...]:
-    return () if target is None else (target,) if isinstance(target, str) else target
 
 
 def validate(
