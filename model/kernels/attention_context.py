@@ -53,21 +53,12 @@ def method_for(implementation: str, size: int, kv_heads: int) -> str:
     return implementation
 
 
-def problem(method: str, size: int, length: int, kv_heads: int, *, window: int | None) -> str:
-    """Returns why a method does not compute rows of `length` in `size` parts, with the remedy; or ''."""
-    if method not in METHODS:
-        return f"Attention.implementation = {method!r} reads whole rows: use 'auto', 'ring' or 'all_to_all'"
-    if method == "all_to_all" and kv_heads % size:
-        return (
-            f"Attention.implementation = 'all_to_all' needs a multiple of {size} key/value heads on a device, which has {kv_heads}: "
-            "use 'ring' or 'auto'"
-        )
-    unit = 2 * size if method == "ring" and window is None else size
-    if length % unit:
-        return (
-            f"{method} attention needs a row length that is a multiple of {unit}, not {length}: change TASK_FEATURE_LENGTHS or "
-            "the axis 'context' of MESH"
-        )
+def problem(implementation: str, size: int, kv_heads: int) -> str:
+    """Returns why an implementation does not compute rows in `size` parts, with the remedy; or ''."""
+    if implementation == "all_to_all" and kv_heads % size:
+        return f"'all_to_all' splits the {kv_heads} key/value heads of a device, which are no multiple of {size}: use 'ring' or 'auto'"
+    if implementation in ("blocked", "splash", "cudnn"):
+        return f"{implementation!r} reads whole rows: use 'auto', 'ring' or 'all_to_all'"
     return ""
 
 
@@ -145,11 +136,11 @@ class _Ring(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), x)
 
     def over_steps(self, step: Callable[[Any, Any], Any], carry: Any) -> Any:
-        """Returns the carry after step(i, carry) for i = 1, ..., steps; a window's masks differ by step."""
-        if self.form.window is None:
+        """Returns the carry after step(i, carry) for i = 1, ..., steps."""
+        if self.halves == 2 or not self.form.causal:
             return jax.lax.fori_loop(1, self.steps + 1, step, carry)
         for i in range(1, self.steps + 1):
-            carry = step(i, carry)
+            carry = step(i, carry)  # its mask depends on i
         return carry
 
     def pairs(self, i: Any, length: int) -> tuple[Form, jax.Array, jax.Array, jax.Array]:
@@ -176,7 +167,7 @@ def _ring_attention(
     if window is not None and window >= size * T:
         window = None
     steps = size - 1 if window is None else min(size - 1, -(-(window - 1) // T))
-    halves = 2 if causal and window is None else 1
+    halves = 2 if causal and window is None and T % 2 == 0 else 1
     ring = _Ring(Form(window, scale, softcap, causal), axis, size, halves, steps)
     arrays = (q_BTNH * scale, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype))
     segments = None if q_segments is None else (q_segments, kv_segments)
