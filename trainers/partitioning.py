@@ -16,8 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from espalier.model import axes
 from espalier.model.axes import Rules
+from espalier.model.kernels.context_method import method_for, method_problem
 from espalier.model.kernels.platform import use_platform
-from espalier.model.protocol import Sizes
+from espalier.model.protocol import Model, Sizes
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; context: the length of rows and parameters split; tensor: heads and widths split.
@@ -311,6 +312,7 @@ def validate(
     batch_size: int,
     length: int | None,
     boxed_params: Any = None,
+    model: Model | None = None,
     replicated_limit: int = 2**31,
 ) -> None:
     """Checks mesh, rules, sizes and parameter names against each other.
@@ -319,6 +321,7 @@ def validate(
       batch_size: rows of a global batch (of a microbatch when accumulating).
       length: tokens per row; None where rows have no length.
       boxed_params: abstract parameters with their logical names, when available.
+      model: model whose attention is checked, when available.
       replicated_limit: bytes of parameters that may stay whole on every device while a mesh axis
         meant to split parameters is larger than one.
 
@@ -353,11 +356,57 @@ def validate(
             )
     if boxed_params is not None:
         problems += _parameter_problems(mesh, targets, boxed_params, replicated_limit)
+    if model is not None:
+        problems += _attention_problems(mesh, targets, model, length, batch_size)
     if problems:
         raise ValueError(
             f"Mesh {dict(mesh.shape)} and the rule set do not fit this run:\n  - "
             + "\n  - ".join(problems)
         )
+
+
+def _attention_problems(
+    mesh: Mesh | AbstractMesh,
+    targets: Mapping[str, Any],
+    model: Model,
+    length: int | None,
+    batch_size: int,
+) -> list[str]:
+    size = shards_of(mesh, targets.get(axes.INNER_LENGTH))
+    heads_by = shards_of(mesh, targets.get(axes.ACT_KV_HEADS))
+    layers = model.layer_settings()
+    problems = [
+        f"Attention.implementation = {problem}"
+        for own in {layer.attention for layer in layers}
+        if (problem := method_problem(own.implementation, size, own.cache_heads // heads_by))
+    ]
+    if size == 1:
+        return problems
+    if length is None or model.row.encodes:
+        problems.append("the axis 'context' splits rows of a decoder alone: use the rules 'fsdp'")
+    if any(layer.mlp.experts for layer in layers):
+        problems.append(
+            "the axis 'context' supports no mixtures of experts, which sort the tokens of whole rows: use the rules 'fsdp_ep'"
+        )
+    if (rows := batch_size // shards_of(mesh, targets[axes.BATCH])) > 1:
+        # The partitioner cannot split tokens of several rows evenly, and would compute their loss on every device.
+        problems.append(
+            f"with an axis 'context' a device has parts of one row at a time, and not of {rows}: multiply "
+            f"Recipe.microbatches by {rows}"
+        )
+    return problems
+
+
+def attention_method(mesh: Mesh, rules: Rules, model: Model) -> str:
+    """Returns how attention reads the parts of rows, such as 'ring'; '' where rows are whole."""
+    targets = dict(rules)
+    size = shards_of(mesh, targets.get(axes.INNER_LENGTH))
+    if size == 1:
+        return ""
+    shards = shards_of(mesh, targets.get(axes.ACT_KV_HEADS))
+    layers = [layer.attention for layer in model.layer_settings()]
+    methods = {method_for(own.implementation, size, own.cache_heads // shards) for own in layers}
+    return " and ".join(sorted(methods))
 
 
 def _parameter_problems(

@@ -26,8 +26,7 @@ import jax.numpy as jnp
 from espalier.model import axes
 from espalier.model.kernels import attention_blocked, attention_fused
 from espalier.model.kernels.attention_blocked import MASKED, Form, by_head, by_row, over_groups
-
-METHODS = ("ring", "all_to_all")
+from espalier.model.kernels.context_method import METHODS, method_for
 
 
 def method_of(implementation: str, q_shape, k_shape) -> str:
@@ -44,22 +43,6 @@ def method_of(implementation: str, q_shape, k_shape) -> str:
     if size == 1:
         return ""
     return method_for(implementation, size, k_shape[2] // _devices(specs[1][2]))
-
-
-def method_for(implementation: str, size: int, kv_heads: int) -> str:
-    """Returns `implementation`, or for 'auto' the method for `size` parts of a row and a device's key/value heads."""
-    if implementation == "auto":
-        return "ring" if kv_heads % size else "all_to_all"
-    return implementation
-
-
-def problem(implementation: str, size: int, kv_heads: int) -> str:
-    """Returns why an implementation does not compute rows in `size` parts, with the remedy; or ''."""
-    if implementation == "all_to_all" and kv_heads % size:
-        return f"'all_to_all' splits the {kv_heads} key/value heads of a device, which are no multiple of {size}: use 'ring' or 'auto'"
-    if implementation in ("blocked", "splash", "cudnn"):
-        return f"{implementation!r} reads whole rows: use 'auto', 'ring' or 'all_to_all'"
-    return ""
 
 
 def context_attention(
@@ -163,14 +146,14 @@ def _ring_attention(
     q_BTNH, k_BSKH, v_BSKH, q_segments, kv_segments, *, axis, causal, window, scale, softcap
 ):
     size = jax.lax.axis_size(axis)
-    B, T, K = *q_BTNH.shape[:2], k_BSKH.shape[2]
+    B, T, K = len(q_BTNH), q_BTNH.shape[1], k_BSKH.shape[2]
     if window is not None and window >= size * T:
         window = None
     steps = size - 1 if window is None else min(size - 1, -(-(window - 1) // T))
     halves = 2 if causal and window is None and T % 2 == 0 else 1
     ring = _Ring(Form(window, scale, softcap, causal), axis, size, halves, steps)
-    arrays = (q_BTNH * scale, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype))
-    segments = None if q_segments is None else (q_segments, kv_segments)
+    arrays: Any = (q_BTNH * scale, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype))
+    segments: Any = None if q_segments is None else (q_segments, kv_segments)
     if halves == 2:
         arrays, segments = jax.tree.map(lambda x: _exchanged(ring, x), (arrays, segments))
     q_PGTH, k_P1SH, v_P1SH = (by_head(x, K) for x in arrays)
@@ -183,7 +166,10 @@ def _ring_attention(
 def _exchanged(ring: _Ring, x_BTX: jax.Array, *, back: bool = False) -> jax.Array:
     """Sends the halves 2d and 2d + 1 of a device d, so that it has d and 2C - 1 - d; `back` is the inverse."""
     # Of the even halves each device gets one, and one of the odd ones.
-    routes = [[(d, min(h, 2 * ring.size - 1 - h)) for d, h in enumerate(range(first, 2 * ring.size, 2))] for first in (0, 1)]
+    routes = [
+        [(d, min(h, 2 * ring.size - 1 - h)) for d, h in enumerate(range(first, 2 * ring.size, 2))]
+        for first in (0, 1)
+    ]
     odd = jax.lax.axis_index(ring.axis) % 2 == 1
 
     def ordered(halves):
@@ -193,7 +179,9 @@ def _exchanged(ring: _Ring, x_BTX: jax.Array, *, back: bool = False) -> jax.Arra
     if back:
         routes = [[(to, d) for d, to in route] for route in routes]
         halves = ordered(halves)
-    halves = [jax.lax.ppermute(x, ring.axis, route) for x, route in zip(halves, routes, strict=True)]
+    halves = [
+        jax.lax.ppermute(x, ring.axis, route) for x, route in zip(halves, routes, strict=True)
+    ]
     return jnp.concatenate(halves if back else ordered(halves), axis=1)
 
 

@@ -15,6 +15,7 @@ from jax.extend import backend
 
 from espalier.model.kernels import attention_blocked, attention_context, attention_fused
 from espalier.model.kernels.attention_fused import per_device, placement
+from espalier.model.kernels.context_method import METHODS
 from espalier.model.kernels.platform import reference_forms, target_platform
 
 Implementation = Literal[
@@ -79,18 +80,21 @@ def dot_product_attention(
     if reference_forms():
         implementation = "reference"
     method = attention_context.method_of(implementation, q_BTNH.shape, k_BSKH.shape)
-    if method:
-        if bias is not None or q_positions_BT is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
+    if method and q_positions_BT is None:
+        if bias is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
             raise ValueError(
-                "Rules that split the length of rows (fsdp_cp) support self-attention over whole rows, and neither a bias of "
-                "positions, such as T5's, nor an encoder's output nor a cache: use the rules 'fsdp' or 'fsdp_tp'."
+                "Rules that split the length of rows support neither a bias of positions, such as T5's, nor attention over an "
+                "encoder's output: use the rules 'fsdp' or 'fsdp_tp'."
             )
         return attention_context.context_attention(
             *(method, dot_product_attention, q_BTNH, k_BSKH, v_BSKH),
             *(q_segments_BT, kv_segments_BS),
-            **{"causal": causal, "window": window, "scale": scale, "softcap": softcap},
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
         )
-    if implementation in attention_context.METHODS:
+    if implementation in METHODS:
         implementation = "auto"
     # What only the plain implementation supports.
     plain = "positions" if q_positions_BT is not None else ""

@@ -196,7 +196,13 @@ def test_a_run_leaves_its_record(trained):
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["20", "40"]
     facts = json.loads((path / "run.json").read_text())
     assert facts["parameters"] == 123_072
-    assert facts["mesh"]["axes"] == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    assert facts["mesh"]["axes"] == {
+        "data": 1,
+        "fsdp": 8,
+        "expert": 1,
+        "context": 1,
+        "tensor": 1,
+    }
     assert facts["data"]["sources"]["files"]["long_records"] > 50
     assert facts["tasks"]["files"]["documents"]["train"] > 50 and facts["corpora"] == {}
     assert facts["data_fingerprint"] == facts["data"]["fingerprint"]
