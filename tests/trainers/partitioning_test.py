@@ -87,7 +87,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, message):
 
 
 def test_an_unknown_rule_set_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'fdsp': choose from \['dp', 'ep', 'fsdp', 'fsdp_ep'"):
+    with pytest.raises(
+        ValueError, match=r"'fdsp': choose from \['dp', 'ep', 'fsdp', 'fsdp_cp', 'fsdp_ep'"
+    ):
         partitioning.rules_named("fdsp")
 
 
@@ -228,7 +230,7 @@ def attending(implementation="auto", **sizes):
 @pytest.mark.parametrize(
     ("model", "mesh", "batch", "problem"),
     [
-        (attending(), {"fsdp": 2, "context": 4}, 4, "has parts of one row .* microbatches by 2"),
+        (attending(), {"fsdp": 2, "context": 4}, 4, "not of 2: multiply Recipe.microbatches by 2"),
         (mixture(4), {"fsdp": 2, "context": 4}, 2, "no mixtures of experts.* 'fsdp_ep'"),
         (
             EncoderDecoder(config=TransformerConfig(**SIZES)),
@@ -324,7 +326,7 @@ def test_all_problems_are_told_at_once():
     for part in ("'haeds'", "BATCH_SIZE", "num_kv_heads", "mlp_dim", "mlp/down/kernel"):
         assert part in message
     assert message.startswith(
-        "Mesh {'data': 1, 'fsdp': 2, 'expert': 1, 'tensor': 4} and the rule set do not fit"
+        "Mesh {'data': 1, 'fsdp': 2, 'expert': 1, 'context': 1, 'tensor': 4} and the rule set do not fit"
     )
 
 
