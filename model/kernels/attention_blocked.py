@@ -20,7 +20,7 @@ import jax.numpy as jnp
 MASKED = -1e30  # as in attention_ops: finite; the row maximum is at least half of it
 # Query rows: products of this height run at full rate, and scores of 4 heads fit a core's cache.
 BLOCK = 128
-MAX_BLOCKS = 32  # blocks are unrolled, so long rows use larger blocks
+MAX_BLOCKS = 32
 HEADS_AT_ONCE = 4  # query heads per iteration
 
 
@@ -29,6 +29,7 @@ class Form(NamedTuple):
 
     Attributes:
       offset: positions by which the first query is after the first key.
+      blocks: number of blocks at most; they are unrolled, so long rows use larger blocks.
     """
 
     window: int | None
@@ -36,6 +37,7 @@ class Form(NamedTuple):
     softcap: float | None
     causal: bool
     offset: int = 0
+    blocks: int = MAX_BLOCKS
 
 
 def blocked_attention(
@@ -173,7 +175,7 @@ def over_groups(function, arrays, bias_K=None):
 
 def _blocks(form: Form, T: int, S: int) -> list[tuple[slice, slice]]:
     """Returns the row blocks, each with the range of keys that any of its rows may see."""
-    rows = max(BLOCK, -(-T // MAX_BLOCKS // BLOCK) * BLOCK)
+    rows = max(BLOCK, -(-T // form.blocks // BLOCK) * BLOCK)
     blocks = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)

@@ -28,6 +28,8 @@ from espalier.model.kernels import attention_blocked, attention_fused
 from espalier.model.kernels.attention_blocked import MASKED, Form, by_head, by_row, over_groups
 from espalier.model.kernels.context_method import METHODS, method_for
 
+_BLOCKS = 8  # of queries, in each step of a ring: with more, programs for TPUs take long to compile
+
 
 def method_of(implementation: str, q_shape, k_shape) -> str:
     """Returns which of METHODS computes a call; '' where rows are whole, or this mesh does not divide them (initialisation).
@@ -151,7 +153,8 @@ def _ring_attention(
         window = None
     steps = size - 1 if window is None else min(size - 1, -(-(window - 1) // T))
     halves = 2 if causal and window is None and T % 2 == 0 else 1
-    ring = _Ring(Form(window, scale, softcap, causal), axis, size, halves, steps)
+    form = Form(window, scale, softcap, causal, blocks=_BLOCKS)
+    ring = _Ring(form, axis, size, halves, steps)
     arrays: Any = (q_BTNH * scale, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype))
     segments: Any = None if q_segments is None else (q_segments, kv_segments)
     if halves == 2:

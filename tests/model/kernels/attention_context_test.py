@@ -74,7 +74,7 @@ def compiled(rules, mesh, options, *inputs, packed=True):
 def test_parts_of_rows_have_the_values_and_gradients_of_whole_rows(
     monkeypatch, rules, mesh, T, K, options, packed
 ):
-    monkeypatch.setattr(attention_blocked, "BLOCK", 4)
+    monkeypatch.setattr(attention_blocked, "BLOCK", 2)
     inputs = arrays(2, T, K)
     q, k, v, dout, segments = inputs
     whole = {**options, "implementation": "reference"}
