@@ -96,14 +96,14 @@ def test_no_device_has_all_keys_of_all_heads(K, method):
 
 
 def test_a_ring_needs_as_much_memory_for_longer_rings():
-    """Autodiff would keep the keys of every step: 8 parts of 4 KiB and more, for as many tokens on a device."""
+    """With as many tokens on a device. JAX's own gradient of the loop takes 1.7 times as much, and 1.2 times if each step is rematerialised."""
 
     def temporaries(size):
         inputs = arrays(1, 64 * size, 2)
         program = compiled("fsdp_cp", {"context": size}, {}, *inputs, packed=False)
         return program.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8) < 1.2 * temporaries(4)
+    assert temporaries(8) < 1.05 * temporaries(4)
 
 
 @pytest.mark.parametrize(
