@@ -131,6 +131,7 @@ class Attention(Counted):
             cache_heads=self.cache_heads,
             head_dim=self.config.per_head_dim,
             adapters=self.adapters,
+            implementation=self.implementation,
         )
 
     @nn.nowrap

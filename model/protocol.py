@@ -30,6 +30,7 @@ class AttentionSettings:
       top_k: number of experts that a token mixes; None for all.
       shared_kv: whether all experts read the same keys and values.
       adapters: the factory of its adapters (model/adapters/adapter.py), or None.
+      implementation: see `Attention.implementation`.
     """
 
     query_heads: int
@@ -39,6 +40,7 @@ class AttentionSettings:
     top_k: int | None = None
     shared_kv: bool = False
     adapters: Any = None
+    implementation: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ LANGUAGES = (
 OUTPUT = ("", "text", "console", "output")  # the other names of blocks
 PROMPT = "$ "
 # Names of devices, axes, stages, splits, arms and ends of runs, which are values and also words of messages.
-VALUES = {"done", "cpu", "data", "fsdp", "expert", "tensor", "init", "compile", "full"}
+VALUES = {"done", "cpu", "data", "fsdp", "expert", "context", "tensor", "init", "compile", "full"}
 VALUES |= {"text", "english", "code", "then", "balanced", "files", "generated", "starts"}
 VALUES |= {"N"}  # a rate or time that a page does not promise
 UNITS = {"s", "min", "h", "GB", "per", "pair", "pairs", "image", "images", "mean"}

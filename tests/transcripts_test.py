@@ -54,7 +54,7 @@ def block(text, language=""):
 
 def test_a_message_that_the_code_no_longer_prints_is_reported():
     shown = """$ espalier train --gin_file=x.gin
-mesh       data 1 x fsdp 1 x expert 1 x tensor 1 (1 x cpu), rules fsdp
+mesh       data 1 x fsdp 1 x expert 1 x context 1 x tensor 1 (1 x cpu), rules fsdp
 parameters 1,311,232, of which 1,311,232 are trained
 held out at step 20: files 3.363 (4.857 bits per byte) nats per token
 done at step 20; the run is in /tmp/run

@@ -16,12 +16,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from espalier.model import axes
 from espalier.model.axes import Rules
+from espalier.model.kernels.context_method import method_for, method_problem
 from espalier.model.kernels.platform import use_platform
-from espalier.model.protocol import Sizes
+from espalier.model.protocol import Model, Sizes
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
-# the rest of the model copied; tensor: heads and widths split.
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+# the rest of the model copied; context: the length of rows and parameters split; tensor: heads and widths split.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(
@@ -212,13 +213,17 @@ def _factorisations(count: int, names: Sequence[str]) -> Iterator[dict[str, int]
                 yield {names[0]: size, **rest}
 
 
+def _mesh_axes(target: Any) -> tuple[str, ...]:
+    return () if target is None else (target,) if isinstance(target, str) else target
+
+
 def _rules(*targets: Mapping[str, Any]) -> Rules:
     """Returns a rule for every known name; names without a target are replicated."""
     merged: dict[str, Any] = {axes.BATCH: ("data", "fsdp")}
     for target in targets:
         merged |= target
-    width = merged.get(axes.EMBED)
-    merged[axes.LOOKUP_BATCH] = tuple(axis for axis in merged[axes.BATCH] if axis != width)
+    width = _mesh_axes(merged.get(axes.EMBED))
+    merged[axes.LOOKUP_BATCH] = tuple(axis for axis in merged[axes.BATCH] if axis not in width)
     return tuple((name, merged.get(name)) for name in axes.ALL_AXES)
 
 
@@ -230,6 +235,10 @@ _TENSOR = dict.fromkeys(
     "tensor",
 )
 _SEQUENCE = {axes.LENGTH: "tensor"}
+# Context parallel: parameters are split over the devices of a row too.
+_CONTEXT = dict.fromkeys(_FSDP, ("fsdp", "context")) | dict.fromkeys(
+    (axes.LENGTH, axes.INNER_LENGTH), "context"
+)
 _EXPERT = {axes.EXPERT: "expert", axes.BATCH: ("data", "fsdp", "expert")}
 # Key/value heads whole on every device, for fewer of them than tensor shards. Attention then takes its plain form,
 # since a fused kernel needs the query heads of a device together with their own key/value heads.
@@ -245,6 +254,9 @@ RULE_SETS: dict[str, Rules] = {
     "fsdp_tp": _rules(_FSDP, _TENSOR),
     # The residual stream's length split over tensor too (arXiv 2205.05198).
     "fsdp_tp_sp": _rules(_FSDP, _TENSOR, _SEQUENCE),
+    # Attention over parts of rows (arXiv 2309.14509 and 2310.01889).
+    "fsdp_cp": _rules(_FSDP, _CONTEXT),
+    "fsdp_tp_cp": _rules(_FSDP, _TENSOR, _CONTEXT),
     # Expert parallel: experts and batch split over expert, all else whole (GShard, arXiv 2006.16668).
     "ep": _rules(_EXPERT),
     "fsdp_ep": _rules(_FSDP, _EXPERT),
@@ -292,10 +304,6 @@ def shards_of(mesh: Mesh | AbstractMesh, target: Any) -> int:
     return math.prod(mesh.shape[name] for name in _mesh_axes(target))
 
 
-def _mesh_axes(target: Any) -> tuple[str, ...]:
-    return () if target is None else (target,) if isinstance(target, str) else target
-
-
 def validate(
     *,
     mesh: Mesh | AbstractMesh,
@@ -304,6 +312,7 @@ def validate(
     batch_size: int,
     length: int | None,
     boxed_params: Any = None,
+    model: Model | None = None,
     replicated_limit: int = 2**31,
 ) -> None:
     """Checks mesh, rules, sizes and parameter names against each other.
@@ -312,6 +321,7 @@ def validate(
       batch_size: rows of a global batch (of a microbatch when accumulating).
       length: tokens per row; None where rows have no length.
       boxed_params: abstract parameters with their logical names, when available.
+      model: model whose attention is checked, when available.
       replicated_limit: bytes of parameters that may stay whole on every device while a mesh axis
         meant to split parameters is larger than one.
 
@@ -346,11 +356,57 @@ def validate(
             )
     if boxed_params is not None:
         problems += _parameter_problems(mesh, targets, boxed_params, replicated_limit)
+    if model is not None:
+        problems += _attention_problems(mesh, targets, model, length, batch_size)
     if problems:
         raise ValueError(
             f"Mesh {dict(mesh.shape)} and the rule set do not fit this run:\n  - "
             + "\n  - ".join(problems)
         )
+
+
+def _attention_problems(
+    mesh: Mesh | AbstractMesh,
+    targets: Mapping[str, Any],
+    model: Model,
+    length: int | None,
+    batch_size: int,
+) -> list[str]:
+    size = shards_of(mesh, targets.get(axes.INNER_LENGTH))
+    heads_by = shards_of(mesh, targets.get(axes.ACT_KV_HEADS))
+    layers = model.layer_settings()
+    problems = [
+        f"Attention.implementation = {problem}"
+        for own in {layer.attention for layer in layers}
+        if (problem := method_problem(own.implementation, size, own.cache_heads // heads_by))
+    ]
+    if size == 1:
+        return problems
+    if length is None or model.row.encodes:
+        problems.append("the axis 'context' splits rows of a decoder alone: use the rules 'fsdp'")
+    if any(layer.mlp.experts for layer in layers):
+        problems.append(
+            "the axis 'context' supports no mixtures of experts, which sort the tokens of whole rows: use the rules 'fsdp_ep'"
+        )
+    if (rows := batch_size // shards_of(mesh, targets[axes.BATCH])) > 1:
+        # The partitioner cannot split tokens of several rows evenly, and would compute their loss on every device.
+        problems.append(
+            f"with an axis 'context' a device has parts of one row at a time, and not of {rows}: multiply "
+            f"Recipe.microbatches by {rows}"
+        )
+    return problems
+
+
+def attention_method(mesh: Mesh, rules: Rules, model: Model) -> str:
+    """Returns how attention reads the parts of rows, such as 'ring'; '' where rows are whole."""
+    targets = dict(rules)
+    size = shards_of(mesh, targets.get(axes.INNER_LENGTH))
+    if size == 1:
+        return ""
+    shards = shards_of(mesh, targets.get(axes.ACT_KV_HEADS))
+    layers = [layer.attention for layer in model.layer_settings()]
+    methods = {method_for(own.implementation, size, own.cache_heads // shards) for own in layers}
+    return " and ".join(sorted(methods))
 
 
 def _parameter_problems(

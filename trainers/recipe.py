@@ -160,6 +160,7 @@ class Recipe:
                 batch_size=rows,
                 length=self.inputs_spec.length,
                 boxed_params=boxed,
+                model=self.model,
             ),
             batch_size=self.batch_size,
             microbatches=self.microbatches,

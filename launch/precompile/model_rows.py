@@ -1,4 +1,4 @@
-"""Programs of `precompile tables` of models that are of no one paper: Llama 2 7B, which several use, and Cohere's mixtures."""
+"""Programs of `precompile tables` of models that are of no one paper: Llama 2 7B, which several use, Cohere's mixtures, and long rows."""
 
 from typing import Any
 
@@ -36,6 +36,20 @@ def _mixture(
     )
 
 
+def _long(name: str, title: str, topology: str, **sizes: int) -> Row:
+    """Returns the row of a model that is trained on rows of 131,072 tokens, each on `context` chips."""
+    return Row(
+        name=f"{name}_128k_context{sizes['context']}",
+        title=f"{title}, context {sizes['context']} on {topology}",
+        files=(f"t5x_configs/models/{name}.gin", _PRETRAINING),
+        topology=topology,
+        bindings=(*tokens(sizes.get("fsdp", 1), 131_072), *mesh("fsdp_cp", **sizes)),
+        note="A ring: there are fewer key/value heads than chips of a row."
+        if sizes["context"] > 8
+        else "Heads are split during attention (all_to_all).",
+    )
+
+
 _NORTH = ("north_mini_30b_a3b", "North Mini Code 30B-A3B, pre-training")
 _LIMITS = "With half as many chips a step needs {} GB of each; rows of {} tokens need {} GB here. A chip has less."
 _COMMAND = ("command_a_plus_218b", "Command A+ 218B-A25B, pre-training")
@@ -69,5 +83,10 @@ ROWS: dict[str, tuple[Row, ...]] = {
             fsdp=64,
             expert=4,
         ),
+    ),
+    "long_rows": (
+        _long("aya_expanse_8b", "Aya Expanse 8B", "v5p:2x2x4", fsdp=2, context=8),
+        _long("aya_expanse_8b", "Aya Expanse 8B", "v5p:2x2x4", context=16),
+        _long("command_r_35b", "Command R 35B", "v5p:2x4x4", fsdp=4, context=8),
     ),
 }

@@ -16,6 +16,7 @@ from espalier.launch.precompile.tpu_topology import CHIPS, GIB
 TITLES = {
     "llama": "Llama 2 7B on every generation",
     "cohere2_moe": "Cohere's mixtures",
+    "long_rows": "Rows of 131,072 tokens",
     "code_mix": "Code in pre-training",
     "low_rank": "Low-rank training",
     "mov": "Mixtures of vectors",

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from espalier.common.stages import duration
 from espalier.launch.run.resolved import ResolvedRun
 from espalier.launch.run.run_dir import RunDir, mesh_facts
+from espalier.trainers import partitioning
 from espalier.trainers.batches import TrainStream
 from espalier.trainers.checkpoints.restore import Restored
 from espalier.trainers.loop import Loop
@@ -49,8 +50,12 @@ def announce(run: ResolvedRun) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     kind = f"{len(run.devices)} x {run.devices[0].device_kind}"
     trained = program.num_params(trained_only=True)
+    method = partitioning.attention_method(program.mesh, program.rules, program.recipe.model)
     lines = [
-        ("mesh", f"{mesh} ({kind}), rules {program.recipe.rules}"),
+        (
+            "mesh",
+            f"{mesh} ({kind}), rules {program.recipe.rules}{method and f', attention {method}'}",
+        ),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
         *_dtype_line(program),
         ("data", f"{', '.join(stream.source_names)}; fingerprint {stream.fingerprint[:12]}"),

@@ -17,20 +17,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_MASKED = -1e30  # as in attention_ops: finite; the row maximum is at least half of it
+MASKED = -1e30  # as in attention_ops: finite; the row maximum is at least half of it
 # Query rows: products of this height run at full rate, and scores of 4 heads fit a core's cache.
 BLOCK = 128
-MAX_BLOCKS = 32  # blocks are unrolled, so long rows use larger blocks
+MAX_BLOCKS = 32
 HEADS_AT_ONCE = 4  # query heads per iteration
 
 
-class _Form(NamedTuple):
-    """The static arguments of a call."""
+class Form(NamedTuple):
+    """The static arguments of a call.
+
+    Attributes:
+      offset: positions by which the first query is after the first key.
+      blocks: number of blocks at most; they are unrolled, so long rows use larger blocks.
+    """
 
     window: int | None
     scale: float
     softcap: float | None
     causal: bool
+    offset: int = 0
+    blocks: int = MAX_BLOCKS
 
 
 def blocked_attention(
@@ -58,7 +65,7 @@ def blocked_attention(
     """
     k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
     segments = None if q_segments_BT is None else (q_segments_BT, kv_segments_BS)
-    form = _Form(window, scale, softcap, causal)
+    form = Form(window, scale, softcap, causal)
     bias_KGTS = None
     if bias_1NTS is not None:
         bias_KGTS = bias_1NTS.reshape(k_BSKH.shape[2], -1, *bias_1NTS.shape[2:])
@@ -66,24 +73,24 @@ def blocked_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments):
+def _attend(form: Form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments):
     return _attend_fwd(form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments)[0]
 
 
-def _attend_fwd(form: _Form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments):
+def _attend_fwd(form: Form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_PGTH = _by_head(q_BTNH * form.scale, K)  # scale the queries, which are fewer than the scores
-    k_PSH, v_PSH = (_by_head(x, K)[:, 0] for x in (k_BSKH, v_BSKH))
+    q_PGTH = by_head(q_BTNH * form.scale, K)  # scale the queries, which are fewer than the scores
+    k_PSH, v_PSH = (by_head(x, K)[:, 0] for x in (k_BSKH, v_BSKH))
     if segments is not None:
         segments = tuple(jnp.repeat(x, K, axis=0) for x in segments)
     arrays = (q_PGTH, k_PSH, v_PSH, segments)
-    (out_PGTH, lse_PGT), _ = _over_groups(functools.partial(_forward, form), arrays, bias_KGTS)
-    out_BTNH = _by_row(out_PGTH, B)
+    (out_PGTH, lse_PGT), _ = over_groups(functools.partial(forward, form), arrays, bias_KGTS)
+    out_BTNH = by_row(out_PGTH, B)
     return out_BTNH, (*arrays, lse_PGT, out_BTNH, bias_KGTS)
 
 
-def _attend_bwd(form: _Form, residuals, dout_BTNH):
+def _attend_bwd(form: Form, residuals, dout_BTNH):
     *arrays, lse_PGT, out_BTNH, bias_KGTS = residuals
     B, T, N, H = out_BTNH.shape
     delta_BNT = jnp.einsum(
@@ -92,29 +99,29 @@ def _attend_bwd(form: _Form, residuals, dout_BTNH):
     arrays += [
         lse_PGT,
         delta_BNT.reshape(lse_PGT.shape),
-        _by_head(dout_BTNH, N // lse_PGT.shape[1]),
+        by_head(dout_BTNH, N // lse_PGT.shape[1]),
     ]
     # Scores are transposed in the backward pass.
     bias_KSGT = None if bias_KGTS is None else bias_KGTS.transpose(0, 3, 1, 2)
-    (dq_PGTH, *dkv_PSH), dbias_KSGT = _over_groups(
-        functools.partial(_backward, form), tuple(arrays), bias_KSGT
+    (dq_PGTH, *dkv_PSH), dbias_KSGT = over_groups(
+        functools.partial(backward, form), tuple(arrays), bias_KSGT
     )
-    dk_BSKH, dv_BSKH = (_by_row(x_PSH[:, None], B) for x_PSH in dkv_PSH)
+    dk_BSKH, dv_BSKH = (by_row(x_PSH[:, None], B) for x_PSH in dkv_PSH)
     dbias_KGTS = None if bias_KSGT is None else dbias_KSGT.transpose(0, 2, 3, 1)
-    return _by_row(dq_PGTH * form.scale, B), dk_BSKH, dv_BSKH, dbias_KGTS, None
+    return by_row(dq_PGTH * form.scale, B), dk_BSKH, dv_BSKH, dbias_KGTS, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _by_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+def by_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
     """Reshapes [B, T, N, H] -> [P, G, T, H], one contiguous matrix per head."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.swapaxes(1, 2).reshape(B * kv_heads, N // kv_heads, T, H)
 
 
-def _by_row(x_PGTH: jax.Array, batch: int) -> jax.Array:
-    """Reshapes [P, G, T, H] -> [B, T, N, H], the inverse of `_by_head`."""
+def by_row(x_PGTH: jax.Array, batch: int) -> jax.Array:
+    """Reshapes [P, G, T, H] -> [B, T, N, H], the inverse of `by_head`."""
     return x_PGTH.reshape(batch, -1, *x_PGTH.shape[2:]).swapaxes(1, 2)
 
 
@@ -129,7 +136,7 @@ def _groups(pairs: int, heads: int, kv_heads: int) -> int:
     return pairs // size
 
 
-def _over_groups(function, arrays, bias_K=None):
+def over_groups(function, arrays, bias_K=None):
     """Maps `function` over groups of the leading axis P of every array in the tree.
 
     Args:
@@ -166,20 +173,20 @@ def _over_groups(function, arrays, bias_K=None):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out), total_K
 
 
-def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
+def _blocks(form: Form, T: int, S: int) -> list[tuple[slice, slice]]:
     """Returns the row blocks, each with the range of keys that any of its rows may see."""
-    rows = max(BLOCK, -(-T // MAX_BLOCKS // BLOCK) * BLOCK)
+    rows = max(BLOCK, -(-T // form.blocks // BLOCK) * BLOCK)
     blocks = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)
-        first = 0 if form.window is None else max(0, start - form.window + 1)
-        last = min(stop, S) if form.causal else S
+        first = 0 if form.window is None else max(0, start + form.offset - form.window + 1)
+        last = min(stop + form.offset, S) if form.causal else S
         blocks.append((slice(start, stop), slice(min(first, last - 1), last)))
     return blocks
 
 
-def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array, axes):
-    """Returns the scores, _MASKED where a mask excludes them; `axes` are the axes of rows and of keys."""
+def _visible(form: Form, segments, rows: slice, keys: slice, scores: jax.Array, axes):
+    """Returns the scores, MASKED where a mask excludes them; `axes` are the axes of rows and of keys."""
     row_axis, key_axis = axes
 
     def along(x: jax.Array, axis: int) -> jax.Array:
@@ -188,7 +195,8 @@ def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array,
         shape[axis] = x.shape[1]
         return x.reshape(shape)
 
-    at_q = along(jnp.arange(rows.start, rows.stop)[None], row_axis)
+    first, last = rows.start + form.offset, rows.stop + form.offset
+    at_q = along(jnp.arange(first, last)[None], row_axis)
     at_k = along(jnp.arange(keys.start, keys.stop)[None], key_axis)
     parts = [at_k <= at_q] if form.causal else []
     if form.window is not None:
@@ -199,10 +207,10 @@ def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array,
         parts.append(same)
     if not parts:
         return scores
-    return jnp.where(functools.reduce(jnp.logical_and, parts), scores, _MASKED)
+    return jnp.where(functools.reduce(jnp.logical_and, parts), scores, MASKED)
 
 
-def _capped(form: _Form, scores: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _capped(form: Form, scores: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Returns the soft-capped scores and the derivative of the cap; None without a cap."""
     if form.softcap is None:
         return scores, None
@@ -210,7 +218,7 @@ def _capped(form: _Form, scores: jax.Array) -> tuple[jax.Array, jax.Array | None
     return form.softcap * t, 1 - t * t
 
 
-def _forward(form: _Form, arrays, bias_PGTS):
+def forward(form: Form, arrays, bias_PGTS):
     """Returns (out [P, G, T, H], log-sum-exp [P, G, T]), and None."""
     q_PGTH, k_PSH, v_PSH, segments = arrays
     dot = _wide_dot(q_PGTH)
@@ -220,7 +228,7 @@ def _forward(form: _Form, arrays, bias_PGTS):
         if bias_PGTS is not None:
             s = s + bias_PGTS[:, :, rows, keys].astype(s.dtype)
         s = _visible(form, segments, rows, keys, s, axes=(2, 3))
-        top = jnp.maximum(s.max(-1, keepdims=True), _MASKED / 2)
+        top = jnp.maximum(s.max(-1, keepdims=True), MASKED / 2)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
         total = jnp.where(total > 0, total, 1)  # rows that see no key: out = 0
@@ -230,7 +238,7 @@ def _forward(form: _Form, arrays, bias_PGTS):
     return (jnp.concatenate(outs, 2), jnp.concatenate(sums, 2)), None
 
 
-def _backward(form: _Form, arrays, bias_PSGT):
+def backward(form: Form, arrays, bias_PSGT):
     """Returns (dq [P, G, T, H], dk [P, S, H], dv [P, S, H]), and the gradient of the bias [P, S, G, T] or None.
 
     Scores are transposed, with keys first. The products for dk and dv then use their operands without

@@ -185,10 +185,12 @@ def splash_attention(
     return out.swapaxes(1, 2).astype(q_BTNH.dtype)
 
 
-def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
-    """Returns the partition specs of queries and keys over batch and heads.
+def placement(
+    q_shape, k_shape, *, parts: bool = False
+) -> tuple[PartitionSpec, PartitionSpec] | None:
+    """Returns the partition specs of queries and keys over batch, length and heads.
 
-    The result is None if batch or heads do not divide evenly over the mesh, or if the length is split.
+    The result is None if they do not divide evenly over the mesh, or if the length is split and `parts` is false.
     Both specs are empty outside a mesh, on a mesh of one device, and inside a `shard_map`, where the
     arrays are already local.
     """
@@ -202,12 +204,12 @@ def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
         _within(nn.logical_to_mesh_axes((axes.BATCH, axes.INNER_LENGTH, heads), rules), free)
         for heads in (axes.ACT_HEADS, axes.ACT_KV_HEADS)
     )
-    if q_axes[1] or k_axes[1]:
+    if q_axes[1] and not parts:
         return None  # the length is split
     if q_axes[2] != k_axes[2] and k_shape[2] > 1:
         return None  # a device would have query heads without their key/value head
     for dims, shape in ((q_axes, q_shape), (k_axes, k_shape)):
-        if any(shape[i] % math.prod(free[name] for name in dims[i]) for i in (0, 2)):
+        if any(shape[i] % math.prod(free[name] for name in dims[i]) for i in range(3)):
             return None
     return PartitionSpec(*q_axes), PartitionSpec(*k_axes)
 
@@ -225,14 +227,18 @@ def per_device(
     v_BSKH: jax.Array,
     q_segments_BT: jax.Array | None,
     kv_segments_BS: jax.Array | None,
+    parts: bool = False,
     **options: Any,
 ) -> jax.Array:
     """Returns kernel(q, k, v, q_segments, kv_segments, **options), computed on local shards.
 
+    Args:
+      parts: whether the kernel takes parts of rows, where the mesh splits their length.
+
     Raises:
       ValueError: batch or heads do not divide over the mesh, or the length is split.
     """
-    specs = placement(q_BTNH.shape, k_BSKH.shape)
+    specs = placement(q_BTNH.shape, k_BSKH.shape, parts=parts)
     if specs is None:
         raise ValueError(
             "This attention implementation needs batch and heads divided evenly over the mesh by the "
@@ -246,7 +252,7 @@ def per_device(
     q_spec, k_spec = specs
     if not len(q_spec):
         return local(q_BTNH, k_BSKH, v_BSKH, *segments)
-    rows = (PartitionSpec(q_spec[0]),) * len(segments)
+    rows = (PartitionSpec(*q_spec[:2]),) * len(segments)
     mapped = jax.shard_map(
         local, in_specs=(q_spec, k_spec, k_spec, *rows), out_specs=q_spec, check_vma=False
     )

@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
-from espalier.model.kernels import attention_blocked, attention_fused
+from espalier.model.kernels import attention_blocked, attention_context, attention_fused
 from espalier.model.kernels.attention_fused import per_device, placement
+from espalier.model.kernels.context_method import METHODS
 from espalier.model.kernels.platform import reference_forms, target_platform
 
-Implementation = Literal["auto", "reference", "xla", "blocked", "splash", "cudnn"]
+Implementation = Literal[
+    "auto", "reference", "xla", "blocked", "splash", "cudnn", "ring", "all_to_all"
+]
 IMPLEMENTATIONS = get_args(Implementation)
 
 # Far below any logit, and finite, to avoid inf - inf. The row maximum is clipped to at least half of it.
@@ -61,7 +64,8 @@ def dot_product_attention(
       v_scale_BSK: factors on integer values, applied to the weights.
       implementation: 'auto' chooses by platform; 'reference' is the plain implementation in float32;
         'xla' is jax.nn.dot_product_attention; 'blocked' processes blocks of query rows and skips masked
-        keys (CPU); 'splash' is the Pallas kernel (TPU); 'cudnn' is the fused kernel (GPU).
+        keys (CPU); 'splash' is the Pallas kernel (TPU); 'cudnn' is the fused kernel (GPU); 'ring' and 'all_to_all' are for
+        rows whose length the mesh splits (attention_context.py), and 'auto' for whole rows.
 
     Returns:
       out_BTNH, in the dtype of the queries.
@@ -75,6 +79,23 @@ def dot_product_attention(
         kv_segments_BS = q_segments_BT
     if reference_forms():
         implementation = "reference"
+    method = attention_context.method_of(implementation, q_BTNH.shape, k_BSKH.shape)
+    if method and q_positions_BT is None:
+        if bias is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
+            raise ValueError(
+                "Rules that split the length of rows support neither a bias of positions, such as T5's, nor attention over an "
+                "encoder's output: use the rules 'fsdp' or 'fsdp_tp'."
+            )
+        return attention_context.context_attention(
+            *(method, dot_product_attention, q_BTNH, k_BSKH, v_BSKH),
+            *(q_segments_BT, kv_segments_BS),
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+        )
+    if implementation in METHODS:
+        implementation = "auto"
     # What only the plain implementation supports.
     plain = "positions" if q_positions_BT is not None else ""
     if k_scale_BSK is not None or v_scale_BSK is not None:

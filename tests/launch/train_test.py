@@ -134,7 +134,9 @@ def test_loss_falls_on_real_text(trained):
 def test_a_run_says_what_it_will_do_and_did(trained):
     path, result = trained
     lines = dict(re.findall(r"^(\w+) +(.*)$", result.out, re.MULTILINE))
-    assert lines["mesh"] == "data 1 x fsdp 8 x expert 1 x tensor 1 (8 x cpu), rules fsdp"
+    assert (
+        lines["mesh"] == "data 1 x fsdp 8 x expert 1 x context 1 x tensor 1 (8 x cpu), rules fsdp"
+    )
     assert lines["parameters"] == "123,072, of which 123,072 are trained"
     fill = json.loads((path / "run.json").read_text())["data"]["sources"]["files"]["fill"]
     assert 0.5 < fill <= 1
@@ -196,7 +198,13 @@ def test_a_run_leaves_its_record(trained):
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["20", "40"]
     facts = json.loads((path / "run.json").read_text())
     assert facts["parameters"] == 123_072
-    assert facts["mesh"]["axes"] == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    assert facts["mesh"]["axes"] == {
+        "data": 1,
+        "fsdp": 8,
+        "expert": 1,
+        "context": 1,
+        "tensor": 1,
+    }
     assert facts["data"]["sources"]["files"]["long_records"] > 50
     assert facts["tasks"]["files"]["documents"]["train"] > 50 and facts["corpora"] == {}
     assert facts["data_fingerprint"] == facts["data"]["fingerprint"]

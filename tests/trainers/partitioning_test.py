@@ -12,9 +12,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from espalier.model import axes
+from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Embed
 from espalier.model.moe.moe import MoeMlp
+from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.batches import global_batch
@@ -46,16 +48,17 @@ def mesh_of(**shape):
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        (None, (8, 1, 1, 1)),
-        ({"fsdp": -1}, (1, 8, 1, 1)),
-        ({"fsdp": 2, "tensor": 4}, (1, 2, 1, 4)),
-        ({"fsdp": 2, "expert": 4}, (1, 2, 4, 1)),
-        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 2)),
+        (None, (8, 1, 1, 1, 1)),
+        ({"fsdp": -1}, (1, 8, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 4}, (1, 2, 1, 1, 4)),
+        ({"fsdp": 2, "expert": 4}, (1, 2, 4, 1, 1)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 1, 2)),
+        ({"fsdp": -1, "context": 4}, (1, 2, 1, 4, 1)),
     ],
 )
 def test_a_mesh_covers_all_devices(shape, sizes):
     mesh = partitioning.make_mesh(shape=shape)
-    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor")
     assert mesh.devices.shape == sizes
     assert len(set(mesh.devices.flat)) == 8
 
@@ -63,7 +66,10 @@ def test_a_mesh_covers_all_devices(shape, sizes):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"dta": 8}, r"unknown axes \['dta'\]: use \('data', 'fsdp', 'expert', 'tensor'\)"),
+        (
+            {"dta": 8},
+            r"unknown axes \['dta'\]: use \('data', 'fsdp', 'expert', 'context', 'tensor'\)",
+        ),
         ({"data": 4}, "does not cover the 8 available devices"),
         ({"data": 16}, "does not cover the 8 available devices"),
         ({"data": 3, "fsdp": -1}, "does not cover the 8 available devices"),
@@ -81,7 +87,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, message):
 
 
 def test_an_unknown_rule_set_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'fdsp': choose from \['dp', 'ep', 'fsdp', 'fsdp_ep'"):
+    with pytest.raises(
+        ValueError, match=r"'fdsp': choose from \['dp', 'ep', 'fsdp', 'fsdp_cp', 'fsdp_ep'"
+    ):
         partitioning.rules_named("fdsp")
 
 
@@ -128,7 +136,9 @@ def test_where_no_mesh_fits_the_nearest_batches_and_numbers_of_devices_are_named
 # ---- Validation.
 
 
-def validate(mesh, rules, *, boxed=None, batch=ROWS, length=LENGTH, limit=2**31, **sizes):
+def validate(
+    mesh, rules, *, boxed=None, batch=ROWS, length=LENGTH, limit=2**31, model=None, **sizes
+):
     partitioning.validate(
         mesh=mesh,
         rules=partitioning.rules_named(rules) if isinstance(rules, str) else rules,
@@ -136,6 +146,7 @@ def validate(mesh, rules, *, boxed=None, batch=ROWS, length=LENGTH, limit=2**31,
         batch_size=batch,
         length=length,
         boxed_params=boxed,
+        model=model,
         replicated_limit=limit,
     )
 
@@ -221,6 +232,51 @@ def test_expert_parallelism_leaves_the_rest_whole_on_purpose():
         validate(mesh_of(expert=4, fsdp=2), "fsdp_ep", boxed=boxed, limit=0)
 
 
+def attending(implementation="auto", **sizes):
+    attention = functools.partial(Attention, implementation=implementation)
+    config = TransformerConfig(**{**SIZES, **sizes})
+    return Transformer(config=config, block=functools.partial(Block, attention=attention))
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "batch", "problem"),
+    [
+        (attending(), {"fsdp": 2, "context": 4}, 4, "not of 2: multiply Recipe.microbatches by 2"),
+        (mixture(4), {"fsdp": 2, "context": 4}, 2, "no mixtures of experts.* 'fsdp_ep'"),
+        (
+            EncoderDecoder(config=TransformerConfig(**SIZES)),
+            {"context": 8},
+            1,
+            "rows of a decoder alone: use the rules 'fsdp'",
+        ),
+        (attending("blocked"), {"context": 2}, 1, "'blocked' reads whole rows: use 'auto'"),
+        (attending("all_to_all"), {"context": 8}, 1, "'all_to_all' divides the 4 key/value heads"),
+        (attending("ring"), {"fsdp": 2}, 2, "'ring' is for rows whose length the mesh splits"),
+    ],
+)
+def test_what_cannot_be_trained_on_parts_of_rows_is_refused(model, mesh, batch, problem):
+    with pytest.raises(ValueError, match=problem) as caught:
+        validate(mesh_of(**mesh), "fsdp_cp", batch=batch, model=model)
+    assert str(caught.value).count("\n  - ") == 1
+
+
+def test_rows_that_the_context_does_not_divide_are_refused():
+    validate(mesh_of(fsdp=2, context=4), "fsdp_cp", batch=2, model=attending())
+    with pytest.raises(ValueError, match="the row length = 18 is not a multiple of the 4 shards"):
+        validate(mesh_of(fsdp=2, context=4), "fsdp_cp", batch=2, length=18)
+
+
+def test_the_start_of_a_run_says_how_parts_of_rows_are_read():
+    rules = partitioning.rules_named("fsdp_cp")
+    for mesh, model, method in [
+        (mesh_of(fsdp=2, context=4), attending(), "all_to_all"),
+        (mesh_of(context=8), attending(), "ring"),
+        (mesh_of(context=4), attending("ring"), "ring"),
+        (mesh_of(fsdp=4), attending(), ""),
+    ]:
+        assert partitioning.attention_method(mesh, rules, model) == method
+
+
 @pytest.mark.parametrize(("rules", "axis"), [("dp", "tensor"), ("dp", "expert")])
 def test_devices_that_no_rule_uses_are_refused(rules, axis):
     with pytest.raises(ValueError, match=f"mesh axis '{axis}' has size 2, but no rule uses it"):
@@ -281,7 +337,7 @@ def test_all_problems_are_told_at_once():
     for part in ("'haeds'", "BATCH_SIZE", "num_kv_heads", "mlp_dim", "mlp/down/kernel"):
         assert part in message
     assert message.startswith(
-        "Mesh {'data': 1, 'fsdp': 2, 'expert': 1, 'tensor': 4} and the rule set do not fit"
+        "Mesh {'data': 1, 'fsdp': 2, 'expert': 1, 'context': 1, 'tensor': 4} and the rule set do not fit"
     )
 
 
@@ -337,13 +393,16 @@ def test_activations_are_split_as_the_rule_sets_say():
         ("tp", None, "tensor"),
         ("fsdp_tp", None, "tensor"),
         ("fsdp_tp_sp", "tensor", "tensor"),
+        ("fsdp_cp", "context", None),
+        ("fsdp_tp_cp", "context", "tensor"),
     ]:
+        inner_length = "context" if "cp" in rules else None
         rules = partitioning.rules_named(rules)
         assert tuple(partitioning.mesh_spec(residual, rules)) == (batch, residual_length, None)
-        assert tuple(partitioning.mesh_spec(heads, rules)) == (batch, None, head, None)
+        assert tuple(partitioning.mesh_spec(heads, rules)) == (batch, inner_length, head, None)
 
 
-@pytest.mark.parametrize("rules", ["fsdp", "fsdp_tp", "fsdp_tp_sp"])
+@pytest.mark.parametrize("rules", ["fsdp", "fsdp_tp", "fsdp_tp_sp", "fsdp_cp"])
 def test_no_device_has_a_whole_table_or_its_gradient(rules):
     table = Embed(num_embeddings=96, features=48)
     ids_BT = jax.ShapeDtypeStruct((64, 128), jnp.int32)
@@ -367,6 +426,7 @@ def test_no_device_has_a_whole_table_or_its_gradient(rules):
 @pytest.mark.parametrize("name", sorted(partitioning.RULE_SETS))
 def test_experts_are_split_by_expert_parallelism_and_ranks_where_the_other_side_is_not(name):
     rules, fsdp = partitioning.rules_named(name), "fsdp" if "fsdp" in name else None
+    fsdp = ("fsdp", "context") if "cp" in name else fsdp
     kernel = (axes.LAYERS, axes.EXPERT, axes.RANK, axes.UNMODELED)
     expert = "expert" if name in ("ep", "fsdp_ep") else None
     assert tuple(partitioning.mesh_spec(kernel, rules)) == (None, expert, fsdp, None)
@@ -477,6 +537,18 @@ def test_whole_key_value_heads_change_no_numbers(num_kv_heads):
     attention = shardings["layers"]["block_0"]["attention"]
     assert "tensor" in attention["query"]["kernel"].spec
     assert "tensor" not in attention["key"]["kernel"].spec
+
+
+@pytest.mark.parametrize(
+    ("rules", "implementation", "mesh"),
+    [
+        ("fsdp_cp", "ring", {"fsdp": 2, "context": 4}),
+        ("fsdp_tp_cp", "auto", {"fsdp": 2, "context": 2, "tensor": 2}),
+    ],
+)
+def test_parts_of_rows_change_no_numbers(reference, rules, implementation, mesh):
+    model = attending(implementation)
+    assert_same(train(rules, mesh, microbatches=4, model=model), reference)
 
 
 def test_accumulation_changes_no_numbers(reference):

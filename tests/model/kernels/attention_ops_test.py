@@ -142,7 +142,7 @@ def test_blocked_at_its_real_block_size(length):
 
 
 def test_long_rows_take_taller_blocks():
-    form = attention_blocked._Form(window=None, scale=1.0, softcap=None, causal=True)
+    form = attention_blocked.Form(window=None, scale=1.0, softcap=None, causal=True)
     blocks = attention_blocked._blocks(form, 20_000, 20_000)
     assert len(blocks) <= attention_blocked.MAX_BLOCKS
     assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]

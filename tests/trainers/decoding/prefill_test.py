@@ -276,6 +276,18 @@ def test_a_mesh_splits_key_value_heads(name, model, params, ids):
         assert heads == 1 and held.shape[1] == (1 if name == "adakv" else 2)
 
 
+def test_a_mesh_that_splits_lengths_changes_no_token(model, params, ids):
+    """Parts of the prompt go round a ring, of which SnapKV keeps what it keeps of whole rows."""
+    policy = policy_named("snapkv", **SMALL["snapkv"])
+    alone = generate(model, params, policy, ids, LENGTHS)
+    mesh = make_mesh(shape={"context": 4}, devices=jax.devices()[:4])
+    with use_mesh(mesh, RULE_SETS["fsdp_cp"]):
+        _, caches, _, tokens = generate(model, params, policy, ids, LENGTHS)
+    np.testing.assert_array_equal(tokens, alone[3])
+    for found, expected in zip(*map(jax.tree.leaves, (caches, alone[1])), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_oracles_prompts_end_before_their_continuation(model, params, ids, full):
     """The decoder starts where the known continuation does, and needs a prompt before it."""
     decoder = Decoder(
