@@ -85,7 +85,8 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
             if not entry[2]:  # within groups of one chip
                 continue
             channel = instruction.attribute("channel_id")
-            if channel is None:
+            # All of jax.lax.ppermute share channel 1.
+            if channel is None or instruction.opcode == "collective-permute-start":
                 apart.append(entry)
             else:
                 best = channels.get((kind, channel), entry)
