@@ -35,11 +35,33 @@ def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array
     form = _choose(rows_RX, kernel_EXY)
     if form == "blocks":
         return _blocks(rows_RX, kernel_EXY, sizes_E)
+    kernel_EXY = kernel_EXY.astype(rows_RX.dtype)
     if form == "megablox":
         return tpu_matmul(rows_RX, kernel_EXY, sizes_E)
     if form == "hopper":
         return hopper_matmul(rows_RX, kernel_EXY, sizes_E)
     return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
+
+
+def scaled_matmul(
+    rows_RX: jax.Array, kernel_EXY: jax.Array, scale_EY: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """Returns `grouped_matmul` with int8 kernels (model/kernels/int8.py) and the scales of their outputs."""
+    dtype = rows_RX.dtype
+    if dtype == jnp.float16:  # whose range products with whole numbers up to 127 may leave
+        rows_RX = rows_RX.astype(jnp.float32)
+    # Within the loop over new tokens, or XLA would store the converted kernels before it.
+    kernel_EXY, rows_RX = jax.lax.optimization_barrier((kernel_EXY, rows_RX))
+    y_RY = grouped_matmul(rows_RX, kernel_EXY, sizes_E)
+    return _scaled(y_RY, scale_EY, sizes_E).astype(dtype)
+
+
+def _scaled(y_RY: jax.Array, scale_EY: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    if sizes_E.ndim == 2:
+        return parallel.per_device(_scaled, y_RY, scale_EY, sizes_E)
+    experts_E = jnp.arange(len(scale_EY))
+    experts_R = jnp.repeat(experts_E, sizes_E, total_repeat_length=len(y_RY))
+    return y_RY * scale_EY[experts_R]
 
 
 def _choose(

@@ -28,12 +28,12 @@ from espalier.common.ranges import (
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted, weights
-from espalier.model.kernels import taps
+from espalier.model.kernels import int8, taps
 from espalier.model.like import OWN, like
 from espalier.model.linear import Dense
 from espalier.model.mlp import GatedMlp, activation
 from espalier.model.moe import parallel, routing, row_blocks
-from espalier.model.moe.grouped_matmul import grouped_matmul
+from espalier.model.moe.grouped_matmul import grouped_matmul, scaled_matmul
 from espalier.model.moe.parallel import Placement
 from espalier.model.moe.routing import Routes, Scores, route
 from espalier.model.protocol import MlpSettings
@@ -71,14 +71,18 @@ class ExpertDense(nn.Module):
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Returns rows @ kernel[e]; factorised and adapted experts override it."""
-        y_RY = grouped_matmul(rows_RX, self.kernel(rows_RX.shape[-1]), sizes_E)
+        kernel_EXY, scale_EY = self.kernel(rows_RX.shape[-1]), int8.scale_of(self)
+        if scale_EY is not None:
+            return scaled_matmul(rows_RX, kernel_EXY, scale_EY, sizes_E)
+        y_RY = grouped_matmul(rows_RX, kernel_EXY, sizes_E)
         return taps.projection(self, "kernel", rows_RX, y_RY, sizes=sizes_E)
 
     def kernel(self, inputs: int) -> jax.Array:
-        """Returns the kernel [E, inputs, features] in the dtype of products."""
+        """Returns the kernel [E, inputs, features] in the dtype of products, or int8."""
         shape = (self.num_experts, inputs, self.features)
         parts = (self.kernel_init, self.axes, shape, self.param_dtype)
-        return axes.parameter(self, "kernel", *parts).astype(self.dtype)
+        kernel_EXY = axes.parameter(self, "kernel", *parts)
+        return kernel_EXY if kernel_EXY.dtype == jnp.int8 else kernel_EXY.astype(self.dtype)
 
 
 @recordable
@@ -283,6 +287,7 @@ class MoeMlp(Counted):
         # Results of single projections that a caller captures would be kernels.
         captured = self.is_mutable_collection("intermediates")
         plain = all(type(dense) is ExpertDense for dense in (gate, up, down))
+        plain = plain and int8.SCALE not in (self.get_variable("params", "gate") or {})
         if plain and not captured and row_blocks.applies(sizes):
             rows_RD = rows_RD.astype(config.compute_dtype)
             hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), self.width), rows_RD.dtype)
