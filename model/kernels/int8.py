@@ -55,17 +55,22 @@ def scale_of(module: nn.Module) -> jax.Array | None:
 
 
 def matmul(x: jax.Array, kernel_IO: jax.Array, scale_O: jax.Array) -> jax.Array:
-    """Returns (x[..., I] @ kernel) * scale -> [..., O] in the dtype of x; products are summed in float32."""
+    """Returns (x[..., I] @ kernel) * scale -> [..., O] in the dtype of x."""
     if narrow.applies(kernel_IO):
         y = narrow.product(x, kernel_IO, 1)
     else:
         # Within the loop over new tokens, or XLA would store the converted kernel before it.
         kernel_IO, x = jax.lax.optimization_barrier((kernel_IO, x))
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
         y = jax.lax.dot_general(
-            *(x, kernel_IO.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ()))),
-            preferred_element_type=jnp.float32,
+            x, kernel_IO.astype(x.dtype), dims, preferred_element_type=summed(x)
         )
-    return (y * scale_O).astype(x.dtype)
+    return (y * scale_O.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def summed(x: jax.Array) -> Any:
+    """Returns the dtype of sums of x times whole numbers up to 127, which float16 may not hold."""
+    return jnp.float32 if x.dtype == jnp.float16 else x.dtype
 
 
 def dequantised(kernel: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.model import axes
+from espalier.model.kernels import int8
 from espalier.model.kernels.platform import reference_forms, target_platform
 from espalier.model.moe import parallel
 from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
@@ -47,9 +48,7 @@ def scaled_matmul(
     rows_RX: jax.Array, kernel_EXY: jax.Array, scale_EY: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
     """Returns `grouped_matmul` with int8 kernels (model/kernels/int8.py) and the scales of their outputs."""
-    dtype = rows_RX.dtype
-    if dtype == jnp.float16:  # whose range products with whole numbers up to 127 may leave
-        rows_RX = rows_RX.astype(jnp.float32)
+    dtype, rows_RX = rows_RX.dtype, rows_RX.astype(int8.summed(rows_RX))
     # Within the loop over new tokens, or XLA would store the converted kernels before it.
     kernel_EXY, rows_RX = jax.lax.optimization_barrier((kernel_EXY, rows_RX))
     y_RY = grouped_matmul(rows_RX, kernel_EXY, sizes_E)

@@ -375,9 +375,7 @@ def restore_params(
                 own = {part.root + name: x for name, x in wanted.items() if name in part.entries}
                 if own:
                     reads = (
-                        read_verified(
-                            part.step, part.recorded, own, files=part.step not in checked
-                        )
+                        read_verified(part.step, part.recorded, own, files=part.step not in checked)
                         if verify
                         else read_arrays(part.step, own)
                     )
