@@ -436,8 +436,9 @@ def restoring(
     from espalier.trainers.checkpoints import base_step, step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
-        own = {"params": params, "weights_dtype": weights_dtype}
-        with hf_checkpoint.restoring(checkpoint, model, **own) as restore:
+        with hf_checkpoint.restoring(
+            checkpoint, model, params=params, weights_dtype=weights_dtype
+        ) as restore:
             yield restore
         return
     from espalier.trainers.checkpoints.restore_params import restore_params  # imports Orbax

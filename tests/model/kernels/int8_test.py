@@ -140,7 +140,7 @@ def quantised(flat):
         p: x for path, value in flat.items() for p, x in int8_weights.quantised(path, value).items()
     }
     same = dict(whole)
-    for path, scale in whole.items():
+    for path in whole:
         if path.endswith(int8.SCALE):
             kernel = path.replace(int8.SCALE, "kernel")
             same[kernel] = int8.dequantised(same[kernel], same.pop(path))
