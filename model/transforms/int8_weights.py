@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from espalier.model.adapters.adapter import PROJECTIONS
 from espalier.model.kernels import int8
+from espalier.model.transforms.patterns import PROJECTIONS
 
 _SCALE = f"/{int8.SCALE}"
 _KERNEL = re.compile(rf"(?P<module>{PROJECTIONS[0]})/kernel")
