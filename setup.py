@@ -104,6 +104,7 @@ EXTRAS = {
     "sentences": SENTENCES,
     "serve": SERVE,
     "influence": LEXICAL,
+    "quantised": ["qwix>=0.1.8"],
     "datasets": DATASETS,
     "docs": DOCS,
     "beam": BEAM,

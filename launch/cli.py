@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # gin is imported only once the flags have been read
 USAGE_ERROR = 2
 INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
 CONSOLE = "espalier"  # the script that runs every command
+BINDINGS = "gin_bindings"  # where flags that set a macro put it, as 'NAME=VALUE'
 # Flags for paths whose help text shows no DIR, FILE or PATH.
 _PATH_FLAGS = ("checkpoint", "inputs", "output", "out", "to", "problems", "solutions")
 # Flags whose paths may be addresses of object stores (espalier/common/storage/paths.py); see also `take_addresses`.
@@ -512,4 +513,4 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
             "--coordinator_address, --process_count and --process_index go together "
             "(or use only --coordinator_address=auto)"
         )
-    return flags, bindings
+    return flags, [*(getattr(flags, BINDINGS, None) or ()), *bindings]

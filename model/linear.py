@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from espalier.common.ranges import CalledWith, Size, recordable
 from espalier.model.axes import parameter, unboxed
 from espalier.model.flops import Counted
-from espalier.model.kernels import matmul, taps
+from espalier.model.kernels import int8, matmul, taps
 
 # The factory of a projection that has no bias, and whose caller initialises it.
 Pointwise = Annotated[
@@ -62,11 +62,13 @@ class Dense(Counted):
         """Returns x @ kernel; factorised and adapted projections override it."""
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
+        if (scale := int8.scale_of(self)) is not None:
+            return int8.matmul(x, kernel, scale)
         return matmul.matmul(x, kernel.astype(self.dtype))
 
     def matrix(self) -> jax.Array:
         """Returns the matrix [in, out] of `product`, once the layer was called."""
-        return unboxed(self.get_variable("params", "kernel"))
+        return int8.dequantised(unboxed(self.get_variable("params", "kernel")), int8.scale_of(self))
 
 
 def dropped(module: nn.Module, x: jax.Array, rate: float, *, over: int = -2) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from espalier.common import stages
 from espalier.model import axes
 from espalier.model.axes import Rules
 from espalier.model.protocol import Same
+from espalier.model.transforms import int8_weights
 from espalier.trainers import trainable
 from espalier.trainers.extensions import StepExtension
 from espalier.trainers.inputs import Inputs, PackedTokens
@@ -53,9 +54,13 @@ def _abstract_variables(model: Same, arguments: tuple[jax.ShapeDtypeStruct, ...]
         return jax.eval_shape(init, *arguments)
 
 
-def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Returns shapes, dtypes and shardings of a model's parameters; allocates nothing."""
+def abstract_params(
+    model: Any, mesh: Mesh, rules: Rules, *, weights_dtype: Literal["int8"] | None = None
+) -> Any:
+    """Returns shapes, dtypes and shardings of a model's parameters, with int8 kernels by request; allocates nothing."""
     boxed = abstract_variables(model)["params"]
+    if weights_dtype is not None:
+        boxed = int8_weights.declared(boxed)
     return with_shardings(shapes_of(boxed), param_shardings(boxed, mesh, rules))
 
 

@@ -25,7 +25,9 @@ from espalier.launch.load.load_run import LoadError, RunConfig
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    load_run.add_adapter_flag(load_run.add_flags(parser))
+    group = load_run.add_flags(parser)
+    load_run.add_adapter_flag(group)
+    load_run.add_weights_flag(group)
     group = parser.add_argument_group("tasks")
     group.add_argument(
         "--task",

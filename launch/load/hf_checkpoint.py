@@ -165,11 +165,12 @@ def digest(checkpoint: str) -> str:
 
 @contextlib.contextmanager
 def restoring(
-    checkpoint: str, model: Any, *, params: str
+    checkpoint: str, model: Any, *, params: str, weights_dtype: str | None = None
 ) -> Iterator[Callable[[Any], tuple[Any, Mapping[str, Any]]]]:
     """Context manager: reads the parameters of a model, and meanwhile yields a function that places them.
 
-    The function returns the parameters on the shardings of its argument, and the facts about texts.
+    The function returns the parameters on the shardings of its argument, and the facts about texts. With `weights_dtype` 'int8', the
+    argument has int8 kernels, and a kernel becomes int8 as soon as it is read.
 
     Raises:
       LoadError: `params` asks for a moving average.
@@ -182,6 +183,7 @@ def restoring(
     from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
     from espalier.model.hf.plan import plan
     from espalier.model.hf.registry import family_of_config
+    from espalier.model.transforms import int8_weights
 
     if params == "ema":
         raise LoadError(
@@ -190,7 +192,9 @@ def restoring(
     family = family_of_config(read_json(pathlib.Path(checkpoint) / CONFIG_JSON))
     with (
         SafetensorsReader(checkpoint) as tensors,
-        load.filling(plan(family, model, tensors)) as filled,
+        load.filling(
+            plan(family, model, tensors), int8_weights.quantised if weights_dtype else None
+        ) as filled,
     ):
 
         def place(abstract: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -22,8 +22,8 @@ from espalier.launch.config import gin_writer, model_file
 from espalier.launch.inference import generate
 from espalier.launch.inference.texts import decoder_of
 from espalier.launch.load import hf_checkpoint, run_model, side_by_side
-from espalier.launch.load.load_run import RunConfig
-from espalier.launch.load.loaded_run import LoadedRun
+from espalier.launch.load.load_run import RunConfig, WeightsDtype
+from espalier.launch.load.loaded_run import LoadedRun, LoadError
 from espalier.launch.run import model_record, run_vocabulary
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.protocol import inference_model, inference_params
@@ -247,8 +247,13 @@ class Run:
 
         Raises:
           FileExistsError: the directory already has a run.
+          LoadError: the parameters are int8.
           UnwritableModelError: a setting of the model is a function or object that cannot be imported.
         """
+        if self._loaded.config.weights_dtype is not None:
+            raise LoadError(
+                "int8 weights are for inference and cannot be saved: load the run without weights_dtype."
+            )
         folder = pathlib.Path(directory)
         for name in (model_file.NAME, model_record.CONFIG, step_dir.CHECKPOINTS):
             if (folder / name).exists():
@@ -289,6 +294,7 @@ def load(
     vocabulary: Any = None,
     mesh: Mapping[str, int] | None = None,
     adapter: str | os.PathLike | None = None,
+    weights_dtype: WeightsDtype | None = None,
 ) -> Run:
     """Loads a run: of `espalier train`, of `espalier convert`, or written by `Run.save`. Its parameters are verified.
 
@@ -299,6 +305,8 @@ def load(
       vocabulary: a SeqIO vocabulary instead of the run's own, for example if the directory has none.
       mesh: mesh shape by axis name, such as {"fsdp": 4, "tensor": 2}; None splits the parameters over all devices.
       adapter: run or step directory of adapters of this checkpoint; None for none.
+      weights_dtype: 'int8' to store the weights of attention, MLPs and experts so, with a scale for each output channel; None for the
+        type of the checkpoint.
 
     Raises:
       LoadError: the checkpoint is not of a language model, or the adapters are not of the checkpoint.
@@ -316,7 +324,8 @@ def load(
         read = functools.partial(run_vocabulary.load, folder=folder)
     else:
         read = functools.partial(lambda value: value, vocabulary)
-    config = RunConfig(model=model, vocabulary=read, mesh=mesh or {"fsdp": -1})
+    mesh = mesh or {"fsdp": -1}
+    config = RunConfig(model=model, vocabulary=read, mesh=mesh, weights_dtype=weights_dtype)
     adapters = [] if adapter is None else [os.fspath(adapter)]
     with side_by_side.load(config, path, adapters, params=params) as ((_, loaded),):
         is_whole = loaded.model is model  # of an actor-critic, the actor is loaded

@@ -27,6 +27,7 @@ _ENTRY = "espalier.launch.load.load_run:RunConfig"
 _UNUSED = {"VOCABULARY": "None"}
 PARAMS = ("auto", "raw", "ema")
 CacheDtype = Literal["int8", "bfloat16", "float16", "float32"]  # of cached keys and values
+WeightsDtype = Literal["int8"]  # of the kernels of projections
 SpecialTokens = Literal["texts", "everywhere", "nowhere"]
 
 
@@ -61,6 +62,19 @@ def add_adapter_flag(group: Any) -> None:
     )
 
 
+def add_weights_flag(group: Any) -> None:
+    """Adds the flag --weights_dtype, of commands that only use the model: it sets the macro WEIGHTS_DTYPE."""
+    group.add_argument(
+        "--weights_dtype",
+        action="append",
+        dest=cli.BINDINGS,
+        type="WEIGHTS_DTYPE={!r}".format,
+        metavar="int8",
+        help="store the weights of attention, MLPs and experts as int8, with a scale for each output channel; the default is the "
+        "type of the checkpoint",
+    )
+
+
 def add_trust_flag(parser: Any) -> None:
     """Adds the flag --trust_config."""
     parser.add_argument(
@@ -74,6 +88,7 @@ def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     """Adds the flags of `add_flags` and the flags for files of rows."""
     group = add_flags(parser)
     add_adapter_flag(group)
+    add_weights_flag(group)
     group.add_argument(
         "--inputs",
         required=required,
@@ -310,6 +325,8 @@ class RunConfig:
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the vocabulary's own.
       special_tokens: where spellings of special tokens are special tokens: in 'texts' to continue alone, 'everywhere',
         also in contents of messages, or 'nowhere', for texts of others. What a chat template itself writes always is.
+      weights_dtype: 'int8' to quantise the kernels of projections while they are read (model/transforms/int8_weights.py); None for
+        the dtype of the parameters.
     """
 
     model: Any
@@ -320,6 +337,7 @@ class RunConfig:
     add_bos: bool | None = None
     chat_template: str | None = None
     special_tokens: SpecialTokens = "texts"
+    weights_dtype: WeightsDtype | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.model, "output"):
@@ -349,6 +367,7 @@ class RunConfig:
         Raises:
           LoadError: the checkpoint has a model of another kind.
           AdapterError: it has adapters of other settings.
+          Int8WeightsError: no weight of the model can be int8, as `weights_dtype` asks.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
         from espalier.model import rows
@@ -377,10 +396,15 @@ class RunConfig:
         row_sharding = partitioning.batch_sharding(mesh, rules)
         shards = mesh.devices.size // row_sharding.shard_shape((mesh.devices.size,))[0]
         sizes: dict[str, Any] = {"config": self.model.config, "batch_size": shards, "length": 1}
-        with restoring(checkpoint, self.model, params=params, of_base=of_base) as place:
+        dtype = self.weights_dtype
+        restored = restoring(
+            checkpoint, self.model, params=params, of_base=of_base, weights_dtype=dtype
+        )
+        with restored as place:
             boxed = initialise.abstract_variables(self.model)["params"]
             partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
-            values, meta = place(initialise.abstract_params(self.model, mesh, rules))
+            abstract = initialise.abstract_params(self.model, mesh, rules, weights_dtype=dtype)
+            values, meta = place(abstract)
         check_settings(self.model, meta.get("adapters"), checkpoint)
         values = inference_params(self.model, values)
         with partitioning.use_mesh(mesh, rules):
@@ -395,18 +419,26 @@ class RunConfig:
 
 @contextlib.contextmanager
 def restoring(
-    checkpoint: str, model: Any, *, params: str, of_base: bool = False
+    checkpoint: str,
+    model: Any,
+    *,
+    params: str,
+    of_base: bool = False,
+    weights_dtype: WeightsDtype | None = None,
 ) -> Iterator[Callable[[Any], tuple[Any, Mapping[str, Any]]]]:
     """Context manager: yields `restore` as a function of `abstract`; files of Hugging Face are read from the beginning on.
 
-    With `of_base`, adapters that the checkpoint lacks are left out.
+    With `of_base`, adapters that the checkpoint lacks are left out. With `weights_dtype`, `abstract` has kernels of this dtype.
     """
     from espalier.launch.load import hf_checkpoint
     from espalier.model.adapters import adapter
+    from espalier.model.transforms import int8_weights
     from espalier.trainers.checkpoints import base_step, step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
-        with hf_checkpoint.restoring(checkpoint, model, params=params) as restore:
+        with hf_checkpoint.restoring(
+            checkpoint, model, params=params, weights_dtype=weights_dtype
+        ) as restore:
             yield restore
         return
     from espalier.trainers.checkpoints.restore_params import restore_params  # imports Orbax
@@ -417,7 +449,11 @@ def restoring(
             there = base_step.entries(step, recorded, params)
             own = base_step.added(adapter.record(model))
             wanted = base_step.present(abstract, there, own) if of_base else abstract
-            values = restore_params(step, wanted, use_ema=recorded.use_ema(params))
+            finish = None
+            if weights_dtype is not None:
+                wanted, finish = int8_weights.reading(wanted, model.config.storage_dtype)
+            use_ema = recorded.use_ema(params)
+            values = restore_params(step, wanted, use_ema=use_ema, finish=finish)
             return values, step_dir.read_record(step, recorded)["meta"]
 
         return step_dir.newest_good(checkpoint, read)

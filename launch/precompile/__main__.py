@@ -96,7 +96,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     setting_flags.add(group, Options, names=("modules", "blocks", "queries", "rank"))
 
 
-_GENERATION = ("max_new_tokens", "cache_dtype", "prefill_chunk")
+_GENERATION = ("max_new_tokens", "cache_dtype", "weights_dtype", "prefill_chunk")
 # Flags that only some programs read.
 _OF_PROGRAMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("prefill", "decode"): (*_GENERATION, "cache_policy", "cache"),

@@ -91,7 +91,8 @@ def _generation(program: Program, policy: CachePolicy, options: Options, *, deco
         raise ValueError("--program=prefill and decode compile decoders without an encoder alone.")
     model = layer_stack.unrolled(recipe.model)
     settings = Settings(max_new_tokens=options.max_new_tokens, eos_ids=(0,))
-    params = initialise.abstract_params(model, mesh, rules)
+    dtype = options.weights_dtype
+    params = initialise.abstract_params(model, mesh, rules, weights_dtype=dtype)
 
     def read(params: Any, tokens_BT: Any, lengths_B: Any, active_B: Any, seeds_B: Any) -> Loop:
         room = max(options.max_new_tokens - 1, 1)

@@ -14,6 +14,7 @@ class Options:
     Attributes:
       max_new_tokens: number of new tokens for which the caches have room.
       cache_dtype: dtype of caches while decoding, by default the model's.
+      weights_dtype: dtype of the weights of attention, MLPs and experts, like in `generate`, by default the model's.
       prefill_chunk: number of prompt tokens that are read at a time, like in `generate`.
       modules: which layers have factors, like in `influence fit`.
       blocks: number of diagonal blocks of each factor, like in `influence fit`.
@@ -23,6 +24,7 @@ class Options:
 
     max_new_tokens: int = 128
     cache_dtype: Literal["int8", "bfloat16", "float16", "float32"] | None = None
+    weights_dtype: Literal["int8"] | None = None
     prefill_chunk: int | None = None
     modules: Names = ("mlp",)
     blocks: int = 1

@@ -59,7 +59,7 @@ class ServeFlags:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    load_run.add_flags(parser)
+    load_run.add_weights_flag(load_run.add_flags(parser))
     setting_flags.add(parser.add_argument_group("server"), ServeFlags)
     setting_flags.add(parser.add_argument_group("limits"), Limits())
 

@@ -25,12 +25,10 @@ from espalier.common.ranges import recordable
 from espalier.model import layer_groups
 from espalier.model.flops import Counted
 from espalier.model.protocol import adapters_of
-from espalier.model.transforms.patterns import fullmatch
+from espalier.model.transforms.patterns import PROJECTIONS, fullmatch
 
 PREFIX = "adapter_"
 LEAVES = rf"(.*/)?{PREFIX}\w+/.*"  # whole paths of adapters' parameters
-# Projections of attention and MLPs, also of shared and routed experts.
-PROJECTIONS = (r"(.*/)?(\w*attention|mlp|mlp/shared)/(query|key|value|out|gate|up|down)",)
 
 
 class AdapterError(ValueError):

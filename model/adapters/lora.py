@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from espalier.common.ranges import Decay, Positive, Size, recordable
 from espalier.model import axes
-from espalier.model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
+from espalier.model.adapters.adapter import Adapted, Adapter, AdapterError, rescaled
 from espalier.model.kernels import matmul, taps
 from espalier.model.moe.grouped_matmul import grouped_matmul
-from espalier.model.transforms.patterns import fullmatch
+from espalier.model.transforms.patterns import PROJECTIONS, fullmatch
 
 
 @recordable

@@ -4,7 +4,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,21 +49,36 @@ def fill(checked: Plan) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def filling(checked: Plan) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
-    """Context manager: threads fill the arrays of a plan; yields a function that waits for these arrays and returns them."""
+def filling(
+    checked: Plan, finish: Callable[[str, np.ndarray], dict[str, Any]] | None = None
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Context manager: threads fill the arrays of a plan; yields a function that waits for these arrays and returns them.
+
+    Args:
+      finish: returns the arrays by path that replace a filled one at once, so that a few of those of the plan are in memory; None
+        replaces none.
+    """
     arrays = {path: _aligned(x.shape, x.dtype) for path, x in checked.arrays.items()}
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="weights")
-    futures = [
-        # With `...` even a single number is a view.
-        pool.submit(checked.fill, arrays[path][_place(piece)], piece)
-        for path, target in checked.arrays.items()
-        for piece in target.pieces
-    ]
 
-    def filled() -> dict[str, np.ndarray]:
+    def finished(path: str, parts: Sequence[concurrent.futures.Future]) -> None:
+        for part in parts:  # which began before
+            part.result()
+        array = arrays.pop(path)
+        results.update({path: array} if finish is None else finish(path, array))
+
+    results: dict[str, Any] = {}
+    futures = []
+    for path, target in checked.arrays.items():
+        # With `...` even a single number is a view.
+        views = ((arrays[path][_place(piece)], piece) for piece in target.pieces)
+        parts = [pool.submit(checked.fill, *view) for view in views]
+        futures.append(pool.submit(finished, path, parts))
+
+    def filled() -> dict[str, Any]:
         for future in futures:
             future.result()
-        return arrays
+        return results
 
     try:
         yield filled

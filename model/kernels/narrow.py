@@ -1,4 +1,4 @@
-"""Products with large matrices of 16-bit numbers on a CPU, and rows of them, where no gradient is needed.
+"""Products with large matrices of 16-bit or 8-bit numbers on a CPU, and rows of them, where no gradient is needed.
 
 XLA's CPU backend multiplies such numbers as float32, and first converts whole matrices: a step of decoding with a model of 1B
 parameters in bfloat16 writes 5 GB for it. Here a loop converts a block of outputs at a time, which stays in the processor's cache.
@@ -23,7 +23,7 @@ def applies(matrix: jax.Array) -> bool:
     return (
         target_platform() == "cpu"
         and not reference_forms()
-        and matrix.dtype.itemsize == 2
+        and matrix.dtype.itemsize <= 2
         and matrix.size > _BLOCK
         and not axes.free_mesh_axes()
     )
@@ -91,8 +91,8 @@ def rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _bits(matrix: jax.Array) -> jax.Array:
-    """Returns the integers of 16-bit numbers. XLA makes float32 of a whole bfloat16 array before it takes a slice or rows of it."""
-    return jax.lax.bitcast_convert_type(matrix, jnp.uint16)
+    """Returns the integers of narrow numbers. XLA makes float32 of a whole bfloat16 array before it takes a slice or rows of it."""
+    return jax.lax.bitcast_convert_type(matrix, f"uint{8 * matrix.dtype.itemsize}")
 
 
 def _within_a_condition(true: jax.Array, compute: Callable[[], jax.Array]) -> jax.Array:

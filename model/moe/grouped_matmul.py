@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.model import axes
+from espalier.model.kernels import int8
 from espalier.model.kernels.platform import reference_forms, target_platform
 from espalier.model.moe import parallel
 from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
@@ -46,11 +47,32 @@ def grouped_matmul(
     form = _choose(rows_RX, kernel_EXY)
     if form == "blocks":
         return _blocks(rows_RX, kernel_EXY, sizes_E)
+    kernel_EXY = kernel_EXY.astype(rows_RX.dtype)
     if form == "megablox":
         return tpu_matmul(rows_RX, kernel_EXY, sizes_E)
     if form == "hopper":
         return hopper_matmul(rows_RX, kernel_EXY, sizes_E)
     return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
+
+
+def scaled_matmul(
+    rows_RX: jax.Array,
+    kernel_EXY: jax.Array,
+    scale_EY: jax.Array,
+    sizes_E: jax.Array,
+    *,
+    names: Sequence[str] = (axes.UNMODELED, axes.UNMODELED),
+) -> jax.Array:
+    """Returns `grouped_matmul` with int8 kernels (model/kernels/int8.py) and the scales of their outputs."""
+    if sizes_E.ndim == 2:
+        return parallel.per_device(scaled_matmul, rows_RX, kernel_EXY, sizes_E, names, scale_EY)
+    dtype, rows_RX = rows_RX.dtype, rows_RX.astype(int8.summed(rows_RX))
+    # Within the loop over new tokens, or XLA would store the converted kernels before it.
+    kernel_EXY, rows_RX = jax.lax.optimization_barrier((kernel_EXY, rows_RX))
+    y_RY = grouped_matmul(rows_RX, kernel_EXY, sizes_E)
+    experts_E = jnp.arange(len(scale_EY))
+    experts_R = jnp.repeat(experts_E, sizes_E, total_repeat_length=len(y_RY))
+    return (y_RY * scale_EY[experts_R]).astype(dtype)
 
 
 def _choose(

@@ -28,12 +28,12 @@ from espalier.common.ranges import (
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted, weights
-from espalier.model.kernels import taps
+from espalier.model.kernels import int8, taps
 from espalier.model.like import OWN, like
 from espalier.model.linear import Dense
 from espalier.model.mlp import GatedMlp, activation
 from espalier.model.moe import parallel, routing, row_blocks
-from espalier.model.moe.grouped_matmul import grouped_matmul
+from espalier.model.moe.grouped_matmul import grouped_matmul, scaled_matmul
 from espalier.model.moe.parallel import Placement
 from espalier.model.moe.routing import Routes, Scores, route
 from espalier.model.protocol import MlpSettings
@@ -71,14 +71,19 @@ class ExpertDense(nn.Module):
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Returns rows @ kernel[e]; factorised and adapted experts override it."""
-        y_RY = grouped_matmul(rows_RX, self.kernel(rows_RX.shape[-1]), sizes_E, names=self.axes[1:])
+        kernel_EXY, scale_EY = self.kernel(rows_RX.shape[-1]), int8.scale_of(self)
+        names = self.axes[1:]
+        if scale_EY is not None:
+            return scaled_matmul(rows_RX, kernel_EXY, scale_EY, sizes_E, names=names)
+        y_RY = grouped_matmul(rows_RX, kernel_EXY, sizes_E, names=names)
         return taps.projection(self, "kernel", rows_RX, y_RY, sizes=sizes_E)
 
     def kernel(self, inputs: int) -> jax.Array:
-        """Returns the kernel [E, inputs, features] in the dtype of products."""
+        """Returns the kernel [E, inputs, features] in the dtype of products, or int8."""
         shape = (self.num_experts, inputs, self.features)
         parts = (self.kernel_init, self.axes, shape, self.param_dtype)
-        return axes.parameter(self, "kernel", *parts).astype(self.dtype)
+        kernel_EXY = axes.parameter(self, "kernel", *parts)
+        return kernel_EXY if kernel_EXY.dtype == jnp.int8 else kernel_EXY.astype(self.dtype)
 
 
 @recordable
@@ -299,7 +304,8 @@ class MoeMlp(Counted):
         """Returns whether nothing but the products with their kernels is to be computed or seen of the projections."""
         # Results of single projections that a caller captures would be kernels.
         seen = taps.is_active() or self.is_mutable_collection("intermediates")
-        plain = all(type(dense) is ExpertDense for dense in projections)
+        int8_kernels = int8.SCALE in (self.get_variable("params", "gate") or {})
+        plain = all(type(dense) is ExpertDense for dense in projections) and not int8_kernels
         return plain and self.adapters is None and not seen
 
     def _experts(

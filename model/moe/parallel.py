@@ -257,22 +257,26 @@ def per_device(
     kernel_EXY: jax.Array,
     sizes_Ge: jax.Array,
     names: Sequence[str],
+    *scales_EY: jax.Array,
 ) -> jax.Array:
-    """Returns product(rows, kernels, sizes) on every device, for its rows and its part of the kernels.
+    """Returns product(rows, kernels, *scales, sizes) on every device, for its rows and its part of the kernels.
 
     Args:
       names: logical names of the kernel's last two dimensions.
+      *scales_EY: the scales of the kernel's outputs, if it has any.
     """
     place = _active(nn.get_logical_axis_rules())
     assert place is not None  # the sizes were computed with a placement
 
-    def local(rows_RX, kernel_eXY, sizes_e):
-        return product(rows_RX, kernel_eXY, sizes_e.reshape(-1))
+    def local(rows_RX, sizes_e, *of_experts):
+        return product(rows_RX, *of_experts, sizes_e.reshape(-1))
 
     kernel = place.kernel(*names)
-    _, of_x, of_y = kernel
-    specs = (PartitionSpec(place.tokens, of_x), kernel, place.split)
+    of_experts, of_x, of_y = kernel
+    scales = [PartitionSpec(of_experts, of_y)] * len(scales_EY)
+    specs = (PartitionSpec(place.tokens, of_x), place.split, kernel, *scales)
     if of_x:
-        return place.total(local, *specs)(rows_RX, kernel_EXY, sizes_Ge)
-    out = PartitionSpec(place.tokens, of_y)
-    return place.map(local, *specs, out=out)(rows_RX, kernel_EXY, sizes_Ge)
+        mapped = place.total(local, *specs)
+    else:
+        mapped = place.map(local, *specs, out=PartitionSpec(place.tokens, of_y))
+    return mapped(rows_RX, sizes_Ge, kernel_EXY, *scales_EY)

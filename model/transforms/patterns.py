@@ -9,6 +9,8 @@ from typing import Any
 
 import re2
 
+# Projections of attention and MLPs, also of shared and routed experts, in layers of any layout.
+PROJECTIONS = (r"(.*/)?(\w*attention|mlp|mlp/shared)/(query|key|value|out|gate|up|down)",)
 _OPTIONS = re2.Options()
 _OPTIONS.log_errors = False
 

@@ -140,6 +140,7 @@ def test_adapters_side_by_side_are_each_alone(base, adapters, command, tmp_path,
     for name, more in (
         ("score", []),
         ("generate", ["--max_new_tokens=4", "--temperature=0"]),
+        ("score", ["--weights_dtype=int8"]),  # of the base; adapters stay as they are
     ):
         flags = [f"--inputs={source}", f"--output={made}", *more]
         programs.clear()

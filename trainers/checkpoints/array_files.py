@@ -127,15 +127,20 @@ def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
     return sorted(name for names in shares for name in names)
 
 
-def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat) -> state_tree.Flat:
+def read_verified(
+    path: epath.Path, recorded: Manifest, wanted: state_tree.Flat, *, files: bool = True
+) -> state_tree.Flat:
     """Returns arrays by name, after checks of every file of the step and of each array's digest.
+
+    Args:
+      files: whether to check the files; of several reads, the first does.
 
     Raises:
       DamagedCheckpointError: files or arrays are damaged.
     """
     # All processes agree that the files are good before any of them reads: if one process failed while
     # it reads, the other processes would wait for it.
-    names = sorted(recorded.files)[jax.process_index() :: jax.process_count()]
+    names = sorted(recorded.files)[jax.process_index() :: jax.process_count()] if files else []
     shares = agreement.gather(
         manifest.check_files(path, {name: recorded.files[name] for name in names})
     )

@@ -307,6 +307,7 @@ def restore_params(
     use_ema: bool = False,
     added: Sequence[str] = (),
     computed: ComputedCheckpoint | None = None,
+    finish: Callable[[str, jax.Array], state_tree.Flat] | None = None,
 ) -> Any:
     """Returns parameters of a checkpoint with the shardings and dtypes of `abstract_params`.
 
@@ -322,6 +323,8 @@ def restore_params(
       use_ema: whether to read the moving average instead of the parameters.
       added: patterns of parameters that keep their initial values if the checkpoint lacks them, such as adapters.
       computed: parameters to take instead of those of `path`, which is then only named in messages.
+      finish: returns the arrays by path that replace a parameter. Parameters are then read and replaced one by one, unless the
+        checkpoint has layers in another layout, and the result is nested dicts.
 
     Raises:
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError, BaseModelError.
@@ -336,17 +339,25 @@ def restore_params(
         root_of: Callable[[epath.Path], str],
     ) -> Any:
         sources = _assign(step, params, saved, assignment, strict, added, root_of)
-        arrays = read(_wanted(step, params, saved, sources, added))
-        flat = {}
+        wanted = _wanted(step, params, saved, sources, added)
+        moved = any(source is not None and source.moved for source in sources.values())
+        whole = finish is None or moved
+        arrays = read(wanted) if whole else {}
+        flat: state_tree.Flat = {}
         uses = collections.Counter(sources.values())
         for name, source in sources.items():
             if source is None:
                 flat[name] = params[name]
                 continue
+            if not whole:
+                arrays = read({part: wanted[part] for part, _ in source.parts})
             value = source.array(arrays).astype(params[name].dtype)
             if uses[source] > 1:  # A buffer can be donated only once.
                 value = jnp.copy(value)
-            flat[name] = jax.device_put(value, sharding_of(params[name]))
+            value = jax.device_put(value, sharding_of(params[name]))
+            flat |= {name: value} if finish is None else finish(name, value)
+        if finish is not None:
+            return state_tree.nest(flat)
         return state_tree.unflatten(flat, abstract_params)
 
     def read(step: epath.Path) -> Any:
@@ -356,6 +367,7 @@ def restore_params(
             raise CheckpointMismatchError(
                 f"checkpoint {step} holds no {parts[0].root.rstrip('/')}."
             )
+        checked: set[epath.Path] = set()
 
         def arrays_of(wanted: state_tree.Flat) -> state_tree.Flat:
             arrays: state_tree.Flat = {}
@@ -363,10 +375,11 @@ def restore_params(
                 own = {part.root + name: x for name, x in wanted.items() if name in part.entries}
                 if own:
                     reads = (
-                        read_verified(part.step, part.recorded, own)
+                        read_verified(part.step, part.recorded, own, files=part.step not in checked)
                         if verify
                         else read_arrays(part.step, own)
                     )
+                    checked.add(part.step)
                     arrays |= {name.removeprefix(part.root): x for name, x in reads.items()}
             return arrays
 

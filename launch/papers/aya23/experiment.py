@@ -179,6 +179,19 @@ _FULL = "t5x_configs/experiments/aya23/full/"
 _DATA = ("INITIAL_CHECKPOINT_PATH=run", "TOKENIZER=tokenizer", "INSTRUCTIONS_DIR=data")
 _35B = ("t5x_configs/models/aya23_35b.gin", "t5x_configs/runs/pretrain.gin")
 
+
+def _decoding(name: str, weights: str, *flags: str, **stated: Any) -> Row:
+    return Row(
+        name=name,
+        title=f"35B, decoding, 128 rows of 128 tokens and as many new ones, {weights} weights",
+        files=(*_35B, "t5x_configs/partitioning/tp.gin"),
+        topology="v5e:2x4",
+        bindings=(*tokens(128, 128), "config.TransformerConfig.param_dtype='bfloat16'"),
+        flags=("--program=decode", *flags),
+        **stated,
+    )
+
+
 ROWS = (
     Row(
         name="aya23_8b",
@@ -237,6 +250,19 @@ ROWS = (
         files=(f"{_FULL}35b.gin", "t5x_configs/methods/adapters/lora.gin"),
         topology="v5e:8x8",
         bindings=(*_DATA, *mesh("fsdp_tp_sp", fsdp=16, tensor=4)),
+    ),
+    _decoding(
+        "aya23_35b_decode",
+        "bfloat16",
+        note="8.75 GB of weights and 5.35 GB of caches leave too little memory for a step; int8 weights are 4.65 GB.",
+        fits=False,
+    ),
+    _decoding(
+        "aya23_35b_decode_int8",
+        "int8",
+        "--weights_dtype=int8",
+        hbm_gb=16.5,
+        bounds_from="15.68 GB when first compiled, and 5 %",
     ),
 )
 

@@ -42,6 +42,18 @@ def test_one_token_of_decoding():
     assert report.memory.aliased * 4 >= caches  # the caches are donated
 
 
+def test_int8_weights_are_a_quarter_of_float32_ones():
+    _, full = compiled("decode", max_new_tokens=17)
+    work, small = compiled("decode", max_new_tokens=17, weights_dtype="int8")
+    kernel = work.arguments[0]["layers"]["block_0"]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == "int8" and kernel.sharding.shard_shape(kernel.shape) == (D // 2, F // 2)
+    scales = 4 * L * (4 * D + 2 * F + D)
+    saved = 3 * runs.KERNELS - scales
+    # Four devices share kernels; two of them, those along `tensor` or `fsdp`, the scales.
+    assert full.memory.arguments - small.memory.arguments == pytest.approx(saved / 4, rel=0.01)
+    assert full.flops.products == small.flops.products
+
+
 def test_snapkv_decodes_from_its_capacity():
     _, full = compiled("decode", max_new_tokens=17)
     _, small = compiled("decode", SnapKV(capacity=16, window=4, kernel=3), max_new_tokens=17)

