@@ -143,7 +143,9 @@ class Slots:
             new = jnp.roll(jnp.pad(new, after, constant_values=fill), shift, axis=1)
             return held.at[row].set(new)
 
-        arrays = {name: jax.tree.map(put, getattr(self, name), getattr(other, name)) for name in _VALUES}
+        arrays = {
+            name: jax.tree.map(put, getattr(self, name), getattr(other, name)) for name in _VALUES
+        }
         positions_BXS = put(self.positions_BXS, other.positions_BXS, -1)
         return dataclasses.replace(self, positions_BXS=positions_BXS, **arrays).constrained()
 

@@ -186,7 +186,9 @@ class RunningBatch:
         """
         logits_PV, caches, context = self._read(prompt, between)
         read_tokens = 1 if self._model.row.encodes else len(prompt)
-        need = max(len(prompt), read_tokens + max_new_tokens - 1)  # the last new token is never read
+        need = max(
+            len(prompt), read_tokens + max_new_tokens - 1
+        )  # the last new token is never read
         self._fit(max(together, len(self._needs) + 1), need)
         r = self._keys.index(None)
         own = {
@@ -234,7 +236,11 @@ class RunningBatch:
         size = next(size for size in (*self._sizes, together) if size >= together)
         length = self._length(max([need, *self._needs.values()]))
         kept = [r for r, key in enumerate(self._keys) if key is not None]
-        if self._rows is not None and len(self._keys) == size and self._slots / 2 < length <= self._slots:
+        if (
+            self._rows is not None
+            and len(self._keys) == size
+            and self._slots / 2 < length <= self._slots
+        ):
             return
         if not kept or length > self._slots or size > len(self._keys):
             shapes = jax.eval_shape(lambda: self._made(size, length))
@@ -344,18 +350,26 @@ class RunningBatch:
                 return jnp.zeros((size, *x.shape[1:]), x.dtype)
             _, K, _, H = x.k_BKSH.shape
             shape = (size, K, length if window is None else min(window, length), H)
-            dtype = self._model.config.compute_dtype if x.k_scale_BKS is not None else x.k_BKSH.dtype
+            dtype = (
+                self._model.config.compute_dtype if x.k_scale_BKS is not None else x.k_BKSH.dtype
+            )
             held = slots.empty(shape, dtype).stored_as(self._dtype)
             return dataclasses.replace(held, ring=0)
 
         windows = [self._model.cache_sizes(i)["kind"].window for i in range(len(caches))]
-        numbers = {f"{name}_R": jnp.zeros(size, jnp.int32) for name in ("token", "position", "chosen", "left")}
+        numbers = {
+            f"{name}_R": jnp.zeros(size, jnp.int32)
+            for name in ("token", "position", "chosen", "left")
+        }
         return _Rows(
             **numbers,
             done_R=jnp.ones(size, bool),
             key_R2=jax.random.key_data(jax.random.split(jax.random.key(0), size)),
             sampling=RowSampling(jnp.zeros(size), jnp.ones(size)),
-            caches=[_each(functools.partial(ring, window=w), cache) for w, cache in zip(windows, caches, strict=True)],
+            caches=[
+                _each(functools.partial(ring, window=w), cache)
+                for w, cache in zip(windows, caches, strict=True)
+            ],
             context=_each(functools.partial(ring, window=None), context),
         )
 
@@ -466,7 +480,9 @@ def _beginning(caches: list[Slots], count: jax.Array, length: int) -> list[Slots
     """Returns slots of another number with the first `count` tokens."""
 
     def take(held: Slots) -> Slots:
-        end = jnp.int32(length if length < held.length else 0)  # the first slots are the latest before it
+        end = jnp.int32(
+            length if length < held.length else 0
+        )  # the first slots are the latest before it
         held = dataclasses.replace(held, at=end)
         held = held.resized(jnp.arange(held.k_BKSH.shape[0]), length)
         known_S = jnp.arange(length) < count
