@@ -49,7 +49,8 @@ class ServeFlags:
       name: name of the model (default: of the run's directory).
       api_key_file: file with the key of the clients.
       cache_dtype: type of cached keys and values (default: the model's).
-      prefix_cache_bytes: memory for keys and values of earlier prompts, whose beginnings are not read again; 0 for none (default: 1 GB, and none for an encoder-decoder, whose encoder reads each prompt whole).
+      prefix_cache_bytes: memory for keys and values of earlier prompts, whose beginnings are not read again; 0 for none
+        (default: 1 GB, and none for an encoder-decoder, which reads each prompt whole).
     """
 
     host: str = "127.0.0.1"

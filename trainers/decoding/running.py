@@ -129,6 +129,7 @@ class RunningBatch:
         self.prefixes = Prefixes(prefix_bytes)
         self._rows: _Rows | None = None
         self._slots = 0
+        self._reading = False  # whether a prompt is, which then needs a row
         self._keys: list[Hashable | None] = []  # whose each row is
         self._needs: dict[Hashable, int] = {}  # slots of each
         self._programs = {
@@ -184,7 +185,11 @@ class RunningBatch:
         Raises:
           TooLargeError: there is no memory for so many slots; other rows are not affected.
         """
-        logits_PV, caches, context = self._read(prompt, between)
+        self._reading = True
+        try:
+            logits_PV, caches, context = self._read(prompt, between)
+        finally:
+            self._reading = False
         read_tokens = 1 if self._model.row.encodes else len(prompt)
         need = max(
             len(prompt), read_tokens + max_new_tokens - 1
@@ -210,7 +215,7 @@ class RunningBatch:
             self._rows, self._keys = None, []
             return {}
         if not leave:
-            self._fit(len(self._needs), 0)
+            self._fit(len(self._needs) + self._reading, 0)
         free_R = np.array([key is None for key in self._keys])
         self._rows, made = self._programs["advance"](
             self._params, self._rows, free_R, np.int32(count), np.bool_(leave)
@@ -246,7 +251,8 @@ class RunningBatch:
             shapes = jax.eval_shape(lambda: self._made(size, length))
             devices = 1 if self._sharding is None else self._sharding.mesh.size
             most = self._settings.max_new_tokens
-            check_memory((shapes, self._rows), max_new_tokens=most, rows=size, devices=devices)
+            held = self._rows if kept else None
+            check_memory((shapes, held), max_new_tokens=most, rows=size, devices=devices)
         if kept:
             rows_R = np.array(kept + [0] * (size - len(kept)), np.int32)
             self._rows = self._programs["resize"](self._rows, rows_R, size, length)

@@ -68,22 +68,14 @@ class Ours:
         for first in range(0, len(requests), rows):
             batch = requests[first : first + rows]
             most = bucket_length(max(32, *(new for _, new in batch)))
-            left: dict[int, int] = {}
-
-            def watch(i: int, _: int, made: list[int]) -> int | None:
-                left[i] = left.get(i, self._lengths[i])
-                within = min(len(made), left[i])
-                left[i] -= within
-                return None if left[i] else within
-
-            self._lengths, self._watch = [new for _, new in batch], watch
+            self._left = [new for _, new in batch]
             if ("batches", most) not in self._made:
                 self._made["batches", most] = Decoder(
                     self._model,
                     self._params,
                     Settings(max_new_tokens=most),
                     batch_size=rows,
-                    watch=lambda *arguments: self._watch(*arguments),
+                    watch=self._watch,
                     watch_every=16,
                 )
             decoder = self._made["batches", most]
@@ -93,6 +85,12 @@ class Ours:
             seconds += time.perf_counter() - began
             tokens += [row.tokens for row in found]
         return {"seconds": seconds, "tokens": tokens}
+
+    def _watch(self, i: int, _: int, made: list[int]) -> int | None:
+        """Ends the row of request `i` of the batch at its length."""
+        within = min(len(made), self._left[i])
+        self._left[i] -= within
+        return None if self._left[i] else within
 
 
 def side(folder: str) -> None:
