@@ -6,6 +6,7 @@ reports whether the tokens are the same.
 """
 
 import functools
+import os
 import tempfile
 from typing import Any
 
@@ -51,6 +52,8 @@ def run(*, rounds: int = 5, prompts: int = REQUESTS) -> dict[str, Any]:
             return {
                 "case": {**sizes, "requests": prompts, "rows": ROWS},
                 "peer_versions": peer.ask("versions"),
+                # One side works at a time, on all cores.
+                "contended": os.getloadavg()[0] > len(os.sched_getaffinity(0)) + compare.CONTENDED,
                 **figures,
             }
 
@@ -64,14 +67,17 @@ def _compare(ours: compare.Side, peer: compare.Side, requests: list, rounds: int
         "continuous_batching": functools.partial(peer.ask, "continuous_batching", **asked),
     }
     answers = compare.alternate(sides, rounds, warm_up=1)
-    seconds = compare.each(answers, "seconds")
+    seconds, cpu = (compare.each(answers, key) for key in ("seconds", "cpu_seconds"))
     tokens = [answers[name][0]["tokens"] for name in sides]
+    over = {
+        "over_batches": "batches",
+        "over_continuous_batching": "continuous_batching",
+        "of_prefixes": "running_without_prefixes",
+    }
     return {
-        "speed_over_batches": compare.ratio(seconds["batches"], seconds["running"]),
-        "speed_over_continuous_batching": compare.ratio(
-            seconds["continuous_batching"], seconds["running"]
-        ),
-        "speed_of_prefixes": compare.ratio(seconds["running_without_prefixes"], seconds["running"]),
+        **{f"speed_{x}": compare.ratio(seconds[y], seconds["running"]) for x, y in over.items()},
+        # Of the processor's time, which other programs on the machine change less.
+        **{f"cpu_{x}": compare.ratio(cpu[y], cpu["running"]) for x, y in over.items()},
         "tokens_per_second": {
             name: [round(sum(new for _, new in requests) / s, 1) for s in of_side]
             for name, of_side in seconds.items()

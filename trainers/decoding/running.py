@@ -164,6 +164,8 @@ class RunningBatch:
         """Ends the row of a request."""
         self._keys[self._keys.index(key)] = None
         del self._needs[key]
+        if not self._needs:
+            self._rows, self._keys = None, []
 
     def join(
         self,
@@ -191,9 +193,8 @@ class RunningBatch:
         finally:
             self._reading = False
         read_tokens = 1 if self._model.row.encodes else len(prompt)
-        need = max(
-            len(prompt), read_tokens + max_new_tokens - 1
-        )  # the last new token is never read
+        # The last new token is never read.
+        need = max(len(prompt), read_tokens + max_new_tokens - 1)
         self._fit(max(together, len(self._needs) + 1), need)
         r = self._keys.index(None)
         own = {
@@ -212,7 +213,6 @@ class RunningBatch:
     def advance(self, count: int, *, leave: bool = False) -> Mapping[Hashable, News]:
         """Continues all rows by up to `count` tokens; with `leave`, only until the first ends. Returns what is new of each."""
         if not self._needs:
-            self._rows, self._keys = None, []
             return {}
         if not leave:
             self._fit(len(self._needs) + self._reading, 0)

@@ -41,7 +41,7 @@ class Ours:
         before = batch.prompt_tokens_read, batch.compiled
         tokens: list[list[int]] = [[] for _ in requests]
         waiting = list(range(len(requests)))[::-1]
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         while waiting or batch.keys:
             while waiting and len(batch.keys) < rows:
                 i = waiting.pop()
@@ -53,6 +53,7 @@ class Ours:
                 tokens[i] += news.tokens
         return {
             "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
             "tokens": tokens,
             "prompt_tokens_read": batch.prompt_tokens_read - before[0],
             "compiled": batch.compiled - before[1],
@@ -64,7 +65,8 @@ class Ours:
         from espalier.trainers.decoding.decoder import Decoder
         from espalier.trainers.decoding.settings import Draw, Settings
 
-        tokens, seconds = [], 0.0
+        tokens: list[list[int]] = []
+        began, cpu = time.perf_counter(), time.process_time()
         for first in range(0, len(requests), rows):
             batch = requests[first : first + rows]
             most = bucket_length(max(32, *(new for _, new in batch)))
@@ -80,11 +82,10 @@ class Ours:
                 )
             decoder = self._made["batches", most]
             draws = [Draw(seed=0, temperature=0.0)] * len(batch)
-            began = time.perf_counter()
-            found = list(decoder.stream([prompt for prompt, _ in batch], draws=draws))
-            seconds += time.perf_counter() - began
+            found = decoder.stream([prompt for prompt, _ in batch], draws=draws)
             tokens += [row.tokens for row in found]
-        return {"seconds": seconds, "tokens": tokens}
+        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        return {**seconds, "tokens": tokens}
 
     def _watch(self, i: int, _: int, made: list[int]) -> int | None:
         """Ends the row of request `i` of the batch at its length."""

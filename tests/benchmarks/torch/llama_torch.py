@@ -135,7 +135,7 @@ class Peer:
         """Generates greedily with transformers' continuous batching, its manager being warm; returns tokens and seconds."""
         if self._manager is None:
             settings = transformers.ContinuousBatchingConfig(
-                # Found on a CPU, all memory would be taken, and filled, before the first request.
+                # By default it takes and fills most of the memory before the first request, which takes minutes on a CPU.
                 num_blocks=4 * rows,
                 max_batch_tokens=512,
                 max_requests_per_batch=rows,
@@ -147,7 +147,7 @@ class Peer:
                 continuous_batching_config=settings,
             )
             self._manager.start()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         names = [self._manager.add_request(ids, max_new_tokens=new) for ids, new in requests]
         tokens = {}
         while len(tokens) < len(names):
@@ -156,8 +156,8 @@ class Peer:
                 tokens[result.request_id] = list(result.generated_tokens)
             elif not self._manager.is_running():
                 raise RuntimeError("transformers' continuous batching ended; its error is above.")
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "tokens": [tokens[name] for name in names]}
+        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        return {**seconds, "tokens": [tokens[name] for name in names]}
 
     def compress(self, *, batch, length, ratio, window, kernel):
         """Returns the seconds in kvpress's SnapKVPress during the prefill of a prompt, all layers together."""
