@@ -40,7 +40,7 @@ class Prefixes:
         return count, self._kept[name][1], equal
 
     def add(self, prompt: Sequence[int], value: Any) -> None:
-        """Keeps the value of a prompt, in place of those of prompts that it begins with."""
+        """Keeps the value of a prompt, instead of those of prompts that it begins with."""
         tokens = np.asarray(prompt, np.int32)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(value))
         if size > self._most_bytes:
