@@ -330,16 +330,21 @@ def decoder_and_texts(
 
 
 def decoder_for(
-    loaded: LoadedRun, settings: Settings, *, eos_ids: Sequence[int] | None = None, **options: Any
-) -> Decoder:
-    """Returns the decoder of a loaded run; see `generate` for `eos_ids`, and `Decoder` for the options."""
+    loaded: LoadedRun,
+    settings: Settings,
+    *,
+    eos_ids: Sequence[int] | None = None,
+    made: Callable[..., Any] = Decoder,
+    **options: Any,
+) -> Any:
+    """Returns what continues prompts of a loaded run, by default a `Decoder`; see `generate` for `eos_ids`, and `made` for the options."""
     vocabulary = loaded.vocabulary_or_none
     settings = dataclasses.replace(
         settings,
         eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
         num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
     )
-    return Decoder(
+    return made(
         loaded.model,
         loaded.params,
         settings,

@@ -11,7 +11,8 @@ or, in Python, openai.OpenAI(base_url="http://127.0.0.1:8000/v1") with any key. 
 POST /v1/completions and /v1/chat/completions (messages are rendered by the model's chat template), GET /v1/models and
 /health. Parameters: max_tokens (max_completion_tokens), temperature, top_p, n, seed, stop, stream, stream_options and
 logprobs (of the chosen tokens). A parameter that would be ignored is an error. The text is that of espalier generate with
-the same settings and seed. Completions of all requests wait in one queue and are generated in batches.
+the same settings and seed. Completions join a running batch while others are generated, and what a prompt has in common with the
+beginning of an earlier one, such as a system message, is not read again.
 
 Only programs of this computer reach the server unless --host is another address; then give --api_key_file, a file with
 the key that clients must send, and --allowed_host, the name by which they reach it. SIGINT or SIGTERM ends it after the requests in progress.
@@ -48,6 +49,8 @@ class ServeFlags:
       name: name of the model (default: of the run's directory).
       api_key_file: file with the key of the clients.
       cache_dtype: type of cached keys and values (default: the model's).
+      prefix_cache_bytes: memory for keys and values of earlier prompts, whose beginnings are not read again; 0 for none
+        (default: 1 GB, and none for an encoder-decoder, which reads each prompt whole).
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +59,7 @@ class ServeFlags:
     name: str | None = None
     api_key_file: setting_flags.File | None = None
     cache_dtype: load_run.CacheDtype | None = None
+    prefix_cache_bytes: int | None = None
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +107,7 @@ def _run(start: cli.Start) -> None:
             f"--host={flags.host} --port={flags.port} cannot be served: choose another address or port."
         ) from None
     options = {"checkpoint": checkpoint, "params": params, "cache_dtype": flags.cache_dtype}
+    options["prefix_bytes"] = flags.prefix_cache_bytes
     with socket, Engine(start(), limits=limits, **options) as engine:
         config.app = make_app(
             engine,
@@ -110,6 +115,13 @@ def _run(start: cli.Start) -> None:
             limits=limits,
             api_key=api_key,
             allowed_hosts=[flags.host, *flags.allowed_host],
+        )
+        of_rows, of_prefixes = engine.batch.most_bytes
+        print(
+            f"keys and values take at most {of_rows / 1e9:,.2f} GB for {limits.batch_size} completions at a time, and "
+            f"{of_prefixes / 1e9:,.2f} GB for earlier prompts: see --batch_size, --max_tokens, --max_prompt_tokens and "
+            "--prefix_cache_bytes",
+            file=sys.stderr,
         )
         print(
             f"serving {name} at http://{flags.host}:{socket.getsockname()[1]}/v1", file=sys.stderr

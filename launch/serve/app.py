@@ -31,7 +31,6 @@ from espalier.launch.serve.engine import (
 )
 from espalier.launch.serve.replies import Replies
 from espalier.launch.serve.requests import CHARACTERS_OF_TOKEN, Asked, Limits, RequestError
-from espalier.trainers.decoding.buckets import bucket_below
 
 # Seconds in which a body must arrive.
 _BODY_S = 30.0
@@ -240,10 +239,7 @@ class _Server:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if asked.max_tokens is not None:
-            return asked.max_tokens
-        # Every length of new text has a program, so that the room of every prompt cannot have its own.
-        return limits.max_tokens if room >= limits.max_tokens else bucket_below(room)
+        return min(room, limits.max_tokens) if asked.max_tokens is None else asked.max_tokens
 
     def _decode(self, tokens: Sequence[int]) -> str:
         vocabulary = self._engine.loaded.vocabulary_or_none

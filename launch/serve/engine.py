@@ -1,8 +1,8 @@
-"""The thread that owns the model: it continues prompts of many requests, a batch at a time, by the decoder of `generate`.
+"""The thread that owns the model: it continues prompts of many requests in one running batch.
 
-Completions wait in one queue, in the order of their arrival. Each has its own seed, temperature, top_p, stops and
-length, so that completions of different requests share a batch, and no request compiles a program for its settings: there
-is one program for each of a few prompt lengths, batch sizes and lengths of new text.
+Completions wait in one queue, in the order of their arrival, until there is a free row in the batch. Each has its own seed,
+temperature, top_p, stops and length, so that completions of different requests share a batch, and no request compiles a
+program for its settings (trainers/decoding/running.py).
 """
 
 import collections
@@ -13,22 +13,21 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from espalier.launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
 from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.load.load_run import LoadedRun, RunConfig
 from espalier.launch.serve.requests import Limits
-from espalier.trainers.decoding.buckets import bucket_length
-from espalier.trainers.decoding.decoder import Continuation, Decoder
+from espalier.trainers.decoding.decoder import Continuation
+from espalier.trainers.decoding.running import News, RunningBatch
 from espalier.trainers.decoding.settings import Draw, Settings
 
 _log = logging.getLogger(__name__)
 
-# Seconds to wait for further completions before an idle engine starts a batch: clients send several at once.
+# Seconds to wait for further completions before an idle engine begins: clients send several at once.
 _GATHER_S = 0.005
-_SHORTEST = 32  # new tokens of the smallest program
 
 
 class BusyError(RuntimeError):
@@ -81,7 +80,7 @@ class Job:
         self.stops, self.show, self.deadline = stops, show, deadline
         self.future: concurrent.futures.Future[Completed] = concurrent.futures.Future()
         self._texts: Texts | None = None
-        self._seen = 0
+        self._new = Continuation(tokens=[], log_probs=[])
         self._cancelled = False
 
     @property
@@ -94,28 +93,22 @@ class Job:
         self._cancelled = True
 
     def begin(self, decode: Callable[[Sequence[int]], str] | None, ends: Sequence[int]) -> None:
-        """Prepares the texts; called before the first `watch`. The future cannot be cancelled any more."""
+        """Prepares the texts; called before the first `add`. The future cannot be cancelled any more."""
         if not self.future.set_running_or_notify_cancel():
             self.cancel()
         self._texts = Texts(decode, ends=ends, stops=self.stops, show=self.show)
 
-    def watch(self, tokens: Sequence[int]) -> int | None:
-        """Returns the number of new tokens after which the completion ends, or None."""
+    def add(self, news: News) -> bool:
+        """Adds new tokens; returns whether the completion has ended. It then has its result, unless it was cancelled."""
         assert self._texts is not None
         if self.cancelled:
-            return 0
-        within = tokens[: self.max_tokens - self._seen]
-        stopped = self._texts.watch(0, 0, within)
-        if stopped is not None:
-            return stopped
-        self._seen += len(within)
-        return len(within) if self._seen >= self.max_tokens else None
-
-    def finish(self, new: Continuation) -> None:
-        """Sets the result, unless the job has failed."""
-        if self.cancelled:
-            return
-        assert self._texts is not None
+            return True
+        new = self._new
+        count = self._texts.watch(0, 0, news.tokens)
+        new.tokens.extend(news.tokens[:count])
+        new.log_probs.extend(news.log_probs[:count])
+        if count is None and not news.ended:
+            return False
         answer = self._texts.answer({"tokens": ()}, 0, 0, new)
         completed = Completed(
             text=answer.get("text", ""),
@@ -125,16 +118,12 @@ class Job:
         )
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has failed
             self.future.set_result(completed)
+        return True
 
     def fail(self, error: Exception) -> None:
         """Sets an error, unless there is a result, or nobody waits."""
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             self.future.set_exception(error)
-
-
-def _length(jobs: Sequence[Job]) -> int:
-    """Returns the number of positions of a batch; the last new token is never read."""
-    return max(len(job.prompt) for job in jobs) + max(job.max_tokens for job in jobs) - 1
 
 
 class Engine:
@@ -146,10 +135,13 @@ class Engine:
       config: configuration of the run.
       checkpoint, params: see launch/load/load_run.py.
       limits: of the server.
-      options: `cache_dtype`, `prefill_chunk` and `policy` of `generate`.
+      options: `cache_dtype`, `prefill_chunk`, `prefix_bytes` and `policy` of `RunningBatch`.
+
+    Attributes:
+      batch: the running batch, once the model is loaded; only the engine's thread changes it.
 
     Raises:
-      LoadError, DamagedCheckpointError and others of `RunConfig.load`, on entering.
+      LoadError, DamagedCheckpointError and others of `RunConfig.load`, and errors of `RunningBatch`, on entering.
     """
 
     def __init__(
@@ -165,9 +157,9 @@ class Engine:
         self._limits, self._options = limits, options
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
-        self._batch: Sequence[Job] = ()
+        self._jobs: list[Job] = []  # in the batch, or next to be
         self._closed = False
-        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self.batch: RunningBatch
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ready: concurrent.futures.Future[LoadedRun] = concurrent.futures.Future()
 
@@ -185,7 +177,7 @@ class Engine:
         """Ends the thread; completions in progress are ended, and all of them fail."""
         with self._changed:
             self._closed = True
-            for job in (*self._waiting, *self._batch):
+            for job in (*self._waiting, *self._jobs):
                 job.fail(BusyError("The server is shutting down."))
                 job.cancel()
             self._changed.notify()
@@ -219,79 +211,88 @@ class Engine:
                 loaded.unroll()  # once for all decoders
                 vocabulary = loaded.vocabulary_or_none
                 self._decode = None if vocabulary is None else decoder_of(vocabulary)
+                self.batch = self._made(loaded)
                 self._ready.set_result(loaded)
-                while (jobs := self._next()) is not None:
-                    self._continue(jobs)
+                while self._take():
+                    self._continue()
         except BaseException as error:
             if self._ready.done():
                 raise
             self._ready.set_exception(error)
 
-    def _next(self) -> Sequence[Job] | None:
-        """Waits for completions and returns a batch of them; None when the engine is closed."""
+    def _made(self, loaded: LoadedRun) -> RunningBatch:
+        limits, learned = self._limits, loaded.model.max_length
+        most = limits.batch_size
+        longest = limits.max_prompt_tokens + limits.max_tokens - 1
+        return decoder_for(
+            loaded,
+            Settings(max_new_tokens=limits.max_tokens),
+            made=RunningBatch,
+            # One completion by itself takes less time in a batch of its own.
+            sizes=sorted({loaded.batch_size(1, 1), loaded.batch_size(most, most)}),
+            longest=longest if learned is None else min(longest, learned),
+            most_steps=LOOK_AT_STOPS,
+            **self._options,
+        )
+
+    def _take(self) -> bool:
+        """Takes completions from the queue while there are free rows, or waits for one; returns False when the engine is closed."""
         with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
+            if not self._jobs:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if len(self._waiting) < self._limits.batch_size:
+                    self._changed.wait_for(
+                        lambda: self._closed or len(self._waiting) >= self._limits.batch_size,
+                        timeout=_GATHER_S,
+                    )
             if self._closed:
-                return None
-            if len(self._waiting) < self._limits.batch_size:
-                self._changed.wait_for(
-                    lambda: self._closed or len(self._waiting) >= self._limits.batch_size,
-                    timeout=_GATHER_S,
-                )
-            jobs: list[Job] = []
-            while self._waiting and len(jobs) < self._limits.batch_size:
-                if self._waiting[0].cancelled:
-                    self._waiting.popleft()
-                elif jobs and not self._fit([*jobs, self._waiting[0]]):
-                    break
-                else:
-                    jobs.append(self._waiting.popleft())
-            self._batch = jobs
-        return jobs
+                return False
+            taken = self._jobs[:]
+            while self._waiting and len(taken) < self._limits.batch_size:
+                if (job := self._waiting.popleft()).cancelled:
+                    continue
+                taken.append(job)
+            new = taken[len(self._jobs) :]
+            self._jobs = taken
+        for job in new:
+            self._join(job)
+        return True
 
-    def _fit(self, jobs: Sequence[Job]) -> bool:
-        """Returns whether a batch of these stays within the positions that the model has learned."""
-        learned = self.loaded.model.max_length
-        return learned is None or _length(jobs) <= learned
+    def _join(self, job: Job) -> None:
+        with self._failing(job):
+            job.begin(self._decode, self.loaded.eos_ids)
+            options = {"together": len(self._jobs), "between": self._continue}
+            news = self.batch.join(job, job.prompt, job.draw, job.max_tokens, **options)
+            self._add(job, news)
 
-    def _continue(self, jobs: Sequence[Job]) -> None:
+    def _continue(self) -> None:
+        """Continues all completions that have joined by a few tokens."""
+        every = LOOK_AT_STREAM if any(job.show for job in self._jobs) else LOOK_AT_STOPS
+        joined = self.batch.keys
+        with self._failing(*joined):
+            news = self.batch.advance(every, leave=bool(self._waiting))
+            for job in joined:
+                with self._failing(job):
+                    self._add(job, news[job])
+
+    def _add(self, job: Job, news: News) -> None:
+        if job.add(news):
+            self._jobs.remove(job)
+            if not news.ended:
+                self.batch.leave(job)
+
+    @contextlib.contextmanager
+    def _failing(self, *jobs: Job) -> Iterator[None]:
+        """Context manager: an error ends these completions, and not the server."""
         try:
-            for job in jobs:
-                job.begin(self._decode, self.loaded.eos_ids)
-            decoder = self._decoder(jobs)
-            streams = any(job.show is not None for job in jobs)
-            decoder.watch_every = LOOK_AT_STREAM if streams else LOOK_AT_STOPS
-            draws = [job.draw for job in jobs]
-            for _ in decoder.stream([job.prompt for job in jobs], draws=draws):
-                pass
-        except ValueError as error:  # such as caches that are too large
+            yield
+        except Exception as error:
+            if not isinstance(error, ValueError):  # such as caches that are too large
+                _log.exception("%d completions failed.", len(jobs))
+                error = FailedError("The model failed; the server's log says why.")
             for job in jobs:
                 job.fail(error)
-        except Exception:  # one batch must not end the server
-            _log.exception("A batch of %d completions failed.", len(jobs))
-            for job in jobs:
-                job.fail(FailedError("The model failed; the server's log says why."))
-        finally:
-            self._batch = ()
-
-    def _decoder(self, jobs: Sequence[Job]) -> Decoder:
-        """Returns the decoder for a batch: of few sizes, since each compiles its programs."""
-        wanted = max(job.max_tokens for job in jobs)
-        tokens = min(bucket_length(max(wanted, _SHORTEST)), self._limits.max_tokens)
-        learned = self.loaded.model.max_length
-        if learned is not None and _length(jobs) - wanted + tokens > learned:
-            tokens = wanted
-        # Batches of more than one completion are padded to the full size.
-        size = 1 if len(jobs) == 1 else self._limits.batch_size
-        rows = self.loaded.batch_size(size, size)
-        if (rows, tokens) not in self._decoders:
-            self._decoders[rows, tokens] = decoder_for(
-                self.loaded,
-                Settings(max_new_tokens=tokens),
-                batch_size=rows,
-                watch=lambda i, _, new: self._batch[i].watch(new),
-                ended=lambda i, _, new: self._batch[i].finish(new),
-                **self._options,
-            )
-        return self._decoders[rows, tokens]
+                self._jobs.remove(job)
+                if job in self.batch.keys:
+                    self.batch.leave(job)

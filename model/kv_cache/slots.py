@@ -19,6 +19,7 @@ from espalier.model import axes
 from espalier.model.kv_cache.base import KeyValues
 
 _INT8_MAX = 127.0
+_VALUES = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")  # fields of `Slots`
 
 
 @flax.struct.dataclass
@@ -125,6 +126,42 @@ class Slots:
 
         return self._each(pad, pad(self.positions_BXS, -1))
 
+    def with_row(self, row: jax.Array | int, other: "Slots", length: jax.Array | int) -> "Slots":
+        """Returns the ring with the first row of `other` as its row `row`; the next slot of all rows stays the same.
+
+        Args:
+          other: slots of the same dtype in the order of the tokens, of which the first row has `length`. Of these, the last
+            that fit are put before slot `at`, so that they are the last to be overwritten.
+        """
+        size = min(self.length, other.length)
+        first = jnp.maximum(length - self.length, 0)
+        shift = self.at - jnp.minimum(length, self.length)
+
+        def put(held: jax.Array, new: jax.Array, fill: int = 0) -> jax.Array:
+            new = jax.lax.dynamic_slice_in_dim(new[0], first, size, axis=1)
+            after = [(0, self.length - size if axis == 1 else 0) for axis in range(new.ndim)]
+            new = jnp.roll(jnp.pad(new, after, constant_values=fill), shift, axis=1)
+            return held.at[row].set(new)
+
+        arrays = {
+            name: jax.tree.map(put, getattr(self, name), getattr(other, name)) for name in _VALUES
+        }
+        positions_BXS = put(self.positions_BXS, other.positions_BXS, -1)
+        return dataclasses.replace(self, positions_BXS=positions_BXS, **arrays).constrained()
+
+    def resized(self, rows_R: jax.Array, length: int) -> "Slots":
+        """Returns the ring with the rows at these indices, and `length` slots: those of the latest tokens, or empty ones too."""
+        more = max(length - self.length, 0)
+
+        def fit(x: jax.Array, fill: int = 0) -> jax.Array:
+            x = jnp.roll(x[rows_R], -self.at, axis=2)[:, :, -length:]  # the oldest first
+            after = [(0, more if axis == 2 else 0) for axis in range(x.ndim)]
+            return jnp.pad(x, after, constant_values=fill)
+
+        at = jnp.asarray(self.length if more else 0, jnp.int32)
+        fitted = self._each(fit, fit(self.positions_BXS, -1))
+        return dataclasses.replace(fitted, at=at).constrained()
+
     def stored_as(self, dtype: Any) -> "Slots":
         """Returns the slots with keys and values as int8 or another float type; None changes nothing."""
         if dtype is None or jnp.dtype(dtype) == self.k_BKSH.dtype:
@@ -148,8 +185,7 @@ class Slots:
 
     def _each(self, change: Callable[[Any], Any], positions_BXS: jax.Array) -> "Slots":
         """Returns the slots with other positions, and changed keys, values and scales."""
-        names = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")
-        arrays = {name: jax.tree.map(change, getattr(self, name)) for name in names}
+        arrays = {name: jax.tree.map(change, getattr(self, name)) for name in _VALUES}
         return dataclasses.replace(self, positions_BXS=positions_BXS, **arrays)
 
     def view(self) -> KeyValues:

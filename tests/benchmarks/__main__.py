@@ -5,7 +5,7 @@ Example, from a checkout, about a minute; figures and the environment go to stan
   python -m tests.benchmarks data_pipeline --out=/tmp/data_pipeline.json
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
-interval. Benchmarks against PyTorch (train_step, moe_step, qwen3_moe_step, adapters, t5, dpo, sft, cold_start, hf_import,
+interval. Benchmarks against PyTorch (train_step, moe_step, qwen3_moe_step, adapters, t5, dpo, sft, serve, cold_start, hf_import,
 first_token, influence, merge) need `make peers` first, and lm_eval needs `make peers-lm-eval`. accelerator needs a
 GPU or a TPU, and measures PyTorch beside it if `make peers` installed it with CUDA.
 """

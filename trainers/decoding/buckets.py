@@ -40,15 +40,6 @@ def bucket_length(length: int, *, limit: int | None = None) -> int:
     return bucket if limit is None else min(bucket, limit)
 
 
-def bucket_below(length: int) -> int:
-    """Returns the largest of 1, 2, 4, 8 and the lengths of `bucket_length` that is at most `length`."""
-    if length < SMALLEST:
-        return 1 << (length.bit_length() - 1)
-    if (bucket := bucket_length(length)) == length:
-        return length
-    return bucket * 3 // 4 if bucket & (bucket - 1) == 0 else bucket * 2 // 3
-
-
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Returns batches of row indices with similar lengths, the longest first, so memory errors come early.
 

@@ -162,21 +162,15 @@ def _choose(
     loop: Loop, logits_BV: jax.Array, settings: Settings, allowed_BV: jax.Array | None = None
 ) -> Loop:
     """Returns the loop with token number `loop.step` added to the rows that have not ended."""
-    logits_BV = logits_BV.astype(jnp.float32)
-    choice_BV, seen_BV = without_padding_ids(logits_BV, settings.num_ids), loop.seen_BV
-    choice_BV = only_among(choice_BV, allowed_BV)
-    if seen_BV is not None:
-        choice_BV = penalised(choice_BV, seen_BV, settings.sampling.repetition_penalty)
-    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(loop.keys_B, loop.step)
-    if loop.sampling is None:
-        token_B = sample(choice_BV, step_keys_B, settings.sampling)
-    else:
-        token_B = sample_rows(choice_BV, step_keys_B, loop.sampling)
+    seen_BV = loop.seen_BV
+    token_B, logp_B, ends_B = choose(
+        *(logits_BV, loop.keys_B, loop.step, settings),
+        sampling=loop.sampling,
+        seen_BV=seen_BV,
+        allowed_BV=allowed_BV,
+    )
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    ends_B = jnp.isin(token_B, jnp.asarray(settings.eos_ids, jnp.int32))
     old, done_B = loop.decoded, loop.done_B
 
     def put(array_BM: jax.Array, value_B: jax.Array) -> jax.Array:
@@ -194,3 +188,34 @@ def _choose(
         ),
         seen_BV=seen_BV,
     )
+
+
+def choose(
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    step: jax.Array,
+    settings: Settings,
+    *,
+    sampling: RowSampling | None,
+    seen_BV: jax.Array | None = None,
+    allowed_BV: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the next tokens, the model's log-probabilities of them, and whether they end their rows, each [B].
+
+    Args:
+      logits_BV, keys_B, seen_BV, allowed_BV: see `begin`.
+      step: number of tokens that have been chosen, of all rows or of each, [B].
+      sampling: see `Loop`.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    choice_BV = only_among(without_padding_ids(logits_BV, settings.num_ids), allowed_BV)
+    if seen_BV is not None:
+        choice_BV = penalised(choice_BV, seen_BV, settings.sampling.repetition_penalty)
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
+    if sampling is None:
+        token_B = sample(choice_BV, keys_B, settings.sampling)
+    else:
+        token_B = sample_rows(choice_BV, keys_B, sampling)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    return token_B, logp_B, jnp.isin(token_B, jnp.asarray(settings.eos_ids, jnp.int32))

@@ -104,6 +104,7 @@ class Peer:
     def __init__(self, folder):
         self._sizes = case_of(folder)
         self._model = model_of(folder).eval()
+        self._manager = None
 
     def _prompts(self, batch, length):
         # The same as case.prompts, which cannot be imported here.
@@ -129,6 +130,34 @@ class Peer:
             )
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "tokens": out[:, length:].tolist() if tokens else None}
+
+    def continuous_batching(self, *, requests, rows):
+        """Generates greedily with transformers' continuous batching, its manager being warm; returns tokens and seconds."""
+        if self._manager is None:
+            settings = transformers.ContinuousBatchingConfig(
+                # By default it takes and fills most of the memory before the first request, which takes minutes on a CPU.
+                num_blocks=4 * rows,
+                max_batch_tokens=512,
+                max_requests_per_batch=rows,
+            )
+            self._manager = self._model.init_continuous_batching(
+                generation_config=transformers.GenerationConfig(
+                    do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=128
+                ),
+                continuous_batching_config=settings,
+            )
+            self._manager.start()
+        began, cpu = time.perf_counter(), time.process_time()
+        names = [self._manager.add_request(ids, max_new_tokens=new) for ids, new in requests]
+        tokens = {}
+        while len(tokens) < len(names):
+            result = self._manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                tokens[result.request_id] = list(result.generated_tokens)
+            elif not self._manager.is_running():
+                raise RuntimeError("transformers' continuous batching ended; its error is above.")
+        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        return {**seconds, "tokens": [tokens[name] for name in names]}
 
     def compress(self, *, batch, length, ratio, window, kernel):
         """Returns the seconds in kvpress's SnapKVPress during the prefill of a prompt, all layers together."""

@@ -26,7 +26,7 @@ from espalier.launch.serve.engine import BusyError, Completed, Engine, Job
 from espalier.launch.serve.replies import Replies
 from espalier.launch.serve.requests import Limits
 from espalier.trainers.decoding.sampling import Sampling
-from espalier.trainers.decoding.settings import Draw, Settings
+from espalier.trainers.decoding.settings import Settings
 
 LIMITS = Limits(max_tokens=64, max_prompt_tokens=160, max_completions=6, max_body_bytes=5000)
 LIMITS = dataclasses.replace(LIMITS, batch_size=4, max_queue=12, timeout=120.0)
@@ -416,18 +416,18 @@ def test_offsets_of_parts_of_a_character():
 
 
 class Held:
-    """Holds the engine at the first new token of a batch until `release`."""
+    """Holds the engine at the first new token of a completion until `release`."""
 
     def __init__(self, monkeypatch):
         self.begun, self.free = threading.Event(), threading.Event()
-        watch = Job.watch
+        add = Job.add
 
-        def slow(job, tokens):
+        def slow(job, news):
             self.begun.set()
             self.free.wait(60)
-            return watch(job, tokens)
+            return add(job, news)
 
-        monkeypatch.setattr(Job, "watch", slow)
+        monkeypatch.setattr(Job, "add", slow)
 
 
 def test_a_full_queue_and_a_slow_engine_are_errors_and_the_server_goes_on(engine, monkeypatch):
@@ -465,7 +465,7 @@ def test_a_client_that_goes_ends_its_completion(engine, url, monkeypatch):
         with pytest.raises(http.ReadTimeout):
             http.post(f"{url}/completions", json=body(max_tokens=60), headers=headers, timeout=0.5)
         assert held.begun.wait(60)
-        (job,) = engine._batch
+        (job,) = engine._jobs
         deadline = time.monotonic() + 60
         while not job.cancelled and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -498,34 +498,39 @@ def test_a_closed_engine_fails_what_waits(config, trained_run):
         engine.submit([])
 
 
-def test_prompts_of_every_length_share_a_few_programs(engine, monkeypatch):
-    """A model with 100 learned positions, and requests that leave the number of new tokens to the server."""
+def test_a_request_without_a_length_may_use_all_learned_positions(engine, monkeypatch):
     monkeypatch.setattr(type(engine.loaded.model), "max_length", 100, raising=False)
-    monkeypatch.setattr(engine, "_decoders", {})
     server = app_module._Server(engine, model="tiny", limits=LIMITS, api_key=None)
     content = json.dumps({"model": "tiny", "messages": user("x")}).encode()
     asked = requests.read(content, chat=True, model="tiny", limits=LIMITS)
-    for length in range(1, 101):
-        room = server._room([1] * length, asked)
-        assert min(64, 100 - length + 1) * 0.5 < room <= min(64, 100 - length + 1)
-        job = Job([1] * length, max_tokens=room, draw=Draw(seed=0))
-        engine._decoder([job])
-    assert sorted(tokens for _, tokens in engine._decoders) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
-    # What a request names is what it gets.
-    job = Job([1] * 60, max_tokens=41, draw=Draw(seed=0))
-    assert engine._decoder([job])._settings.max_new_tokens == 41
+    assert [server._room([1] * n, asked) for n in (1, 37, 60, 100)] == [64, 64, 41, 1]
 
 
-def test_learned_positions_keep_jobs_apart(engine, monkeypatch):
-    """With 100 positions, 90 tokens of a prompt and 50 new tokens of another cannot be one batch."""
-    job = lambda prompt, new: Job(  # noqa: E731
-        [1] * prompt, max_tokens=new, draw=Draw(seed=0)
-    )
-    jobs = [job(90, 4), job(4, 50)]
-    assert engine._fit(jobs)
-    model = engine.loaded.model
-    monkeypatch.setattr(type(model), "max_length", 100, raising=False)
-    assert not engine._fit(jobs) and engine._fit(jobs[:1]) and engine._fit(jobs[1:])
+def test_a_completion_joins_those_in_progress(engine, client, generated, monkeypatch):
+    """The second request ends while the first is continued, and both are what they are by themselves."""
+    order = []
+    add = Job.add
+
+    def noted(job, news):
+        order.append(job.max_tokens)
+        return add(job, news)
+
+    long = {"model": "tiny", "prompt": "import ", "max_tokens": 64, "stream": True, "seed": 1}
+    system = "You are a careful reader of long messages. "
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "add", noted)
+        chunks = client.completions.create(**long)
+        first = next(iter(chunks)).choices[0].text
+        before = engine.batch.prompt_tokens_read
+        short = client.completions.create(model="tiny", prompt=system, max_tokens=5, seed=2, n=2)
+        read = engine.batch.prompt_tokens_read - before
+        text = first + "".join(chunk.choices[0].text for chunk in chunks)
+    assert order[0] == order[-1] == 64 and 5 in order
+    assert read == short.usage.prompt_tokens  # once for both samples
+    (want,) = generated([{"text": "import "}], tokens=64, seed=1)
+    assert text == want["text"]
+    rows = generated([{"text": system}], tokens=5, seed=2, samples=2)
+    assert [choice.text for choice in short.choices] == [row["text"] for row in rows]
 
 
 def test_a_bad_start_is_an_error(command, trained_run, tmp_path, capsys):
