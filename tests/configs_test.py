@@ -273,7 +273,8 @@ def test_arms_of_the_quickstart_share_everything_but_their_phases(arm):
 DP, FSDP, TP = {"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}
 BOTH = {"fsdp": 4, "tensor": 2}
 ROWS, ALL_ROWS = ("data", "fsdp"), ("data", "fsdp", "expert")
-EP = {"fsdp": 2, "expert": 4}
+EP, CP = {"fsdp": 2, "expert": 4}, {"fsdp": 2, "context": 4}
+PARTS = ("fsdp", "context")
 SPLITS = {
     #             mesh, query kernel, MLP's down kernel, embedding, residual stream
     "dp": (DP, (None, None, None), (None, None, None), (None, None), (ROWS, None)),
@@ -295,7 +296,10 @@ SPLITS = {
     ),
     "ep": ({"expert": 8}, (None, None, None), (None, None, None), (None, None), (ALL_ROWS, None)),
     "fsdp_ep": (EP, (None, "fsdp", None), (None, None, "fsdp"), (None, "fsdp"), (ALL_ROWS, None)),
+    "fsdp_cp": (CP, (None, PARTS, None), (None, None, PARTS), (None, PARTS), (ROWS, "context")),
 }
+# A device has a part of one row at a time.
+ROW_BY_ROW = {"fsdp_cp": ["recipe.Recipe.microbatches=32"]}
 
 
 def test_every_partitioning_file_has_its_splits():
@@ -306,7 +310,7 @@ def test_every_partitioning_file_has_its_splits():
 def test_a_partitioning_file_splits_what_its_rule_set_says(name):
     mesh, query, down, embedding, residual = SPLITS[name]
     files = ("models/tiny", "runs/pretrain", f"partitioning/{name}")
-    config = load(*files, bindings=[f"MESH={mesh}"])
+    config = load(*files, bindings=[f"MESH={mesh}", *ROW_BY_ROW.get(name, ())])
     assert [str(warning) for warning in config.warnings] == []
     recipe = config.arguments()["recipe"]
     program = recipe.program()
@@ -328,9 +332,11 @@ def test_a_partitioning_file_splits_what_its_rule_set_says(name):
 
 @pytest.mark.parametrize("name", PARTITIONING)
 def test_a_partitioning_file_as_it_is_fits_a_model_of_usual_size(name):
-    written = {"dp": DP, "fsdp": FSDP, "tp": {"tensor": 8}, "ep": {"expert": 8}, "fsdp_ep": EP}
+    written = {"dp": DP, "fsdp": FSDP, "tp": {"tensor": 8}, "ep": {"expert": 8}}
+    written |= {"fsdp_ep": EP, "fsdp_cp": CP}
     written = written.get(name, {"fsdp": 2, "tensor": 4})
-    config = load("models/llama3_8b", "runs/pretrain", f"partitioning/{name}")
+    files = ("models/llama3_8b", "runs/pretrain", f"partitioning/{name}")
+    config = load(*files, bindings=ROW_BY_ROW.get(name, ()))
     program = config.arguments()["recipe"].program()
     assert {axis: size for axis, size in program.mesh.shape.items() if size > 1} == written
 
