@@ -132,7 +132,7 @@ class RunningBatch:
         self._reading = False  # whether a prompt is, which then needs a row
         self._keys: list[Hashable | None] = []  # whose each row is
         self._needs: dict[Hashable, int] = {}  # slots of each
-        self._programs = {
+        self._programs: dict[str, Any] = {
             "read": jax.jit(self._read_tokens),
             "read inputs": jax.jit(self._read_inputs),
             "take prefix": jax.jit(_beginning, static_argnums=2),
