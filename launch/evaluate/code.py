@@ -244,6 +244,7 @@ def model_samples(
     flags: argparse.Namespace, start: cli.Start, problems: code_problems.Problems
 ) -> Samples:
     """Returns the completions that the model of --checkpoint samples for the problems."""
+    from espalier.launch.evaluate.judges.checkpoint import weights_identity
     from espalier.launch.inference.generate import generate
     from espalier.trainers.decoding.settings import Sampling, Settings
 
@@ -296,12 +297,13 @@ def model_samples(
             if key in wanted:
                 yield key, problems.problems[key[0]].answer(text) if chosen.chat else text
 
+    place = load_run.place(flags.checkpoint)
     return Samples(
         settings={
             "temperature": temperature,
             "top_p": top_p,
-            "checkpoint": load_run.place(flags.checkpoint),
-            "params": flags.params,
+            "checkpoint": place,
+            **weights_identity(place, settings=start.config.text, params=flags.params),
             "seed": chosen.seed,
             "max_new_tokens": chosen.max_new_tokens,
             "chat": chosen.chat,

@@ -137,6 +137,8 @@ def test_a_model_is_evaluated_and_resumed_with_the_same_draws(
     again, _ = evaluate(*flags)
     assert [row["completion"] for row in again] == [row["completion"] for row in rows]
     assert "3 of 6 rows exist already" in capsys.readouterr().err
+    assert evaluate(*flags, "--gin.WEIGHTS_DTYPE='int8'") == 2
+    assert "output, line 1: made with another checkpoint" in capsys.readouterr().err
 
 
 def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, monkeypatch):
