@@ -66,10 +66,18 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
     """Returns (kind, executions, bytes) of each collective, without repeats.
 
     The TPU compiler spreads one asynchronous collective over several fusions, also in unrelated loops, and repeats
-    it in the body of each. The repeats share a channel. Only the repeat that runs least often is counted.
+    it in the body of each. The repeats share a channel and a size. Only the repeat that runs least often is counted. All
+    collectives that JAX's functions ask for by name share one channel, so those outside of fusions are counted one by one.
     """
     apart: list[tuple[str, int, int]] = []
-    channels: dict[tuple[str, str], tuple[str, int, int]] = {}
+    repeated: dict[tuple[str, str, int], tuple[str, int, int]] = {}
+    fused = {
+        name
+        for computation in module.computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode == "fusion"
+        for name in instruction.callees("calls")
+    }
     for computation in module.computations.values():
         times = executions[computation.name]
         if not times:
@@ -85,13 +93,12 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
             if not entry[2]:  # within groups of one chip
                 continue
             channel = instruction.attribute("channel_id")
-            # All of jax.lax.ppermute share channel 1.
-            if channel is None or instruction.opcode == "collective-permute-start":
+            if channel is None or computation.name not in fused:
                 apart.append(entry)
             else:
-                best = channels.get((kind, channel), entry)
-                channels[kind, channel] = min(best, entry, key=lambda e: e[1])
-    return apart + list(channels.values())
+                best = repeated.get((kind, channel, entry[2]), entry)
+                repeated[kind, channel, entry[2]] = min(best, entry, key=lambda e: e[1])
+    return apart + list(repeated.values())
 
 
 def _exchange(module: Module, send: Instruction) -> tuple[str, int] | None:
