@@ -106,8 +106,8 @@ class RunningBatch:
     ):
         if policy is not None and type(policy) is not FullCache:
             raise ValueError(
-                f"The cache policy {type(policy).__name__} compresses each prompt for itself, and rows that join a running batch "
-                "keep all tokens: remove cache_policy."
+                f"The cache policy {type(policy).__name__} compresses each prompt for itself, and rows that join others keep "
+                "all tokens: remove cache_policy."
             )
         if model.row.encodes and (prefix_bytes or prefill_chunk is not None):
             raise ValueError(
