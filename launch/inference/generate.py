@@ -334,17 +334,17 @@ def decoder_for(
     settings: Settings,
     *,
     eos_ids: Sequence[int] | None = None,
-    made: Callable[..., Any] = Decoder,
+    made: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Returns what continues prompts of a loaded run, by default a `Decoder`; see `generate` for `eos_ids`, and `made` for the options."""
+    """Returns made(model, parameters, settings, ...) of a loaded run, by default its `Decoder`; see `generate` for `eos_ids`."""
     vocabulary = loaded.vocabulary_or_none
     settings = dataclasses.replace(
         settings,
         eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
         num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
     )
-    return made(
+    return (made or Decoder)(
         loaded.model,
         loaded.params,
         settings,

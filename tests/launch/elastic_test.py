@@ -100,7 +100,8 @@ def test_one_process_on_another_mesh_ends_what_two_began_with_the_same_numbers(
     assert result.status == 0, result.err
     assert f"step {STOP} from {begun}" in result.out
     facts = json.loads((begun / "run.json").read_text())
-    assert facts["mesh"]["axes"] == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    axes = {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert facts["mesh"]["axes"] == axes
     assert (facts["mesh"]["processes"], facts["earlier"][-1]["mesh"]["processes"]) == (1, 2)
 
     found = numbers(begun)
