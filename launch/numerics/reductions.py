@@ -100,7 +100,6 @@ def read(module: Module, outputs: Mapping[int, str]) -> list[Reduction]:
             if terms > 1:
                 parts = enumerate(program.operand_arrays(instruction))
                 opcode = instruction.opcode.removesuffix("-start")
-                channel = instruction.attribute("channel_id")
                 group = [
                     Reduction(
                         of=" + ".join(sorted(names.get((*at, i), ())))
@@ -115,7 +114,11 @@ def read(module: Module, outputs: Mapping[int, str]) -> list[Reduction]:
                     for i, array in parts
                     if array.dtype in _SIGNIFICANDS
                 ]
-                # The compiler repeats an asynchronous collective; the results lead to one of them.
+                # The compiler repeats an asynchronous collective in fusions, and the results lead to one of them. Outside of
+                # fusions a channel tells nothing: all collectives that JAX's functions name share one.
+                channel = (
+                    instruction.attribute("channel_id") if program.is_fused(instruction) else None
+                )
                 key = at if channel is None else channel
                 if key not in groups or any((*at, i) in names for i in range(len(group))):
                     groups[key] = group
@@ -156,6 +159,10 @@ class _Program:
             return False
         (reducer,) = instruction.callees("to_apply")
         return self.module.computations[reducer].result.opcode == "add"
+
+    def is_fused(self, instruction: Instruction) -> bool:
+        """Whether an instruction is part of a fusion."""
+        return any(one.opcode == "fusion" for one in self.callers[instruction.computation])
 
     def operand_arrays(self, instruction: Instruction) -> Iterator[Array]:
         for i in range(len(instruction.operands)):

@@ -6,7 +6,6 @@ reports whether the tokens are the same.
 """
 
 import functools
-import os
 import tempfile
 from typing import Any
 
@@ -52,8 +51,6 @@ def run(*, rounds: int = 5, prompts: int = REQUESTS) -> dict[str, Any]:
             return {
                 "case": {**sizes, "requests": prompts, "rows": ROWS},
                 "peer_versions": peer.ask("versions"),
-                # One side works at a time, on all cores.
-                "contended": os.getloadavg()[0] > len(os.sched_getaffinity(0)) + compare.CONTENDED,
                 **figures,
             }
 

@@ -59,7 +59,7 @@ HloModule jit_step, num_partitions=4
   %both = (bf16[8,4], bf16[4,8]) all-reduce(%pa, %pb), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum, backend_config={"collective_algorithm_config":{"emitter":"Pincer","strategy":"StrategyND","debug":"colors:2"}}
   %ga = bf16[8,4] get-tuple-element(%both), index=0
   %gb = bf16[4,8] get-tuple-element(%both), index=1
-  %act = bf16[4,4] all-reduce(%h), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%sum, metadata={op_name="jit(step)/while/body/layers/mlp/dot_general"}
+  %act = bf16[4,4] all-reduce(%h), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%sum, metadata={op_name="jit(step)/while/body/layers/mlp/dot_general"}
   ROOT %next = (s32[], bf16[8,4], bf16[4,8], bf16[4,4]) tuple(%i, %ga, %gb, %act)
 }
 
@@ -94,7 +94,7 @@ ENTRY %main (w: bf16[4,4], u: bf16[16,4], k: s32[4]) -> (f32[8,4], f32[4,8], bf1
   %gra = bf16[8,4] get-tuple-element(%loop), index=1
   %grb = bf16[4,8] get-tuple-element(%loop), index=2
   %square = f32[] dot(%gra, %grb), lhs_contracting_dims={0,1}, rhs_contracting_dims={1,0}
-  %norm = f32[] all-reduce(%square), channel_id=4, replica_groups=[1,4]<=[4], to_apply=%sum
+  %norm = f32[] all-reduce(%square), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%sum
   %nspread = f32[8,4] broadcast(%norm), dimensions={}
   %fa = f32[8,4] convert(%gra)
   %na = f32[8,4] divide(%fa, %nspread)

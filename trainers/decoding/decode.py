@@ -50,7 +50,6 @@ class Loop:
       caches: caches of all tokens except the last chosen one.
       keys_B: a random key for each row.
       seen_BV: True for tokens of prompts and continuations; None without a repetition penalty.
-      sampling: temperature and top_p of each row; None if all rows have those of the settings.
     """
 
     step: jax.Array
@@ -60,7 +59,6 @@ class Loop:
     lengths_B: jax.Array
     keys_B: jax.Array
     seen_BV: jax.Array | None
-    sampling: RowSampling | None = None
 
 
 def decode(
@@ -90,7 +88,6 @@ def begin(
     seen_BV: jax.Array | None,
     settings: Settings,
     allowed_BV: jax.Array | None = None,
-    sampling: RowSampling | None = None,
 ) -> Loop:
     """Chooses the first token of prefilled prompts.
 
@@ -101,7 +98,6 @@ def begin(
       keys_B: a random key for each row.
       seen_BV: result of sampling.seen_in; None without a repetition penalty.
       allowed_BV: the tokens that may be first in each row, at least one; None for all.
-      sampling: see `Loop`.
     """
     B, M = logits_BV.shape[0], settings.max_new_tokens
     loop = Loop(
@@ -116,7 +112,6 @@ def begin(
         lengths_B=lengths_B,
         keys_B=keys_B,
         seen_BV=seen_BV,
-        sampling=sampling,
     )
     return _choose(loop, logits_BV, settings, allowed_BV)
 
@@ -165,7 +160,6 @@ def _choose(
     seen_BV = loop.seen_BV
     token_B, logp_B, ends_B = choose(
         *(logits_BV, loop.keys_B, loop.step, settings),
-        sampling=loop.sampling,
         seen_BV=seen_BV,
         allowed_BV=allowed_BV,
     )
@@ -196,7 +190,7 @@ def choose(
     step: jax.Array,
     settings: Settings,
     *,
-    sampling: RowSampling | None,
+    sampling: RowSampling | None = None,
     seen_BV: jax.Array | None = None,
     allowed_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -205,7 +199,7 @@ def choose(
     Args:
       logits_BV, keys_B, seen_BV, allowed_BV: see `begin`.
       step: number of tokens that have been chosen, of all rows or of each, [B].
-      sampling: see `Loop`.
+      sampling: temperature and top_p of each row; None if all rows have those of the settings.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     choice_BV = only_among(without_padding_ids(logits_BV, settings.num_ids), allowed_BV)

@@ -33,12 +33,8 @@ from espalier.trainers.decoding.buckets import (
 )
 from espalier.trainers.decoding.decode import Settings, advance, begin
 from espalier.trainers.decoding.prefill import check_memory, prefill, repeated
-from espalier.trainers.decoding.sampling import RowSampling, seen_in
-from espalier.trainers.decoding.settings import Draw
+from espalier.trainers.decoding.sampling import seen_in
 from espalier.trainers.decoding.stop_strings import Watch, Watched
-
-# (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
-Ended = Callable[[int, int, "Continuation"], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +101,7 @@ class Decoder:
       prefill_chunk: number of prompt tokens to read at a time; None for all. Not with encoder-decoders.
       watch: called with the new tokens of every row, and can end the row; None does not end rows. Not
         supported with beams, whose tokens are not final before the end.
-      watch_every: number of new tokens between two calls of `watch`; an attribute, which may change between batches.
-      ended: called as soon as a row has ended, up to `watch_every` tokens later; not with beams.
+      watch_every: number of new tokens between two calls of `watch`.
     """
 
     def __init__(
@@ -123,7 +118,6 @@ class Decoder:
         prefill_chunk: int | None = None,
         watch: Watch | None = None,
         watch_every: int = 16,
-        ended: Ended | None = None,
     ):
         if watch is not None and settings.beams is not None:
             raise ValueError(
@@ -145,13 +139,11 @@ class Decoder:
         self._sharding = sharding
         self._prefill_options = {"cache_dtype": cache_dtype, "chunk": prefill_chunk}
         self._watch = watch
-        self.watch_every = watch_every
-        self._ended = ended
+        self._watch_every = watch_every
         self._programs: dict[tuple[str, int], Callable] = {}
         self._batches_read: collections.Counter[int] = collections.Counter()  # by length
         self._indices: Sequence[int] = ()
         self._first: Sequence[Sequence[int] | None] | None = None
-        self._draws: Sequence[Draw] | None = None
         self._columns: Sequence[Mapping[str, np.ndarray]] = ()
         self.stats = Stats()
 
@@ -171,7 +163,6 @@ class Decoder:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         first: Sequence[Sequence[int] | None] | None = None,
-        draws: Sequence[Draw] | None = None,
         columns: Sequence[Mapping[str, np.ndarray]] = (),
     ) -> Iterator[Continuation]:
         """Yields continuations as they are finished, in the order of the prompts and their samples.
@@ -179,8 +170,6 @@ class Decoder:
         Args:
           indices: indices of the prompts in a larger set, for the draws; None for 0, 1, ...
           first: the tokens among which each prompt's first new token is chosen, None for all; None if no prompt has any.
-          draws: how each prompt is continued, instead of `seed`, `indices`, and the settings' temperature and restrictions;
-            None if all are continued alike.
           columns: what layers read of each prompt's row besides its tokens, see `trainers.scoring.scoring.Row`; empty for
             nothing.
 
@@ -205,7 +194,6 @@ class Decoder:
                 )
         self._indices = range(len(prompts)) if indices is None else indices
         self._first = first
-        self._draws = draws
         self._columns = columns
         batches = self._batches(prompts, seed)
         return (continuation for samples in in_order(batches) for continuation in samples)
@@ -259,7 +247,10 @@ class Decoder:
         active_B = np.arange(self._batch_size) < len(batch)
         allowed_BV = self._allowed(batch)
         more = stacked([self._columns[i] for i in batch] if self._columns else [], self._batch_size)
-        arrays = (tokens_BT, lengths_B, active_B, allowed_BV, *self._drawn(batch, seed), more)
+        index_B = np.zeros(self._batch_size, np.uint32)
+        index_B[: len(batch)] = [self._indices[i] for i in batch]
+        seed_B = np.full_like(index_B, seed)
+        arrays = (tokens_BT, lengths_B, active_B, allowed_BV, (seed_B, index_B), more)
         state = self._read(length, *jax.device_put(arrays, self._sharding))
         decode = self._choose if self._settings.beams is None else self._search
         continued = decode(length, state, batch)
@@ -278,28 +269,8 @@ class Decoder:
                 allowed_BV[b, list(ids)] = True
         return allowed_BV
 
-    def _drawn(
-        self, batch: Sequence[int], seed: int
-    ) -> tuple[tuple[np.ndarray, ...], RowSampling | None]:
-        """Returns (seed_B, index_B, sample_B) of the draws, and the sampling of each row if `draws` set it."""
-        if self._draws is None:
-            draws = [Draw(seed=seed, index=self._indices[i]) for i in batch]
-        else:
-            draws = [self._draws[i] for i in batch]
-        draws += [Draw(seed=seed, temperature=0.0)] * (self._batch_size - len(batch))
-
-        def column(name: str, dtype: Any) -> np.ndarray:
-            return np.array([getattr(draw, name) for draw in draws], dtype)
-
-        keys = tuple(column(name, np.uint32) for name in ("seed", "index", "sample"))
-        if self._draws is None:
-            return keys, None
-        temperature_B, top_p_B = (column(name, np.float32) for name in ("temperature", "top_p"))
-        return keys, RowSampling(temperature_B, top_p_B)
-
     def _name(self, program: str) -> str:
-        """Returns the name of a program, which differs if every row has its own sampling, or columns."""
-        program = program if self._draws is None else f"{program} by row"
+        """Returns the name of a program, which differs if rows have columns."""
         return f"{program} with columns" if self._columns else program
 
     def _read(self, length: int, *arrays: Any) -> Any:
@@ -314,7 +285,7 @@ class Decoder:
         copies = settings.num_samples if beams is None else beams.num_beams
         start, options = self._decoder_start, self._prefill_options
 
-        def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling, more):
+        def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, more):
             columns, tokens_BT, lengths_B = model.row.prompts(tokens_BT, lengths_B, start=start)
             context = model.row_context({"params": params}, {**columns, **more})
             with rows.given(context):
@@ -330,14 +301,13 @@ class Decoder:
             if beams is not None:
                 return (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), context
             copy_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
-            all_B = (logits_BV, lengths_B, active_B, seen_BV, allowed_BV, drawn_B, sampling)
+            all_B = (logits_BV, lengths_B, active_B, seen_BV, allowed_BV, drawn_B)
             all_R = repeated(all_B, copies)
-            logits_RV, lengths_R, active_R, seen_RV, allowed_RV, drawn_R, sampling = all_R
-            seed_R, index_R, sample_R = drawn_R
+            logits_RV, lengths_R, active_R, seen_RV, allowed_RV, (seed_R, index_R) = all_R
             keys_R = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_R), index_R)
-            keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R + copy_R)
+            keys_R = jax.vmap(jax.random.fold_in)(keys_R, copy_R)
             own_R = (lengths_R, active_R, keys_R, seen_RV)
-            return begin(logits_RV, caches, *own_R, settings, allowed_RV, sampling), context
+            return begin(logits_RV, caches, *own_R, settings, allowed_RV), context
 
         name = self._name("prefill" if self._first is None else "restricted prefill")
         program = self._compiled(name, length, jax.jit(run), *arrays)
@@ -367,7 +337,7 @@ class Decoder:
         watched = Watched(self._watch, batch, samples)
         ended_R = np.zeros(self._batch_size * samples, bool)
         continued: dict[int, Continuation] = {}
-        every = settings.max_new_tokens if self._watch is None else self.watch_every
+        every = settings.max_new_tokens if self._watch is None else self._watch_every
         until, loop = 1, state[0]  # reading the prompt has chosen the first token
         if loop.done_B.is_fully_addressable:
             done_R, decoded = jax.device_get((loop.done_B, loop.decoded))
@@ -383,8 +353,6 @@ class Decoder:
                 n = watched.lengths.get(r, int(counts_R[r]))
                 tokens, log_probs = decoded.tokens_BM[r, :n], decoded.log_probs_BM[r, :n]
                 continued[r] = Continuation(tokens=tokens.tolist(), log_probs=log_probs.tolist())
-                if self._ended is not None:
-                    self._ended(batch[r // samples], r % samples, continued[r])
             if last:
                 break
             until = min(until + every, settings.max_new_tokens)

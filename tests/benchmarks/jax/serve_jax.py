@@ -63,7 +63,7 @@ class Ours:
         """Continues as many requests at a time as there are rows, in their order; a batch ends with its longest request."""
         from espalier.trainers.decoding.buckets import bucket_length
         from espalier.trainers.decoding.decoder import Decoder
-        from espalier.trainers.decoding.settings import Draw, Settings
+        from espalier.trainers.decoding.settings import Settings
 
         tokens: list[list[int]] = []
         began, cpu = time.perf_counter(), time.process_time()
@@ -81,9 +81,7 @@ class Ours:
                     watch_every=16,
                 )
             decoder = self._made["batches", most]
-            draws = [Draw(seed=0, temperature=0.0)] * len(batch)
-            found = decoder.stream([prompt for prompt, _ in batch], draws=draws)
-            tokens += [row.tokens for row in found]
+            tokens += [row.tokens for row in decoder.stream([prompt for prompt, _ in batch])]
         seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
         return {**seconds, "tokens": tokens}
 

@@ -22,7 +22,7 @@ from espalier.model.transformer import Block, Transformer
 from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.prefill import TooLargeError, prefill
 from espalier.trainers.decoding.sampling import Sampling
-from espalier.trainers.decoding.settings import Beams, Draw, Settings
+from espalier.trainers.decoding.settings import Beams, Settings
 
 V, M = 29, 7
 PROMPTS = [[0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21, 22, 1, 9, 8, 7, 2], [0, 5, 9, 2, 7], [0, 3], [0]]
@@ -340,50 +340,6 @@ def test_the_first_token_needs_the_program_that_reads_the_prompt_alone(greedy, m
     decoder(PROMPTS)
     assert programs[: len(PROMPTS)] == [[("prefill", 24)]] * len(PROMPTS)
     assert programs[-1] == [("prefill", 24), ("decode", 24)]
-
-
-def test_rows_of_their_own_settings_share_a_batch_and_are_those_of_decoders_of_these(
-    greedy, model, params
-):
-    sampling = Sampling(temperature=1.5)
-    three = Decoder(model, params, Settings(max_new_tokens=M, sampling=sampling, num_samples=3))
-    nucleus = Sampling(temperature=0.9, top_p=0.7)
-    narrow = Decoder(model, params, Settings(max_new_tokens=M, sampling=nucleus))
-    want = [
-        greedy[1][0].tokens,
-        three(PROMPTS, seed=5)[3 * 1 + 2].tokens,
-        narrow(PROMPTS, seed=2**32 - 1)[2].tokens,
-        three(PROMPTS, seed=6)[3 * 1].tokens,
-    ]
-    draws = [
-        Draw(seed=9, temperature=0.0),
-        Draw(seed=5, index=1, sample=2, temperature=1.5),
-        Draw(seed=2**32 - 1, index=2, temperature=0.9, top_p=0.7),
-        Draw(seed=6, index=1, temperature=1.5),
-    ]
-    ended = {}
-    decoder = Decoder(
-        model,
-        params,
-        Settings(max_new_tokens=M),
-        batch_size=4,
-        watch=lambda prompt, sample, tokens: 1 if prompt == 3 else None,
-        watch_every=2,
-        ended=lambda prompt, sample, row: ended.update({prompt: (row.tokens, len(ended))}),
-    )
-    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
-    rows = [row.tokens for row in decoder.stream(prompts, draws=draws)]
-    assert rows == [*want[:3], want[3][:1]]
-    # A row that has ended is reported before the others.
-    assert {prompt: tokens for prompt, (tokens, _) in ended.items()} == dict(enumerate(rows))
-    assert ended[3][1] == 0
-    # Other settings need no other program, and the same prompts without draws are those of the settings.
-    again = [Draw(seed=1, temperature=0.3)] * 4
-    assert len(list(decoder.stream(prompts, draws=again))) == 4
-    assert list(decoder._programs) == [("prefill by row", 24), ("decode by row", 24)]
-    assert [row.tokens for row in decoder(prompts[:3])] == [greedy[1][i].tokens for i in (0, 1, 2)]
-    with pytest.raises(ValueError, match="temperature = -1"):
-        Draw(seed=0, temperature=-1)
 
 
 @pytest.mark.parametrize(

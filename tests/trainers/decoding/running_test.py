@@ -17,7 +17,7 @@ from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.prefill import TooLargeError
 from espalier.trainers.decoding.prefixes import Prefixes
 from espalier.trainers.decoding.running import RunningBatch
-from espalier.trainers.decoding.settings import Draw, Settings
+from espalier.trainers.decoding.settings import Draw, Sampling, Settings
 from tests.trainers.decoding.decode_test import PROMPTS, V, init, make
 
 SETTINGS = Settings(max_new_tokens=12, eos_ids=(3,))
@@ -33,6 +33,22 @@ REQUESTS = [
 
 def draw_of(i, requests=REQUESTS):
     return Draw(seed=i, temperature=requests[i][2])
+
+
+def by_themselves(model, params, **options):
+    """Returns (continuation, most new tokens) of each request, in a batch of one row."""
+    decoders = {
+        t: Decoder(
+            *(model, params, dataclasses.replace(SETTINGS, sampling=Sampling(temperature=t))),
+            batch_size=1,
+            **options,
+        )
+        for _, _, t in REQUESTS
+    }
+    return [
+        (next(decoders[t].stream([prompt], seed=i)), most)
+        for i, (prompt, most, t) in enumerate(REQUESTS)
+    ]
 
 
 def continued(batch, requests=REQUESTS, *, at_once=3, steps=2):
@@ -76,16 +92,7 @@ def params(model):
 def alone(model, params):
     """Each request by itself, in a batch of one row."""
 
-    @functools.cache
-    def run(cache_dtype=None):
-        decoder = Decoder(model, params, SETTINGS, batch_size=1, cache_dtype=cache_dtype)
-        rows = [
-            next(decoder.stream([prompt], draws=[draw_of(i)]))
-            for i, (prompt, _, _) in enumerate(REQUESTS)
-        ]
-        return [(row, most) for row, (_, most, _) in zip(rows, REQUESTS, strict=True)]
-
-    return run
+    return functools.cache(functools.partial(by_themselves, model, params))
 
 
 def make_batch(model, params, **options):
@@ -106,6 +113,32 @@ def test_rows_are_those_of_the_rows_alone_whatever_joins_and_leaves(batch, alone
     # earlier one, the second all of SYSTEM, and the last is there already.
     assert batch.prompt_tokens_read == 17 + 5 + 2 + 1 + (33 - 1) + 3 + 0
     assert not batch.keys
+
+
+def test_rows_of_their_own_settings_are_those_of_decoders_of_these(batch, model, params):
+    def decoded(seed, **settings):
+        own = dataclasses.replace(SETTINGS, **settings)
+        return [row.tokens for row in Decoder(model, params, own)(PROMPTS, seed=seed)]
+
+    wide = Sampling(temperature=1.5)
+    want = [
+        decoded(9)[0],
+        decoded(5, sampling=wide, num_samples=3)[3 * 1 + 2],
+        decoded(2**32 - 1, sampling=Sampling(temperature=0.9, top_p=0.7))[2],
+    ]
+    draws = [
+        Draw(seed=9, temperature=0.0),
+        Draw(seed=5, index=1, sample=2, temperature=1.5),
+        Draw(seed=2**32 - 1, index=2, temperature=0.9, top_p=0.7),
+    ]
+    tokens = {
+        i: [*batch.join(i, PROMPTS[i], draw, 12, together=3).tokens] for i, draw in enumerate(draws)
+    }
+    for i, news in batch.advance(16).items():
+        tokens[i] += news.tokens
+    assert [tokens[i] for i in range(3)] == want
+    with pytest.raises(ValueError, match="temperature = -1"):
+        Draw(seed=0, temperature=-1)
 
 
 def test_nothing_is_compiled_once_the_shapes_are_known(batch):
@@ -152,7 +185,8 @@ def test_a_row_ends_when_its_request_does(batch):
 def test_caches_of_int8_are_those_of_the_row_alone(model, params, alone):
     """Beginnings of prompts are kept as they were computed, so that a prompt never reads rounded keys."""
     check(
-        continued(make_batch(model, params, cache_dtype="int8", prefill_chunk=None)), alone("int8")
+        continued(make_batch(model, params, cache_dtype="int8", prefill_chunk=None)),
+        alone(cache_dtype="int8"),
     )
 
 
@@ -169,11 +203,7 @@ def test_an_encoder_decoder_reads_inputs_of_every_length():
     model = EncoderDecoder(config=dataclasses.replace(make().config, layer_pattern=("full",)))
     tokens = jnp.zeros((1, 4), jnp.int32)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"]
-    decoder = Decoder(model, params, SETTINGS, batch_size=1, decoder_start=2)
-    want = [
-        (next(decoder.stream([prompt], draws=[draw_of(i)])), most)
-        for i, (prompt, most, _) in enumerate(REQUESTS)
-    ]
+    want = by_themselves(model, params, decoder_start=2)
     batch = make_batch(model, params, prefill_chunk=None, decoder_start=2)
     check(continued(batch), want)
     assert batch.most_bytes[1] == batch.prefixes.size == 0
