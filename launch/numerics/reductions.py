@@ -116,10 +116,8 @@ def read(module: Module, outputs: Mapping[int, str]) -> list[Reduction]:
                 ]
                 # The compiler repeats an asynchronous collective in fusions, and the results lead to one of them. Outside of
                 # fusions a channel tells nothing: all collectives that JAX's functions name share one.
-                channel = (
-                    instruction.attribute("channel_id") if program.is_fused(instruction) else None
-                )
-                key = at if channel is None else channel
+                channel = instruction.attribute("channel_id")
+                key = at if channel is None or computation.name not in module.fused else channel
                 if key not in groups or any((*at, i) in names for i in range(len(group))):
                     groups[key] = group
     # One entry for each ring: the permutations of a parameter's ring have the same facts.
@@ -159,10 +157,6 @@ class _Program:
             return False
         (reducer,) = instruction.callees("to_apply")
         return self.module.computations[reducer].result.opcode == "add"
-
-    def is_fused(self, instruction: Instruction) -> bool:
-        """Whether an instruction is part of a fusion."""
-        return any(one.opcode == "fusion" for one in self.callers[instruction.computation])
 
     def operand_arrays(self, instruction: Instruction) -> Iterator[Array]:
         for i in range(len(instruction.operands)):

@@ -127,17 +127,10 @@ def _taps(
 
 def hbm_bytes(module: Module, executions: dict[str, int]) -> int:
     """Returns the estimated bytes per execution of the program."""
-    fused = {
-        callee
-        for computation in module.computations.values()
-        for instruction in computation.instructions.values()
-        if instruction.opcode == "fusion"
-        for callee in instruction.callees("calls")
-    }
     return sum(
         executions[name] * sum(_moved(module, i) for i in computation.instructions.values())
         for name, computation in module.computations.items()
-        if executions[name] and name not in fused
+        if executions[name] and name not in module.fused
     )
 
 

@@ -71,13 +71,6 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
     """
     apart: list[tuple[str, int, int]] = []
     repeated: dict[tuple[str, str, int], tuple[str, int, int]] = {}
-    fused = {
-        name
-        for computation in module.computations.values()
-        for instruction in computation.instructions.values()
-        if instruction.opcode == "fusion"
-        for name in instruction.callees("calls")
-    }
     for computation in module.computations.values():
         times = executions[computation.name]
         if not times:
@@ -93,7 +86,7 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
             if not entry[2]:  # within groups of one chip
                 continue
             channel = instruction.attribute("channel_id")
-            if channel is None or computation.name not in fused:
+            if channel is None or computation.name not in module.fused:
                 apart.append(entry)
             else:
                 best = repeated.get((kind, channel, entry[2]), entry)

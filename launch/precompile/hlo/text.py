@@ -135,6 +135,17 @@ class Module:
     entry: Computation
     num_partitions: int
 
+    @functools.cached_property
+    def fused(self) -> frozenset[str]:
+        """The names of the computations that are bodies of fusions."""
+        return frozenset(
+            name
+            for computation in self.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode == "fusion"
+            for name in instruction.callees("calls")
+        )
+
     def operand(self, instruction: Instruction, index: int) -> Instruction:
         return self.computations[instruction.computation].instructions[instruction.operands[index]]
 
