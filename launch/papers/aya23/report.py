@@ -366,7 +366,8 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns the measurements with arms, formats of the answers and vocabularies exchanged at random."""
     out = claim.shuffle_arms(measured, rng)
-    out["toy"] = [_formats_exchanged(row, rng) for row in out.get("toy", [])]
+    if rows := out.get("toy"):
+        out["toy"] = [_formats_exchanged(row, rng) for row in rows]
     if trained := out.get("fertility"):
         out["fertility"] = {
             seed: claim.exchanged({name: one[name] for name in fertility.SHARES}, rng)

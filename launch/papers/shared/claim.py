@@ -271,19 +271,23 @@ def exchanges(
 
     Args:
       judge_them: returns the judged claims of measurements.
-      shuffle: returns measurements that are exchanged at random.
-      measured: the measurements.
+      shuffle: returns measurements of a part that are exchanged at random.
+      measured: the measurements, by part.
       draws: how often they are exchanged.
 
     Returns:
       Name -> {'draws': those with a verdict that change the primary effect, 'holds': how many of these hold, 'low', 'high': between which nine tenths of the
       means of the primary effect lie}.
     """
-    rng = np.random.default_rng(0)
     means, verdicts = collections.defaultdict(list), collections.defaultdict(list)
     effects = {one.name: one.primary for one in judge_them(measured)}
-    for _ in range(draws):
-        for one in judge_them(shuffle(measured, rng)):
+    for draw in range(draws):
+        # Each part has draws of its own: one that is measured later changes nothing of the others.
+        drawn = {
+            part: shuffle({part: value}, np.random.default_rng([draw, *part.encode()]))[part]
+            for part, value in measured.items()
+        }
+        for one in judge_them(drawn):
             # Of two arms and three seeds, one exchange in eight leaves each of them where it was.
             if one.verdict != NOT_MEASURED and one.primary != effects[one.name]:
                 verdicts[one.name].append(one.verdict)

@@ -298,6 +298,8 @@ def test_shuffled_arms_lose_their_differences_and_nothing_else():
     null = claim.exchanges(judge, claim.shuffle_arms, {"p": rows})["X"]
     assert real.verdict == "holds" and null["holds"] <= 8 and null["draws"] == 100
     assert null["low"] < 0 < null["high"] < real.range["value"]
+    later = {"o": rows, "p": rows, "q": rows}
+    assert claim.exchanges(judge, claim.shuffle_arms, later)["X"] == null
 
 
 class Experiment:
