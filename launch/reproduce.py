@@ -126,10 +126,18 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
             # The page has a command for everyone: where the runs and the page lie on this machine is left out.
             words = re.sub(r"--model_dir[= ]\S+", f"--model_dir=runs/{slug}", " ".join(arguments))
             words = re.sub(r"--out[= ]\S+", "--out=docs/reproductions", words)
-            kept, before = _kept(out / slug, report.claims, experiment, flags.parts)
             model_dir = pathlib.Path(flags.model_dir)
-            facts = _facts(report.claims, experiment, model_dir, words, before)
-            found = kept | measured(experiment, report, settings)
+
+            def others() -> tuple[dict[str, Any], dict[str, Any]]:
+                """Returns the measurements of the page's other parts, and the facts of all."""
+                kept, before = _kept(out / slug, report.claims, experiment, flags.parts)
+                return kept, _facts(report.claims, experiment, model_dir, words, before)
+
+            if kept := others()[0]:  # criteria are fixed, and errors come, before the runs
+                print(f"kept of {out / slug / 'results.json'}: {', '.join(kept)}", flush=True)
+            found = measured(experiment, report, settings)
+            kept, facts = others()  # other parts may have been written during these runs
+            found = kept | found
     except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED
@@ -193,7 +201,6 @@ def _kept(
         raise ValueError(
             f"{path} has the parts {', '.join(kept)}, and {error}: run them too (--parts), or write to another folder (--out)."
         ) from error
-    print(f"kept of {path}: {', '.join(kept)}", flush=True)
     return kept, {**facts, "criteria": fixed}
 
 

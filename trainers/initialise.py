@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from espalier.common import stages
+from espalier.common import ranges, stages
 from espalier.model import axes
 from espalier.model.axes import Rules
 from espalier.model.protocol import Same
@@ -57,7 +57,12 @@ def _abstract_variables(model: Same, arguments: tuple[jax.ShapeDtypeStruct, ...]
 def abstract_params(
     model: Any, mesh: Mesh, rules: Rules, *, weights_dtype: Literal["int8"] | None = None
 ) -> Any:
-    """Returns shapes, dtypes and shardings of a model's parameters, with int8 kernels by request; allocates nothing."""
+    """Returns shapes, dtypes and shardings of a model's parameters, with int8 kernels by request; allocates nothing.
+
+    Raises:
+      ValueError: another dtype of weights.
+    """
+    ranges.check_choice("weights_dtype", weights_dtype, (None, "int8"))
     boxed = abstract_variables(model)["params"]
     if weights_dtype is not None:
         boxed = int8_weights.declared(boxed)

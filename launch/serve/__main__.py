@@ -116,10 +116,10 @@ def _run(start: cli.Start) -> None:
             api_key=api_key,
             allowed_hosts=[flags.host, *flags.allowed_host],
         )
-        of_rows, of_prefixes = engine.batch.most_bytes
+        of_rows, of_prompt, of_prefixes = engine.batch.most_bytes
         print(
-            f"keys and values take at most {of_rows / 1e9:,.2f} GB for {limits.batch_size} completions at a time, and "
-            f"{of_prefixes / 1e9:,.2f} GB for earlier prompts: see --batch_size, --max_tokens, --max_prompt_tokens and "
+            f"keys and values take at most {of_rows / 1e9:,.2f} GB for {limits.batch_size} completions at a time, "
+            f"{of_prompt / 1e9:,.2f} GB for the prompt that is read, and {of_prefixes / 1e9:,.2f} GB for earlier prompts: see --batch_size, --max_tokens, --max_prompt_tokens and "
             "--prefix_cache_bytes",
             file=sys.stderr,
         )

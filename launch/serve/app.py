@@ -31,11 +31,12 @@ from espalier.launch.serve.engine import (
 )
 from espalier.launch.serve.replies import Replies
 from espalier.launch.serve.requests import CHARACTERS_OF_TOKEN, Asked, Limits, RequestError
+from espalier.trainers.decoding.prefill import TooLargeError
 
 # Seconds in which a body must arrive.
 _BODY_S = 30.0
 _CLOSED_REQUEST = 499  # the client has gone; nobody reads the reply
-_EXPECTED = (BusyError, FailedError, ValueError)  # of completions
+_EXPECTED = (BusyError, FailedError, TooLargeError, RequestError)  # of completions
 
 
 def make_app(
@@ -152,7 +153,7 @@ class _Server:
         completed = await _unless_gone(request, jobs, _all(jobs), deadline=deadline)
         if completed is None:
             return Response(status_code=_CLOSED_REQUEST)
-        return JSONResponse(made.whole(completed))
+        return JSONResponse(await run_in_threadpool(made.whole, completed))
 
     async def _body(self, request: Request) -> bytes:
         # Other types can be sent by a web page that the user visits, without the browser's asking this server.
@@ -243,7 +244,10 @@ class _Server:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         vocabulary = self._engine.loaded.vocabulary_or_none
-        return "".join(map(str, tokens)) if vocabulary is None else decoder_of(vocabulary)(tokens)
+        if vocabulary is None:
+            return "".join(map(str, tokens))
+        with self._encoding:
+            return decoder_of(vocabulary)(tokens)
 
 
 class _Pieces:
@@ -313,7 +317,7 @@ def _as_request_error(error: Exception) -> RequestError:
         return RequestError(str(error), status=500)
     if isinstance(error, BusyError):
         return RequestError(str(error), code="busy", status=503)
-    return RequestError(str(error))  # the decoder's, such as caches that are too large
+    return RequestError(str(error))  # there is no memory for it, also if it is alone
 
 
 async def _stream(
@@ -334,7 +338,7 @@ async def _stream(
                 yield replies.event(made.piece(index, text))
                 continue
             completed.append(jobs[index].future.result())
-            yield replies.event(made.last(index, completed[-1]))
+            yield replies.event(await run_in_threadpool(made.last, index, completed[-1]))
         if usage:
             yield replies.event(made.usage(completed))
         yield replies.DONE

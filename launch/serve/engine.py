@@ -21,6 +21,7 @@ from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.load.load_run import LoadedRun, RunConfig
 from espalier.launch.serve.requests import Limits
 from espalier.trainers.decoding.decoder import Continuation
+from espalier.trainers.decoding.prefill import TooLargeError
 from espalier.trainers.decoding.running import News, RunningBatch
 from espalier.trainers.decoding.settings import Draw, Settings
 
@@ -198,6 +199,9 @@ class Engine:
             if self._closed:
                 raise BusyError("The server is shutting down.")
             if len(self._waiting) + len(jobs) > self._limits.max_queue:
+                waited_for = (job for job in self._waiting if not job.cancelled)
+                self._waiting = collections.deque(waited_for)
+            if len(self._waiting) + len(jobs) > self._limits.max_queue:
                 raise BusyError(
                     f"{len(self._waiting)} completions are waiting, of {self._limits.max_queue} at most. Try again later."
                 )
@@ -262,6 +266,9 @@ class Engine:
     def _join(self, job: Job) -> None:
         with self._failing(job):
             job.begin(self._decode, self.loaded.eos_ids)
+            if job.cancelled:
+                self._jobs.remove(job)
+                return
             options = {"together": len(self._jobs), "between": self._continue}
             news = self.batch.join(job, job.prompt, job.draw, job.max_tokens, **options)
             self._add(job, news)
@@ -288,9 +295,11 @@ class Engine:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, ValueError):  # such as caches that are too large
+            if not isinstance(error, TooLargeError):
                 _log.exception("%d completions failed.", len(jobs))
                 error = FailedError("The model failed; the server's log says why.")
+            elif set(self.batch.keys) - set(jobs):
+                error = BusyError(str(error))  # it may have room when these have ended
             for job in jobs:
                 job.fail(error)
                 self._jobs.remove(job)

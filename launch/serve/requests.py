@@ -157,8 +157,7 @@ def read(body: bytes, *, chat: bool, model: str, limits: Limits) -> Asked:
             f"{len(rows)} prompts times n = {samples} are more than {limits.max_completions} completions.",
             param="n",
         )
-    name = "max_completion_tokens" if chat and "max_completion_tokens" in row else "max_tokens"
-    tokens = _integer(row, name, None if chat else _DEFAULT_TOKENS, most=limits.max_tokens)
+    tokens = _max_tokens(row, chat=chat, most=limits.max_tokens)
     options = row.get("stream_options") or {}
     if not isinstance(options, dict):
         raise RequestError("'stream_options' must be an object.", param="stream_options")
@@ -240,6 +239,13 @@ def _message(message: Any, i: int) -> dict[str, Any]:
             f"'{where}.role' is {_shown(message['role'])}; it must be one of {', '.join(_ROLES)}.",
             param="messages",
         )
+    for name, value in message.items():
+        if name not in ("role", "content") and value not in (None, []):
+            raise RequestError(
+                f"'{where}' has {_shown(name)}, which this server does not give to the model: remove it.",
+                param="messages",
+                code="unsupported_parameter",
+            )
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
@@ -272,6 +278,18 @@ def _prompts(row: Mapping[str, Any]) -> list[dict[str, Any]]:
                 param="prompt",
             )
     return rows
+
+
+def _max_tokens(row: Mapping[str, Any], *, chat: bool, most: int) -> int | None:
+    if not chat:
+        return _integer(row, "max_tokens", _DEFAULT_TOKENS, most=most)
+    old, new = (_integer(row, name, None, most=most) for name in ("max_tokens", _CHAT[1]))
+    if None not in (old, new) and old != new:
+        raise RequestError(
+            f"'max_tokens' is {old} and '{_CHAT[1]}' is {new}: remove the former, which is its older name.",
+            param="max_tokens",
+        )
+    return old if new is None else new
 
 
 def _stops(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -413,8 +413,8 @@ class Decoder:
             began = time.perf_counter()
             check = functools.partial(
                 check_memory,
-                max_new_tokens=self._settings.max_new_tokens,
-                rows=self._batch_size,
+                what=f"max_new_tokens = {self._settings.max_new_tokens:,} for {self._batch_size:,} rows at a time",
+                remedy="lower max_new_tokens, batch_size or the number of samples, or choose a cache policy with a capacity",
                 devices=1 if self._sharding is None else self._sharding.mesh.size,
             )
             with stages.stage(f"compiling {name} for {length} tokens"):

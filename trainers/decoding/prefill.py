@@ -159,21 +159,19 @@ class TooLargeError(ValueError):
     """The caches of a generation need more memory than there is."""
 
 
-def check_memory(state: Any, *, max_new_tokens: int, rows: int, devices: int) -> None:
+def check_memory(state: Any, *, what: str, remedy: str, devices: int) -> None:
     """Raises TooLargeError unless the arrays of a state can be in the memory of the devices.
 
     Args:
       state: shapes and dtypes of all arrays that a generation holds besides the parameters.
-      max_new_tokens, rows: the settings that decide on its size, for the error.
+      what, remedy: what needs the memory, and how to need less, for the error.
       devices: number of devices that the rows are split over.
     """
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     limit = _memory_limit(devices)
     if needed > limit:
         raise TooLargeError(
-            f"max_new_tokens = {max_new_tokens:,} for {rows:,} rows at a time needs {needed / 1e9:,.1f} GB for keys, "
-            f"values and tokens, and there are {limit / 1e9:,.1f} GB: lower max_new_tokens, batch_size or the "
-            "number of samples, or choose a cache policy with a capacity."
+            f"{what} needs {needed / 1e9:,.1f} GB for keys, values and tokens, and there are {limit / 1e9:,.1f} GB: {remedy}."
         )
 
 

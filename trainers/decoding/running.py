@@ -8,6 +8,7 @@ few sizes, so there are few programs, whatever joins and leaves.
 Shapes: R rows, P rows in which one prompt is read, T tokens read at a time, C new tokens at a time, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -27,7 +28,13 @@ from espalier.model.kv_cache.slots import Slots, carried, restored
 from espalier.model.transforms import layer_stack
 from espalier.trainers.decoding.buckets import SMALLEST, bucket_length
 from espalier.trainers.decoding.decode import choose
-from espalier.trainers.decoding.prefill import check_memory, empty_caches, prefill, read
+from espalier.trainers.decoding.prefill import (
+    TooLargeError,
+    check_memory,
+    empty_caches,
+    prefill,
+    read,
+)
 from espalier.trainers.decoding.prefixes import Prefixes
 from espalier.trainers.decoding.sampling import RowSampling
 from espalier.trainers.decoding.settings import Draw, Settings
@@ -129,11 +136,13 @@ class RunningBatch:
         self.prefixes = Prefixes(prefix_bytes)
         self._rows: _Rows | None = None
         self._slots = 0
-        self._reading = False  # whether a prompt is, which then needs a row
+        self._reading: Any = (
+            None  # shapes of what holds the prompt that is read, which then needs a row
+        )
         self._keys: list[Hashable | None] = []  # whose each row is
         self._needs: dict[Hashable, int] = {}  # slots of each
         self._programs: dict[str, Any] = {
-            "read": jax.jit(self._read_tokens),
+            "read": jax.jit(self._read_tokens, donate_argnums=4),
             "read inputs": jax.jit(self._read_inputs),
             "take prefix": jax.jit(_beginning, static_argnums=2),
             "make row": jax.jit(self._row, static_argnums=0),
@@ -150,10 +159,14 @@ class RunningBatch:
         return sum(program._cache_size() for program in self._programs.values())
 
     @property
-    def most_bytes(self) -> tuple[int, int]:
-        """The maximum bytes of keys and values of the rows, and of earlier prompts. While rows move to other shapes, they exist twice."""
-        most = jax.eval_shape(lambda: self._made(self._sizes[-1], self._length(self._longest)))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(most)), self._prefix_bytes
+    def most_bytes(self) -> tuple[int, int, int]:
+        """The maximum bytes of keys and values of the rows, of the prompt that is read, and of earlier prompts.
+
+        While rows move to other shapes, they exist twice. A prompt that is read keeps all of its tokens in every layer, with a
+        window too; that of an encoder is not counted.
+        """
+        rows_ = jax.eval_shape(lambda: self._made(self._sizes[-1], self._length(self._longest)))
+        return _bytes(rows_), _bytes(self._shapes_of(self._longest)), self._prefix_bytes
 
     @property
     def keys(self) -> Sequence[Hashable]:
@@ -187,15 +200,32 @@ class RunningBatch:
         Raises:
           TooLargeError: there is no memory for so many slots; other rows are not affected.
         """
-        self._reading = True
+        reading = self._shapes_of(len(prompt))
+        self._check_memory((reading, self._rows), len(prompt), self._sizes[0])
+        self._reading = reading
         try:
-            logits_PV, caches, context = self._read(prompt, between)
+            return self._join(key, prompt, draw, max_new_tokens, together, between)
         finally:
-            self._reading = False
+            self._reading = None
+
+    def _join(
+        self,
+        key: Hashable,
+        prompt: Sequence[int],
+        draw: Draw,
+        max_new_tokens: int,
+        together: int,
+        between: Callable[[], None],
+    ) -> News:
+        logits_PV, caches, context = self._read(prompt, between)
         read_tokens = 1 if self._model.row.encodes else len(prompt)
         # The last new token is never read.
         need = max(len(prompt), read_tokens + max_new_tokens - 1)
-        self._fit(max(together, len(self._needs) + 1), need)
+        least = len(self._needs) + 1
+        try:
+            self._fit(max(together, least), need)
+        except TooLargeError:
+            self._fit(least, need)  # those that come later have no room yet
         r = self._keys.index(None)
         own = {
             **{name: np.uint32(getattr(draw, name)) for name in ("seed", "index", "sample")},
@@ -215,7 +245,9 @@ class RunningBatch:
         if not self._needs:
             return {}
         if not leave:
-            self._fit(len(self._needs) + self._reading, 0)
+            # Without memory for a row of the prompt that is read, `join` says so.
+            with contextlib.suppress(TooLargeError):
+                self._fit(len(self._needs) + (self._reading is not None), 0)
         free_R = np.array([key is None for key in self._keys])
         self._rows, made = self._programs["advance"](
             self._params, self._rows, free_R, np.int32(count), np.bool_(leave)
@@ -241,18 +273,12 @@ class RunningBatch:
         size = next(size for size in (*self._sizes, together) if size >= together)
         length = self._length(max([need, *self._needs.values()]))
         kept = [r for r, key in enumerate(self._keys) if key is not None]
-        if (
-            self._rows is not None
-            and len(self._keys) == size
-            and self._slots / 2 < length <= self._slots
-        ):
+        if kept and len(self._keys) == size and self._slots / 2 < length <= self._slots:
             return
         if not kept or length > self._slots or size > len(self._keys):
             shapes = jax.eval_shape(lambda: self._made(size, length))
-            devices = 1 if self._sharding is None else self._sharding.mesh.size
-            most = self._settings.max_new_tokens
             held = self._rows if kept else None
-            check_memory((shapes, held), max_new_tokens=most, rows=size, devices=devices)
+            self._check_memory((shapes, held, self._reading), length, size)
         if kept:
             rows_R = np.array(kept + [0] * (size - len(kept)), np.int32)
             self._rows = self._programs["resize"](self._rows, rows_R, size, length)
@@ -261,6 +287,21 @@ class RunningBatch:
             self._rows = self._programs["make"](size, length)
         self._keys = [self._keys[r] for r in kept] + [None] * (size - len(kept))
         self._slots = length
+
+    def _check_memory(self, state: Any, length: int, size: int) -> None:
+        """Raises TooLargeError unless arrays can be in memory, of which new ones have `length` slots in `size` rows."""
+        check_memory(
+            state,
+            what=f"room for {length:,} tokens in each of {size:,} rows, beside what is held,",
+            remedy="ask for fewer tokens or give a shorter prompt, or try again when fewer rows are continued",
+            devices=1 if self._sharding is None else self._sharding.mesh.size,
+        )
+
+    def _shapes_of(self, tokens: int) -> Any:
+        """Returns the shapes of the slots in which a prompt of so many tokens is read; none of an encoder."""
+        if self._model.row.encodes:
+            return []
+        return jax.eval_shape(lambda: self._row(_power(tokens)))
 
     def _read(self, prompt: Sequence[int], between: Callable[[], None]) -> Any:
         """Returns (logits_PV, caches, context) after a prompt, which is in every row."""
@@ -464,6 +505,10 @@ class RunningBatch:
         _, held, made = jax.lax.while_loop(more, body, (jnp.int32(0), held, made))
         held = dataclasses.replace(held, caches=restored(held.caches, whole))
         return held, (*made, held.chosen_R - before_R, held.done_R)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _power(length: int) -> int:

@@ -30,7 +30,7 @@ def fix(
       folder: of the runs.
       claims: of the paper.
       experiment: its module, with SWEEPS, SEEDS and EARLIER.
-      before: criteria of parts that were judged elsewhere, of `kept`; all other parts are later ones.
+      before: criteria of parts that were judged elsewhere, of `kept`: they keep their own date.
 
     Returns:
       {'date', 'commit', 'dirty', 'late', 'earlier': the rounds before this one, 'claims': name -> what the claim may not
@@ -46,8 +46,10 @@ def fix(
         known, fixed = fixed, _with_later(fixed, folder, claims, design)
         if fixed != known:
             files.write_json(path, fixed, synced=True)
-        before = fixed.get("design", {})
-        return {**fixed, "changed": [name for name in design if before.get(name) != design[name]]}
+        if before is not None and "design" in fixed:
+            fixed = _with_others(fixed, before)
+        known = fixed.get("design", {})
+        return {**fixed, "changed": [name for name in design if known.get(name) != design[name]]}
     if before is not None and not started:
         fixed = _with_later({**before}, folder, claims, design)
     else:
@@ -116,6 +118,21 @@ def _with_later(
         "claims": {**fixed["claims"], **of_new},
         "design": {**fixed["design"], **{one: design[one] for one in new if one in design}},
         "later": {**fixed.get("later", {}), **later},
+    }
+
+
+def _with_others(fixed: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns criteria in force with those of parts that were judged elsewhere, which were fixed there."""
+    names = ("date", "commit", "dirty", "late")
+    here, there = ({name: one[name] for name in names} for one in (fixed, others))
+    later = fixed.get("later", {}) | {
+        part: others.get("later", {}).get(part, there) for part in _parts(others)
+    }
+    return {
+        **fixed,
+        "claims": {**fixed["claims"], **others["claims"]},
+        "design": {**fixed["design"], **others["design"]},
+        "later": {part: one for part, one in later.items() if one != here},
     }
 
 

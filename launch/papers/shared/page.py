@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.common import tables
+from espalier.common import files, tables
 from espalier.launch.papers.shared import claim, criteria, verdicts_figure
 from espalier.launch.papers.shared.claim import Claim, Effect
 from espalier.launch.papers.shared.headline import Headline
@@ -186,7 +186,7 @@ class Report:
             "claims": claim.record(judged, null),
             "measured": measured,
         }
-        (folder / RECORD).write_text("\n".join(_json(record)) + "\n")
+        files.write(folder / RECORD, "\n".join(_json(record)) + "\n", synced=True)
         figures = [
             line
             for name, caption in captions.items()
@@ -206,7 +206,7 @@ class Report:
             *_costs(measured),
             f"Versions: {versions}.",
         ]
-        (out / f"{self.slug}.md").write_text("\n".join(lines) + "\n")
+        files.write(out / f"{self.slug}.md", "\n".join(lines) + "\n", synced=True)
         return judged
 
 

@@ -99,6 +99,10 @@ def test_a_kernel_is_int8_before_the_next_ones_are_read(llama, monkeypatch):  # 
         "quantised",
         lambda path, x: events.append(f"{path} done") or quantised(path, x),
     )
+    with pytest.raises(
+        ValueError, match="weights_dtype is 'float8'; it must be one of None, 'int8'"
+    ):
+        load(llama, weights_dtype="float8")
     run = load(llama, weights_dtype="int8")
     assert events[1::2] == [f"{path} done" for path in events[::2]]
     sizes = {

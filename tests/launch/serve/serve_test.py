@@ -26,7 +26,7 @@ from espalier.launch.serve.engine import BusyError, Completed, Engine, Job
 from espalier.launch.serve.replies import Replies
 from espalier.launch.serve.requests import Limits
 from espalier.trainers.decoding.sampling import Sampling
-from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.decoding.settings import Draw, Settings
 
 LIMITS = Limits(max_tokens=64, max_prompt_tokens=160, max_completions=6, max_body_bytes=5000)
 LIMITS = dataclasses.replace(LIMITS, batch_size=4, max_queue=12, timeout=120.0)
@@ -208,6 +208,7 @@ def body(**changes):
         ({"seed": 1.5}, 400, "'seed' is 1.5"),
         ({"stream": 1}, 400, "true or false"),
         ({"stream_options": 1}, 400, "must be an object"),
+        ({"max_completion_tokens": 3}, 400, "is unknown"),
     ],
 )
 def test_a_bad_request_is_an_error_that_names_its_parameter(url, changes, status, message):
@@ -226,11 +227,39 @@ def test_a_bad_request_is_an_error_that_names_its_parameter(url, changes, status
         ([{"role": "user\n", "content": "x"}], "must be one of system, developer, user"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "not a text"),
         ([{"role": "user", "content": "x"}] * 2, "alternate"),
+        ([{"role": "user", "content": "x", "name": "Ada"}], "has 'name', which"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "'tool_calls'"),
     ],
 )
 def test_bad_messages_are_an_error(client, messages, message):
     with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(model="tiny", messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({"max_completion_tokens": None, "max_tokens": 5}, 5),
+        ({"max_completion_tokens": 5}, 5),
+        ({"max_completion_tokens": 5, "max_tokens": 5}, 5),
+        ({}, None),
+    ],
+)
+def test_both_names_of_the_number_of_new_tokens_are_read(given, tokens):
+    message = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": []}
+    content = json.dumps({"model": "tiny", "messages": [message], **given}).encode()
+    assert requests.read(content, chat=True, model="tiny", limits=LIMITS).max_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(("abc", 5), "'max_tokens' is 'abc'"), ((4, 5), "'max_tokens' is 4 and")],
+)
+def test_two_numbers_of_new_tokens_that_differ_are_an_error(given, message):
+    names = dict(zip(("max_tokens", "max_completion_tokens"), given, strict=True))
+    content = json.dumps({"model": "tiny", "messages": user("x"), **names}).encode()
+    with pytest.raises(requests.RequestError, match=message):
+        requests.read(content, chat=True, model="tiny", limits=LIMITS)
 
 
 def test_what_is_no_request_is_an_error(url, client):
@@ -458,6 +487,27 @@ def test_a_full_queue_and_a_slow_engine_are_errors_and_the_server_goes_on(engine
         assert c.completions.create(**body(temperature=0)).usage.completion_tokens <= 4
 
 
+def test_who_has_gone_leaves_the_queue_and_is_not_read(engine, monkeypatch):
+    draw = Draw(seed=0, temperature=0.0)
+    with monkeypatch.context() as patch:
+        held = Held(patch)
+        first = Job([1], max_tokens=1, draw=draw)
+        engine.submit([first])
+        assert held.begun.wait(60)
+        gone = [Job([1] * 50, max_tokens=1, draw=draw) for _ in range(LIMITS.max_queue)]
+        engine.submit(gone)
+        last = Job([1], max_tokens=1, draw=draw)
+        with pytest.raises(BusyError, match="are waiting"):
+            engine.submit([last])
+        for job in gone:
+            job.cancel()
+        engine.submit([last])
+        read = engine.batch.prompt_tokens_read
+        held.free.set()
+        assert last.future.result(60).ended in ("length", "eos")
+    assert engine.batch.prompt_tokens_read - read <= 1
+
+
 def test_a_client_that_goes_ends_its_completion(engine, url, monkeypatch):
     with monkeypatch.context() as patch:
         held = Held(patch)
@@ -487,6 +537,14 @@ def test_an_error_of_a_batch_fails_its_requests_alone(engine, client, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Job, "begin", lambda *_: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="model failed"):
+            client.completions.create(**body())
+        patch.setattr(Job, "begin", lambda *_: [].index("a fault of this program"))
+        with pytest.raises(openai.InternalServerError, match="log says why") as failed:
+            client.completions.create(**body())
+    assert "not in list" not in str(failed.value) and "not in list" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr("espalier.trainers.decoding.prefill._memory_limit", lambda _: 10)
+        with pytest.raises(openai.BadRequestError, match="give a shorter prompt"):
             client.completions.create(**body())
     assert client.completions.create(**body()).choices[0].index == 0
 

@@ -206,7 +206,7 @@ def test_an_encoder_decoder_reads_inputs_of_every_length():
     want = by_themselves(model, params, decoder_start=2)
     batch = make_batch(model, params, prefill_chunk=None, decoder_start=2)
     check(continued(batch), want)
-    assert batch.most_bytes[1] == batch.prefixes.size == 0
+    assert batch.most_bytes[1:] == (0, 0) and batch.prefixes.size == 0
     for options in ({"prefix_bytes": 1}, {"prefill_chunk": 16}):
         with pytest.raises(ValueError, match="An encoder reads each prompt whole"):
             make_batch(model, params, **{"prefill_chunk": None, **options})
@@ -232,13 +232,38 @@ def test_a_row_that_has_no_memory_leaves_the_others_as_they_are(batch, monkeypat
     assert batch.keys == ["a"] and first + batch.advance(16)["a"].tokens == want
 
 
+def test_a_prompt_that_is_read_in_parts_and_gets_no_row_leaves_the_others(batch, monkeypatch):
+    """One row has room; the batch would grow for the prompt while the first parts of it are read."""
+    draw = Draw(seed=0, temperature=0.0)
+    want = batch.join("a", PROMPTS[0], draw, 12).tokens + batch.advance(16)["a"].tokens
+
+    def of_one_row(_, length, size):
+        if size > 1:
+            raise TooLargeError(f"{size} rows")
+
+    found = batch.join("a", PROMPTS[0], draw, 12).tokens
+    between = lambda: found.extend(batch.advance(1)["a"].tokens)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_check_memory", of_one_row)
+        with pytest.raises(TooLargeError, match="3 rows"):
+            batch.join("b", [1, *SYSTEM], draw, 5, together=3, between=between)
+        assert len(found) == 2 and batch.keys == ["a"]
+        found += batch.advance(16)["a"].tokens
+        # By itself it has room, though others are expected.
+        assert batch.join("b", [1, *SYSTEM], draw, 5, together=3).tokens
+        batch.leave("b")
+    assert found == want
+
+
 def test_the_memory_that_is_told_is_that_of_the_largest_batch(model, params):
     """Two layers of one head of 8: keys and values of float32, of 256 slots, or 4 where the window is as long."""
     batch = make_batch(model, params, prefix_bytes=5)
-    of_rows, of_prefixes = batch.most_bytes
+    of_rows, of_prompt, of_prefixes = batch.most_bytes
     keys_and_values = 3 * 2 * 8 * 4 * (256 + 4)
     positions = 3 * 4 * (256 + 4)
     assert 0 < of_rows - keys_and_values - positions < 200 and of_prefixes == 5
+    # One row of 256 slots in each layer, with a window too, in which the longest prompt is read.
+    assert 0 <= of_prompt - (2 * 2 * 8 * 4 * 256 + 2 * 4 * 256) < 50
 
 
 def test_the_least_recently_used_prompt_is_dropped():

@@ -181,6 +181,7 @@ from espalier.launch.papers.shared.claim import Claim, Planned
 from espalier.launch.papers.shared.results import Results, compare
 
 TITLE, SEEDS, SWEEPS, EARLIER = "Two parts", (5,), {}, ()
+MEANWHILE = []
 PARTS = {"one": "a part", "two": "another"}
 
 
@@ -190,6 +191,8 @@ class Runs(Results):
 
 
 def run(*, model_dir, seeds, parts, **settings):
+    for meanwhile in MEANWHILE:
+        meanwhile()
     gains = {"a": 0.0, "b": 1.0}
     return {
         part: [
@@ -274,6 +277,24 @@ def test_parts_of_a_paper_run_at_different_times_and_a_page_has_both(tmp_path, m
     )
     # The criteria of the first part are those of its own first run.
     assert record["criteria"]["date"] == first["criteria"]["date"]
+    # A part that is written while another one runs is on the page too, with the date of its own criteria.
+    (tmp_path / "there/two").mkdir()
+    shutil.rmtree(out)
+    experiment = sys.modules[f"{papers.__name__}.two_parts.experiment"]
+
+    def meanwhile():
+        experiment.MEANWHILE.clear()
+        assert reproduced("one", "here") == 0
+
+    experiment.MEANWHILE.append(meanwhile)
+    other = dict.fromkeys(("date", "commit"), "2026-01-01 00:00 UTC")
+    fixed = tmp_path / "here/criteria.json"
+    fixed.write_text(json.dumps(json.loads(fixed.read_text()) | other))
+    (tmp_path / "here/one").mkdir()
+    assert reproduced("two", "there") == 0
+    both = json.loads((out / "two_parts/results.json").read_text())
+    assert both["measured"] == record["measured"] and len(both["command"].splitlines()) == 2
+    assert both["criteria"]["later"]["one"]["date"] == other["date"]
     # A part whose bound is another now is not kept, and nothing is lost.
     written("0.6")
     assert reproduced("two", "elsewhere") == 2
@@ -282,7 +303,7 @@ def test_parts_of_a_paper_run_at_different_times_and_a_page_has_both(tmp_path, m
         "has the parts one, and the claim A1 changed since they were judged" in error
         and "--out" in error
     )
-    assert json.loads((out / "two_parts/results.json").read_text()) == record
+    assert json.loads((out / "two_parts/results.json").read_text()) == both
 
 
 def test_results_are_one_table_with_pairs_of_the_seeds_that_all_arms_have():
