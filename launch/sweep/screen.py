@@ -147,7 +147,7 @@ def _running(runs: Sequence[Progress]) -> Table:
 
 
 def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
-    """Returns the estimated remaining seconds of the sweep, from finished runs; None if no rate is known yet."""
+    """Returns the estimated remaining seconds of the sweep, from the median run; None if no rate is known yet."""
     open_states = (RunState.RUNNING, RunState.WAITING, RunState.STOPPED)
     # Made runs are ignored: their time is unknown, and short compared with training.
     unfinished = [run for run in runs if run.state in open_states and not run.planned.run.made]
@@ -163,7 +163,7 @@ def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
         return None
     total = sum(
         ((run.planned.total_steps or 0) - run.step)
-        * statistics.fmean(by_kind.get(run.planned.run.kind, rates))
+        * statistics.median(by_kind.get(run.planned.run.kind, rates))
         for run in unfinished
     )
     return total / min(workers, len(unfinished))
