@@ -1,6 +1,6 @@
 """Tries every benchmark beside its peer with --tiny, each in a process of its own: `make bench-smoke`.
 
-A line says of each whether it ran, or what it lacks. The exit status is 1 if one failed for another reason than a peer or a
+A line begins with each, and says whether it ran, or what it lacks. The exit status is 1 if one failed for another reason than a peer or a
 device that is not there.
 """
 
@@ -17,6 +17,7 @@ def main() -> int:
     """Runs all benchmarks; returns the exit status."""
     failed = 0
     for name in bench.BENCHMARKS:
+        print(f"{name:16}", end=" ", flush=True)
         began = time.monotonic()
         command = [sys.executable, "-m", "tests.benchmarks", name, "--tiny"]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -26,7 +27,7 @@ def main() -> int:
             lacks = any(words in error for words in _LACKS)
             failed += not lacks
             said = f"{'not here' if lacks else 'FAILED'}: {error or result.stderr[-300:]}"
-        print(f"{name:16} {time.monotonic() - began:5.0f} s  {said}", flush=True)
+        print(f"{time.monotonic() - began:5.0f} s  {said}", flush=True)
     return bool(failed)
 
 
