@@ -100,7 +100,7 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
         suite = scores.find(suite_name).only(flags.groups)
     except ValueError as error:
         raise SuiteError(f"--groups: {error}") from None
-    measured = code_results(flags.code_results or (), load_run.place(checkpoint))
+    measured = code_results(flags.code_results or (), load_run.place(checkpoint), params)
     present, missing = _data(suite, measured, flags.data_dir)
     if not present and not measured:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
@@ -127,12 +127,14 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
         row_files.write_json(flags.json, document)
 
 
-def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, Any]]:
+def code_results(
+    files: Sequence[str], step: Any = None, params: str | None = None
+) -> dict[str, dict[str, Any]]:
     """Returns {"score": pass@1, "n": problems} by benchmark, from files written by espalier evaluate code --json.
 
     Args:
       files: paths of the files.
-      step: the step directory that must have the results; None for any.
+      step, params: the step directory and the choice of its parameters that must have the results; None for any.
 
     Raises:
       SuiteError: a file that is not such a result or is of another checkpoint, or two files for one benchmark.
@@ -143,7 +145,8 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
             result = json.loads(pathlib.Path(path).read_bytes())
             name, value = result["problems"], float(result["pass_at_k"]["1"])
             count = int(result["num_problems"])
-            of = result.get("settings", {}).get("checkpoint")
+            made_with = result.get("settings", {})
+            of, chosen = made_with.get("checkpoint"), made_with.get("params")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SuiteError(
                 f"--code_results={path} is not a file of espalier evaluate code --json with k=1 "
@@ -157,6 +160,11 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
             raise SuiteError(
                 f"--code_results={path} is of the checkpoint {of}, not of {step}: evaluate this one with "
                 "espalier evaluate code."
+            )
+        if None not in (params, chosen) and chosen != params:
+            raise SuiteError(
+                f"--code_results={path} was made with --params={chosen}, and the other benchmarks have --params={params}: "
+                "evaluate both with the same."
             )
         results[name] = {"score": value, "n": count}
     return results

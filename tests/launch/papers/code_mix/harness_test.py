@@ -104,9 +104,11 @@ def test_code_results_of_another_form_are_refused(tmp_path, results):
 
 def test_code_results_of_another_checkpoint_are_refused(tmp_path):
     path = tmp_path / "mbpp.json"
-    settings = {"checkpoint": str(tmp_path / "run" / "10")}
+    settings = {"checkpoint": str(tmp_path / "run" / "10"), "params": "ema"}
     found = {"problems": "mbpp", "num_problems": 20, "pass_at_k": {"1": 0.5}, "settings": settings}
     path.write_text(json.dumps(found))
     assert harness.code_results([str(path)], tmp_path / "run" / "10")["mbpp"]["score"] == 0.5
     with pytest.raises(harness.SuiteError, match="is of the checkpoint .*, not of "):
         harness.code_results([str(path)], tmp_path / "run" / "20")
+    with pytest.raises(harness.SuiteError, match="made with --params=ema, .* have --params=raw"):
+        harness.code_results([str(path)], tmp_path / "run" / "10", "raw")
