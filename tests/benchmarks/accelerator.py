@@ -139,7 +139,8 @@ def _decoding(reports: Reports, peak: float | None) -> dict[str, Any]:
 
 def _kernels(reports: Reports, peak: float | None) -> dict[str, Any]:
     result = {}
-    for name in reports["ours"][0].keys() - {"other_load"}:
+    kernels = [name for name, one in reports["ours"][0].items() if isinstance(one, Mapping)]
+    for name in kernels:  # the rest is of the process
         sides = [side for side, of in reports.items() if name in of[0]]
         seconds = {side: [one[name]["seconds"] for one in reports[side]] for side in sides}
         flops = reports["ours"][0][name]["flops"]

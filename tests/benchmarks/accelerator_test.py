@@ -17,7 +17,7 @@ def here(command, env=None):
     *_, what, argument = command
     return {
         **getattr(accelerator_jax, what)(json.loads(argument)),
-        "other_load": 0.0,
+        **{"other_load": 0.0, "process_cpu_s": 1.0},
     }
 
 
@@ -69,7 +69,7 @@ def stand_ins(monkeypatch):
             cache = {"prefill_seconds": 1.0, "cache_bytes": 9}
             return {"full": {**one, **cache}, "snapkv": {**one, **cache, "seconds": 0.5}}
         if work["kind"] in ("attention", "experts"):
-            return {"causal": one, "other_load": 0.0}
+            return {"causal": one, "other_load": 0.0, "process_cpu_s": 1.0}
         if work["kind"] == "dpo":
             raise compare.PeerError("out of memory")
         return {**one, "peak_memory_mb": 1.0}
