@@ -139,6 +139,7 @@ class RunningBatch:
         self._reading: Any = (
             None  # shapes of what holds the prompt that is read, which then needs a row
         )
+        self._shapes: dict[int, Any] = {}  # of the slots in which a prompt is read, by their number
         self._keys: list[Hashable | None] = []  # whose each row is
         self._needs: dict[Hashable, int] = {}  # slots of each
         self._programs: dict[str, Any] = {
@@ -301,7 +302,10 @@ class RunningBatch:
         """Returns the shapes of the slots in which a prompt of so many tokens is read; none of an encoder."""
         if self._model.row.encodes:
             return []
-        return jax.eval_shape(lambda: self._row(_power(tokens)))
+        length = _power(tokens)
+        if length not in self._shapes:
+            self._shapes[length] = jax.eval_shape(lambda: self._row(length))
+        return self._shapes[length]
 
     def _read(self, prompt: Sequence[int], between: Callable[[], None]) -> Any:
         """Returns (logits_PV, caches, context) after a prompt, which is in every row."""
