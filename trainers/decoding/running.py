@@ -136,9 +136,7 @@ class RunningBatch:
         self.prefixes = Prefixes(prefix_bytes)
         self._rows: _Rows | None = None
         self._slots = 0
-        self._reading: Any = (
-            None  # shapes of what holds the prompt that is read, which then needs a row
-        )
+        self._reading: Any = None  # shapes of the prompt that is read, which then needs a row
         self._shapes: dict[int, Any] = {}  # of the slots in which a prompt is read, by their number
         self._keys: list[Hashable | None] = []  # whose each row is
         self._needs: dict[Hashable, int] = {}  # slots of each
