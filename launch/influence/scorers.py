@@ -224,7 +224,7 @@ class Lexical:
             scores = self.score(wanted, texts)
         except ImportError:
             raise LoadError(
-                "--method=bm25 needs bm25s: pip install 'espalier-lm[influence]'."
+                "--method=bm25 needs bm25s: pip install -e '.[influence]'."
             ) from None
         return ({"scores": row.tolist()} for row in scores[skip:])
 
