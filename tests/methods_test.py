@@ -354,7 +354,8 @@ HEAD = """# Methods together
 Files of `t5x_configs/methods/` given after each other add up, in any order. Those below are refused before a run starts: two
 methods that bind one thing to different values, or a method that would change nothing. Files of different runs
 (the last table) do not meet. `python -m tests.methods_test` writes this page, and `tests/methods_test.py` checks
-all ordered pairs.
+all ordered pairs. Two files are in no table: `adapters/adapters_base`, a part of other files, and
+`quantised/quantised_training`, which needs the extra `quantised`.
 
 | methods | reason |
 |---|---|"""

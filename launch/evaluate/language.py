@@ -5,8 +5,8 @@ Example, on answers of espalier generate to prompts with a "language", such as {
   espalier evaluate language --inputs=answers.jsonl --json=/tmp/language.json
 
 A text passes if all of its lines do. Lines of fewer than 15 letters (5 of Chinese, Japanese or Korean), code between
-fences and addresses are not judged; of a short text its script is. The detector `lingua` (pip install
-'espalier-lm[languages]') knows the 23 languages of data/languages/table.py; `script` needs no package and compares only
+fences and addresses are not judged; of a short text its script is. The detector `lingua` (pip install -e
+'.[languages]') knows the 23 languages of data/languages/table.py; `script` needs no package and compares only
 the scripts of letters, so that it does not tell languages of one script apart.
 """
 

@@ -9,7 +9,7 @@ the gradient of document i; a positive score means that the document makes the c
 continues when the same command runs again. The queries' gradients are in scores.jsonl.queries, and the top and bottom documents
 of each query in scores.jsonl.top.json. With --beam_pipeline_options the workers of an Apache Beam pipeline score the documents, in
 shards beside the output, which stay when it is stopped; the scores are the same. --method=bm25 needs the extra `influence` (pip
-install 'espalier-lm[influence]').
+install -e '.[influence]').
 """
 
 import argparse

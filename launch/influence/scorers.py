@@ -223,9 +223,7 @@ class Lexical:
         try:
             scores = self.score(wanted, texts)
         except ImportError:
-            raise LoadError(
-                "--method=bm25 needs bm25s: pip install 'espalier-lm[influence]'."
-            ) from None
+            raise LoadError("--method=bm25 needs bm25s: pip install -e '.[influence]'.") from None
         return ({"scores": row.tolist()} for row in scores[skip:])
 
     def notes(self) -> list[str]:

@@ -1,7 +1,7 @@
 """lm-evaluation-harness with the runs of this project as `--model espalier`.
 
 Example, after a run in /tmp/espalier_tiny (see espalier train --help) and
-`pip install 'espalier-lm[eval]'`:
+`pip install -e '.[eval]'`:
 
   espalier lm_eval --model espalier --model_args checkpoint=/tmp/espalier_tiny --tasks my_task \\
     --include_path my_tasks

@@ -342,7 +342,7 @@ class Sentences:
         except ImportError:
             raise EmbeddingsError(
                 "--encoder=sentences needs the package sentence-transformers, which is not installed: "
-                "pip install 'espalier-lm[sentences]', or choose --encoder=ngrams or model"
+                "pip install -e '.[sentences]', or choose --encoder=ngrams or model"
             ) from None
         self.settings = {**settings, "digest": _folder_digest(folder)}
         self._batch_size = batch_size

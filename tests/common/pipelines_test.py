@@ -85,7 +85,7 @@ def test_workers_on_this_machine_see_its_files():
     importlib.util.find_spec("apache_beam") is not None, reason="Apache Beam is installed"
 )
 def test_a_missing_extra_is_one_error(tmp_path):
-    with pytest.raises(PipelineError, match=r"pip install 'espalier-lm\[beam\]'"):
+    with pytest.raises(PipelineError, match=r"pip install -e '\.\[beam\]'"):
         pipelines.run(Squares(str(tmp_path)).steps(), beam_options=["--runner=DirectRunner"])
 
 

@@ -76,7 +76,7 @@ def _bucket(bench: Bench, scheme: str) -> Iterator[_Bucket]:
     """
     package = object_stores.PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
-        raise NotTried(f"{package} is not installed (pip install 'espalier-lm[test_stores]')")
+        raise NotTried(f"{package} is not installed (pip install -e '.[test_stores]')")
     plan = bench.folder / "plan.json"
     reading, writing = os.pipe()
 

@@ -330,7 +330,7 @@ class _TrackerWriter:
         except ImportError:
             raise WriterError(
                 f"{type(self).__name__} needs the package {self._package}, which is not installed: "
-                f"pip install 'espalier-lm[{self._package}]', or remove the writer from the configuration."
+                f"pip install -e '.[{self._package}]', or remove the writer from the configuration."
             ) from None
         self._run = package.init(project=project, name=name, config=config, **settings)
 

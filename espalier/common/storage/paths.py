@@ -129,7 +129,7 @@ def _filesystem(scheme: str) -> Any:
         return fsspec.filesystem(scheme)
     except ImportError:
         raise StoreError(
-            f"{scheme}:// needs the package {package}, which is not installed: pip install 'espalier-lm[{extra}]'."
+            f"{scheme}:// needs the package {package}, which is not installed: pip install -e '.[{extra}]'."
         ) from None
     except Exception as error:
         raise _error(f"{scheme}://", error) from error

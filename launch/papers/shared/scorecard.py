@@ -54,9 +54,9 @@ def write(reproductions: pathlib.Path, out: pathlib.Path, readme: pathlib.Path) 
     records = {slug: record for slug, record in today.items() if slug not in begun}
     there = os.path.relpath(reproductions, out.parent)
     total = totals(records)
-    if begun:
-        named = "; ".join(f"{slug} (without {', '.join(parts)})" for slug, parts in begun.items())
-        total += f" Judged in part so far, and not counted: {named}."
+    for slug, parts in begun.items():
+        named = ", ".join(f"`{part}`" for part in parts)
+        total += f" {slug} is judged in part so far, and not counted, since these parts have not run: {named}."
     if older := [slug for slug in every if slug not in today]:
         total += f" Not run under these rules yet, and not counted: {', '.join(older)}. Their pages are of an earlier round."
     text = [
@@ -192,7 +192,8 @@ def _learned(records: Mapping[str, Any], there: str, total: str, card: str) -> l
     return [
         *("# What we learned from ten reproductions", ""),
         "The main effect of each paper beside the same number of small models that this project trains on two cores in",
-        "an hour or two: the paper's sign and order are asked, and its size is shown. `espalier report --all` writes this page.",
+        "an hour or two. The reading asks whether the effect has the paper's sign and order (which of the compared models is",
+        "ahead of which); its size is shown only for comparison. `espalier report --all` writes this page.",
         *("", total, f"Every claim: [the scorecard]({card}).", "", f"![{_ALT}]({_FIGURE})", ""),
         *page.table(("paper", "main effect", "the paper", "here", "reading", "why"), rows),
         *(f"{words}.", ""),

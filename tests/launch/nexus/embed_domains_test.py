@@ -275,7 +275,7 @@ def test_a_sentence_encoder(embed, sentence_package, tmp_path):
 def test_without_the_package_the_remedy_is_named(embed, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     message = embed("--encoder=sentences", f"--sentence_model={tmp_path}")
-    assert "pip install 'espalier-lm[sentences]'" in message
+    assert "pip install -e '.[sentences]'" in message
 
 
 def test_controls_need_no_documents(embed):

@@ -236,7 +236,7 @@ TRACKERS = {"wandb": metric_writers.WandbWriter, "trackio": metric_writers.Track
 def test_a_missing_tracker_is_one_clear_error(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        metric_writers.WriterError, match=rf"Writer needs .*espalier-lm\[{package}\]"
+        metric_writers.WriterError, match=rf"Writer needs .*pip install -e '\.\[{package}\]'"
     ):
         TRACKERS[package](project="x")
 
