@@ -115,6 +115,14 @@ def find(tag: str) -> Language:
     return language
 
 
+def name_of(tag: str) -> str:
+    """Returns the English name of the language of a tag, such as pt-BR; the tag itself for another than the 23."""
+    try:
+        return find(tag).name
+    except ValueError:
+        return tag
+
+
 def of_source(name: str) -> Language | None:
     """Returns the language of a task of data/text, such as lang_cs; None for another task."""
     return next((one for one in _ALL if name in one.sources), None)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt
+from espalier.data.languages import table
 from espalier.launch.inference import row_files
 from espalier.launch.prepare import best_of_n
 from espalier.launch.prepare.best_of_n import RewardFlags
@@ -179,11 +180,10 @@ class Rewards:
 
 
 def _pair(prompt: Prompt, answers: Answers, a: str, b: str) -> Any:
-    from espalier.launch.evaluate.judges.answers import language_name
     from espalier.launch.evaluate.judges.asking import Pair
 
     text: Any = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
-    language = "" if prompt.language == UNKNOWN else language_name(prompt.language)
+    language = "" if prompt.language == UNKNOWN else table.name_of(prompt.language)
     shown = {"a": answers[a]["text"], "b": answers[b]["text"], "language": language}
     return Pair(id=prompt.id, prompt=text, **shown, systems=(a, b))
 
