@@ -12,8 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import NonNegative, Size
-from espalier.trainers.objectives.settings import check_choice, check_not_negative, check_positive
+from espalier.common.ranges import NonNegative, Size, check_choice
+from espalier.trainers.objectives.settings import check_not_negative, check_positive
 
 _EPS = 1e-4  # added to the standard deviation of a group, as in TRL
 
