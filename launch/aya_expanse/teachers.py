@@ -12,7 +12,7 @@ from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.text.documents import DataError, check_unicode
 from espalier.data.text.splits import stable_hash
-from espalier.launch.inference.chat_endpoint import ChatEndpoint, Silence, api_key
+from espalier.launch.inference.chat_endpoint import ChatEndpoint, ChatReply, Silence, api_key
 
 IMPORTED = "imported"  # folder of an arbitrage for runs that are made of Hugging Face checkpoints
 # Requests in a row without a reply after which an endpoint is not asked further.
@@ -50,22 +50,6 @@ class SamplingFlags:
         return dataclasses.replace(self, **own)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A completion of a prompt.
-
-    Attributes:
-      text: the completion.
-      ended: "length" if it was cut at the maximum length.
-      prompt_tokens, new_tokens: numbers of tokens, None if unknown.
-    """
-
-    text: str
-    ended: str
-    prompt_tokens: int | None
-    new_tokens: int | None
-
-
 class Working(Protocol):
     """A teacher that can be asked.
 
@@ -84,7 +68,7 @@ class Working(Protocol):
     def close(self) -> None:
         """Ends `answers` in another thread, and those to come."""
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, ChatReply | Silence]]:
         """Yields (index, answer) of each prompt, in the order in which they finish.
 
         Raises:
@@ -160,7 +144,7 @@ class EndpointTeacher:
     def close(self) -> None:
         self._endpoint.close()
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, ChatReply | Silence]]:
         bodies = [
             {
                 "messages": prompt.messages,
@@ -178,15 +162,7 @@ class EndpointTeacher:
             except DataError:
                 yield i, Silence(reason="the reply is not valid Unicode")
                 continue
-            yield (
-                i,
-                Answer(
-                    text=reply.text,
-                    ended=reply.ended,
-                    prompt_tokens=reply.prompt_tokens,
-                    new_tokens=reply.new_tokens,
-                ),
-            )
+            yield i, reply
 
 
 class CheckpointTeacher:
@@ -222,7 +198,7 @@ class CheckpointTeacher:
             config = dataclasses.replace(config, chat_template=self.teacher.chat_template)
         return config.load(self._step, encoder_decoders=True)
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, ChatReply | Silence]]:
         from espalier.launch.inference import generate
         from espalier.launch.load import load_run
         from espalier.trainers.decoding.settings import Sampling, Settings
@@ -265,7 +241,7 @@ class CheckpointTeacher:
             for r, row in zip(order, continued, strict=True):
                 i = places[r]
                 tokens = {"prompt_tokens": lengths[i], "new_tokens": len(row["tokens"])}
-                yield i, Answer(text=row["text"], ended=row["ended"], **tokens)
+                yield i, ChatReply(text=row["text"], ended=row["ended"], **tokens)
 
 
 def row_of(loaded: Any, prompt: Prompt) -> dict[str, Any]:
