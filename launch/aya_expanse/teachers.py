@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
+from espalier.data.cache import fingerprint
 from espalier.data.text.documents import DataError, check_unicode
 from espalier.data.text.splits import stable_hash
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, ChatReply, Silence, api_key
@@ -78,8 +77,7 @@ class Working(Protocol):
 
 def key_of(working: Working, prompt: Prompt) -> str:
     """Returns the digest of everything that a completion depends on."""
-    content = [working.identity, prompt.prompt, working.sampling.seed]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return fingerprint.of_json([working.identity, prompt.prompt, working.sampling.seed])[:32]
 
 
 def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Working:
