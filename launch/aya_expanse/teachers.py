@@ -244,12 +244,8 @@ class CheckpointTeacher:
 
 def row_of(loaded: Any, prompt: Prompt) -> dict[str, Any]:
     """Returns a prompt as a row of `espalier generate`: messages if the model converses, else a text."""
-    converses = (
-        loaded.config.chat_template is not None
-        or getattr(loaded.vocabulary, "chat_template", None) is not None
-        or not isinstance(prompt.prompt, str)
-    )
-    return {"messages": prompt.messages} if converses else {"text": prompt.prompt}
+    is_chat = loaded.config.converses or not isinstance(prompt.prompt, str)
+    return {"messages": prompt.messages} if is_chat else {"text": prompt.prompt}
 
 
 def _checked_length(loaded: Any, row: Mapping[str, Any], prompt: Prompt, new: int) -> int:
