@@ -17,11 +17,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
 from espalier.launch.load import load_run, side_by_side
-from espalier.launch.load.load_run import LoadError, RunConfig
+from espalier.launch.load.load_run import RunConfig
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +65,8 @@ def evaluate(
     tasks: Sequence[str],
     params: str = "auto",
     split: str = "validation",
-    num_examples: int | None = None,
-    max_new_tokens: int = 128,
+    num_examples: Size | None = None,
+    max_new_tokens: Size = 128,
     json: setting_flags.File | None = None,
     output: str | None = None,
     adapter: Sequence[str] = (),
@@ -89,7 +90,7 @@ def evaluate(
       {task: {"examples": their number, "metrics": the results of the task's functions}}, with adapters by directory.
 
     Raises:
-      LoadError: a task that cannot be evaluated, or numbers out of range.
+      LoadError: a task that cannot be evaluated.
     """
     import jax
 
@@ -98,9 +99,6 @@ def evaluate(
 
     row_files.check_output(output, compressed=True)
     row_files.check_output(json, "json")
-    for flag, number in (("num_examples", num_examples), ("max_new_tokens", max_new_tokens)):
-        if number is not None and number < 1:
-            raise LoadError(f"--{flag}={number} must be at least 1.")
     registered = [seqio_tasks.find(name, split) for name in dict.fromkeys(tasks)]
     results: dict[str | None, dict[str, dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
