@@ -33,6 +33,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 from espalier.common import stages
+from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.load import load_run
@@ -88,7 +89,7 @@ class GenerateFlags:
     cache: Sequence[Annotated[str, "NAME=VALUE"]] = ()
     compare: bool = False
     cache_dtype: load_run.CacheDtype | None = None
-    prefill_chunk: int | None = None
+    prefill_chunk: Size | None = None
 
 
 _NEW_CHAT = "/new"  # begins another conversation
@@ -227,8 +228,6 @@ def _check(flags: argparse.Namespace) -> None:
         raise LoadError(
             "--compare needs another cache than the full one: give --cache_policy=NAME."
         )
-    if flags.prefill_chunk is not None and flags.prefill_chunk < 1:
-        raise LoadError(f"--prefill_chunk={flags.prefill_chunk} must be at least 1.")
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:

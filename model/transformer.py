@@ -199,6 +199,29 @@ def scaled_logits(model: Any, hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.
     return logits_BTV
 
 
+class LanguageHead(OfLayers, nn.Module):
+    """The head of a language model: the token table if `tie_embeddings`, else `lm_head`."""
+
+    def head_VD(self: Any) -> jax.Array:
+        """Returns the output matrix [V, D]."""
+        return self.token_embed.embedding if self.tie_embeddings else self.lm_head.embedding
+
+    def logits(self: Any, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns the scaled, soft-capped float32 logits [B, T, V] of hidden states."""
+        return scaled_logits(self, hidden_BTD, self.head_VD())
+
+    def __call__(self: Any, tokens_BT: jax.Array, **context: Any) -> jax.Array:
+        """Returns the logits [B, T, V]; arguments as in `hidden`."""
+        return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
+
+    @nn.nowrap
+    def _logits_flops(self: Any, variables: Any) -> float:
+        """Returns the FLOPs of the logits of a token."""
+        name = "token_embed" if self.tie_embeddings else "lm_head"
+        table = None if variables is None else variables["params"].get(name)
+        return flops.logits_flops(self.config, table)
+
+
 def cache_sizes_of(settings: LayerSettings, config: TransformerConfig, layer: int) -> CacheSizes:
     """Returns the sizes of the cache of layer `layer`, from its settings."""
     return {
@@ -213,7 +236,7 @@ def cache_sizes_of(settings: LayerSettings, config: TransformerConfig, layer: in
 
 
 @recordable
-class Transformer(OfLayers, nn.Module):
+class Transformer(LanguageHead):
     """Decoder-only language model.
 
     Attributes:
@@ -302,18 +325,6 @@ class Transformer(OfLayers, nn.Module):
         hidden_BTD = dropped(self, self.final_norm(x_BTD), self.dropout)
         return Hidden(hidden_BTD=hidden_BTD, caches=caches)
 
-    def head_VD(self) -> jax.Array:
-        """Returns the output matrix [V, D]."""
-        return self.token_embed.embedding if self.tie_embeddings else self.lm_head.embedding
-
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns the scaled, soft-capped float32 logits [B, T, V] of hidden states."""
-        return scaled_logits(self, hidden_BTD, self.head_VD())
-
-    def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
-        """Returns the logits [B, T, V]; arguments as in `hidden`."""
-        return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
-
     # The interface of model/protocol.py, called outside of `apply`.
 
     @property
@@ -333,10 +344,7 @@ class Transformer(OfLayers, nn.Module):
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         """Returns the FLOPs of a forward pass for one token, logits included."""
-        name = "token_embed" if self.tie_embeddings else "lm_head"
-        table = None if variables is None else variables["params"].get(name)
-        logits = flops.logits_flops(self.config, table)
-        return self.hidden_flops(row, variables) + logits
+        return self.hidden_flops(row, variables) + self._logits_flops(variables)
 
     @nn.nowrap
     def hidden_flops(self, row: Arrays, variables: Any = None) -> float:

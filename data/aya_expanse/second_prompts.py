@@ -32,7 +32,7 @@ def fusion(prompt: Prompt, texts: Mapping[str, str]) -> Prompt:
     """
     listed = "\n\n".join(f"Answer {i}:\n{text}" for i, text in enumerate(texts.values(), 1))
     asked = _FUSION.format(
-        language=_name(prompt.language), request=_request(prompt), answers=listed
+        language=table.name_of(prompt.language), request=_request(prompt), answers=listed
     )
     return dataclasses.replace(prompt, prompt=asked)
 
@@ -51,15 +51,8 @@ def in_english(prompt: Prompt) -> Prompt:
 
 def translation(prompt: Prompt, text: str) -> Prompt:
     """Returns the prompt that asks for an English text in the language of a request."""
-    asked = _TRANSLATION.format(language=_name(prompt.language), text=text)
+    asked = _TRANSLATION.format(language=table.name_of(prompt.language), text=text)
     return dataclasses.replace(prompt, prompt=asked)
-
-
-def _name(language: str) -> str:
-    try:
-        return table.find(language).name
-    except ValueError:  # another language than the 23
-        return language
 
 
 def _request(prompt: Prompt) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from espalier.common import spelling
 
-RIGHT_TO_LEFT = frozenset({"Arab", "Hebr"})  # scripts
 # Code of a writing system -> the scripts of its letters, where these are not the same; all of ISO 15924.
 _LETTERS = {
     "Jpan": frozenset({"Hira", "Kana", "Hani"}),
@@ -43,10 +42,6 @@ class Language:
         if not self.flores:
             codes = tuple(f"{self.iso3}_{system}" for system in self.writing)
             object.__setattr__(self, "flores", codes)
-
-    @property
-    def right_to_left(self) -> bool:
-        return self.writing[0] in RIGHT_TO_LEFT
 
     @property
     def scripts(self) -> frozenset[str]:
@@ -113,6 +108,14 @@ def find(tag: str) -> Language:
     if language is None:
         raise ValueError(f"unknown language {tag!r}; {spelling.nearest(text, _by_tag())}")
     return language
+
+
+def name_of(tag: str) -> str:
+    """Returns the English name of the language of a tag, such as pt-BR; the tag itself for another than the 23."""
+    try:
+        return find(tag).name
+    except ValueError:
+        return tag
 
 
 def of_source(name: str) -> Language | None:

@@ -56,6 +56,7 @@ class _Counts(NamedTuple):
 class PreferenceFiles(PromptedFiles):
     """Preference data in files, by split."""
 
+    MACRO: ClassVar[str] = "PAIRS"
     EXAMPLE: ClassVar[str] = records.PAIR
 
     # 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of
@@ -188,16 +189,6 @@ class PreferenceFiles(PromptedFiles):
                     "Add data, or change validation_fraction"
                 )
         return {"examples": examples, "dropped": dropped, "noted": noted}
-
-    def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
-        where = f"{self.name}: {self.files[split][0]}"
-        if total:
-            return DataError(
-                f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves "
-                f"none for the {split} split. Change validation_fraction (PAIRS_VALIDATION_FRACTION; 0 holds none "
-                "out), or give validation_files (PAIRS_VALIDATION)"
-            )
-        return DataError(f"{where}: there is no example ({str(dropped) or 'every file is empty'})")
 
 
 def _mismatched(

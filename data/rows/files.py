@@ -145,10 +145,25 @@ class _Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactSplit(FileSource, abc.ABC):
-    """Rows in files, by split: an exact share is held out, also of few. Numbers and hashes are counted once, and stored on disk."""
+class RowFiles(FileSource, abc.ABC):
+    """Rows in files, by split."""
 
     MACRO: ClassVar[str]  # of the files; the macros of the held-out ones begin with it
+
+    def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
+        where = f"{self.name}: {shorten(self.files[split])}"
+        if total:
+            return DataError(
+                f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves none for the {split} "
+                f"split. Change validation_fraction ({self.MACRO}_VALIDATION_FRACTION; 0 holds none out), or give "
+                f"validation_files ({self.MACRO}_VALIDATION)"
+            )
+        return DataError(f"{where}: there is no example ({str(dropped) or 'every file is empty'})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactSplit(RowFiles, abc.ABC):
+    """Rows in files, by split: an exact share is held out, also of few. Numbers and hashes are counted once, and stored on disk."""
 
     @abc.abstractmethod
     def _examples(
@@ -205,18 +220,6 @@ class ExactSplit(FileSource, abc.ABC):
                 raise self._empty(split, len(train), dropped)
         return {"examples": examples, "dropped": dropped, "held_out": sorted(held_out)}
 
-    def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
-        where = f"{self.name}: {shorten(self.files[split])}"
-        if total:
-            return DataError(
-                f"{where}: validation_fraction={self.validation_fraction} of {total} rows leaves none for the {split} "
-                f"split. Change validation_fraction ({self.MACRO}_VALIDATION_FRACTION; 0 holds none out), or give "
-                f"validation_files ({self.MACRO}_VALIDATION)"
-            )
-        return DataError(
-            f"{where}: there is no row to learn ({str(dropped) or 'every file is empty'})"
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptedSettings:
@@ -254,7 +257,7 @@ class PromptedSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptedFiles(FileSource, abc.ABC):
+class PromptedFiles(RowFiles, abc.ABC):
     """Rows with a prompt each, by split; equal prompts are in the same split."""
 
     EXAMPLE: ClassVar[str]  # a row as JSON, for error messages

@@ -8,23 +8,22 @@ for one that is read but not learnt. Other keys are ignored.
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.pieces import Piece
 from espalier.data.rows import sentences
-from espalier.data.rows.files import ExactSplit
+from espalier.data.rows.files import ExactSplit, PromptedSettings
 from espalier.data.rows.records import DegenerateError
 from espalier.data.stream import rows
+from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-from espalier.data.text.row_files import BadRows, OnBadRow, Row
+from espalier.data.text.row_files import BadRows, Row
 
 # Part of the digest of a source: raise it when the same rows become other examples.
 VERSION = 1
@@ -158,20 +157,20 @@ class ExampleFiles(ExactSplit):
         return [float(x) for x in weights]
 
 
+@with_settings(
+    PromptedSettings,
+    *("vocabulary", "validation_fraction", "on_bad_row", "data_root", "cache_dir"),
+)
 def register_examples(
     *,
     name: str,
     files: str | Sequence[str],
-    vocabulary: Any,
+    settings: PromptedSettings,
     validation_files: str | Sequence[str] | None = None,
-    validation_fraction: Fraction = 0.01,
     inputs_key: str = "inputs",
     targets_key: str = "targets",
     inputs_eos: bool = True,
     with_sentences: bool = False,
-    on_bad_row: OnBadRow = "error",
-    data_root: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
 ) -> None:
     """Registers a task over files of inputs with targets: JSON lines (also .gz and .zst) or Parquet.
 
@@ -181,30 +180,27 @@ def register_examples(
     Args:
       name: name of the task.
       files: one glob pattern or several.
-      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
       validation_files: one glob pattern or several, of held-out files.
-      validation_fraction: share of the rows to hold out, if there are no `validation_files`; rows with equal inputs are
-        in one split. 0 makes no validation split.
       inputs_key, targets_key: keys of a row.
       inputs_eos: end inputs that are texts with EOS. Targets that are texts always end with it.
       with_sentences: read an embedding of each row for routers, see data/rows/sentences.py.
-      on_bad_row: what a malformed row is: an 'error', or left out, counted and listed ('skip').
-      data_root: directory of relative patterns; None for the working directory.
-      cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    `data.rows.files.PromptedSettings` describes the other arguments; rows with equal inputs are in one split.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
       ValueError: the vocabulary has no EOS.
     """
+    vocabulary = settings.vocabulary
     tasks.check_special_ids(name, vocabulary, add_bos=False, add_eos=True)
     source = ExampleFiles.find(
         name=name,
         files=files,
         validation_files=validation_files,
-        validation_fraction=validation_fraction,
-        on_bad_row=on_bad_row,
-        data_root=data_root,
-        cache_dir=cache_dir,
+        validation_fraction=settings.validation_fraction,
+        on_bad_row=settings.on_bad_row,
+        data_root=settings.data_root,
+        cache_dir=settings.cache_dir,
         vocabulary=vocabulary,
         keys=(inputs_key, targets_key),
         inputs_eos=inputs_eos,

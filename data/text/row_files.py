@@ -233,15 +233,10 @@ def json_rows(
 
 
 def read_json_lines(
-    path: pathlib.Path,
-    *,
-    example: str = '{"text": "..."}',
-    max_bytes: int = MAX_BYTES,
-    remedy: str = "",
+    path: pathlib.Path, *, example: str = '{"text": "..."}'
 ) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a file of JSON lines; see `json_rows`."""
-    rows = json_rows(piece_of(path), example=example, max_bytes=max_bytes, remedy=remedy)
-    return ((row.number, row.content) for row in rows)
+    return ((row.number, row.content) for row in json_rows(piece_of(path), example=example))
 
 
 def _at(offset: int) -> str:

@@ -36,7 +36,7 @@ class CharacterVocabulary(Vocabulary):
     def _base_vocab_size(self) -> int:
         return len(self.symbols) + _SPECIAL
 
-    def _encode(self, s: str) -> list[int]:
+    def encode(self, s: str) -> list[int]:
         return [self._id_of.get(symbol, self.unk_id) for symbol in s]
 
     def _decode(self, ids: Iterable[int]) -> str:
@@ -59,7 +59,7 @@ class CharacterVocabulary(Vocabulary):
         points = (np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts)
         return [self._table[np.minimum(each, len(self._table) - 1)] for each in points]
 
-    def _encode_tf(self, s: Any) -> Any:
+    def encode_tf(self, s: Any) -> Any:
         import tensorflow as tf
 
         points = tf.strings.unicode_decode(s, "UTF-8")

@@ -99,7 +99,7 @@ class HFTokenizerVocabulary(Vocabulary):
             special_in_text = self.special_in_text
         return hf_tokenizer.load(self.files.content, self.extra_ids, special_in_text)
 
-    def _encode(self, s: str) -> list[int]:
+    def encode(self, s: str) -> list[int]:
         with hf_tokenizer.failures(self.files.path):
             return self._tokenizer().encode(s, add_special_tokens=False).ids
 
@@ -146,14 +146,11 @@ class HFTokenizerVocabulary(Vocabulary):
         with hf_tokenizer.failures(self.files.path):
             return self._tokenizer().decode(known, skip_special_tokens=skip_special_tokens)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.decode_all(ids)
-
-    def _encode_tf(self, s: Any) -> Any:
+    def encode_tf(self, s: Any) -> Any:
         import tensorflow as tf
 
         def encode(text: bytes) -> np.ndarray:
-            return np.asarray(self._encode(text.decode("utf-8")), np.int32)
+            return np.asarray(self.encode(text.decode("utf-8")), np.int32)
 
         ids = tf.numpy_function(encode, [s], tf.int32)
         ids.set_shape([None])
@@ -161,9 +158,6 @@ class HFTokenizerVocabulary(Vocabulary):
 
     def decode_tf(self, ids: Any) -> Any:
         """Applies `decode` along the last axis of an integer tensor; returns a string tensor."""
-        return self._decode_tf(ids)
-
-    def _decode_tf(self, ids: Any) -> Any:
         import tensorflow as tf
 
         ids = tf.convert_to_tensor(ids)

@@ -51,9 +51,9 @@ class Vocabulary(abc.ABC):
     def _base_vocab_size(self) -> int:
         """Number of ids without the extra ids, but with pad, EOS and unknown; SeqIO's name."""
 
-    def encode(self, s: str) -> Sequence[int]:
+    @abc.abstractmethod
+    def encode(self, s: str, /) -> Sequence[int]:
         """Returns the ids of a text, without BOS and EOS."""
-        return self._encode(s)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, int32 [T], as `encode` does."""
@@ -68,9 +68,9 @@ class Vocabulary(abc.ABC):
             ids = ids[: ids.index(self.eos_id) + 1]
         return self._decode(ids)
 
-    def encode_tf(self, s: Any) -> Any:
+    @abc.abstractmethod
+    def encode_tf(self, s: Any, /) -> Any:
         """Returns the ids of a string tensor, int32 [T]."""
-        return self._encode_tf(s)
 
     def decode_tf(self, ids: Any) -> Any:
         """Returns the strings of an int32 tensor [..., T], each up to its first EOS."""
@@ -86,17 +86,11 @@ class Vocabulary(abc.ABC):
             ids = tf.where(tf.cast(after, tf.bool), self.pad_id, ids)
         return self._decode_tf(ids)
 
-    @abc.abstractmethod
-    def _encode(self, s: Any, /) -> Any: ...
+    def _decode(self, ids: Any, /) -> Any:
+        raise NotImplementedError
 
-    @abc.abstractmethod
-    def _decode(self, ids: Any, /) -> Any: ...
-
-    @abc.abstractmethod
-    def _encode_tf(self, s: Any, /) -> Any: ...
-
-    @abc.abstractmethod
-    def _decode_tf(self, ids: Any, /) -> Any: ...
+    def _decode_tf(self, ids: Any, /) -> Any:
+        raise NotImplementedError
 
 
 def as_list(ids: Iterable[int]) -> list[int]:
@@ -125,7 +119,7 @@ class PassThroughVocabulary(Vocabulary):
     def _same(self, value: Any, /) -> Any:
         return value
 
-    _encode = _decode = _encode_tf = _decode_tf = _same
+    encode = encode_tf = _decode = _decode_tf = _same
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PassThroughVocabulary) and vars(self) == vars(other)
@@ -147,7 +141,7 @@ class ByteVocabulary(Vocabulary):
     def _base_vocab_size(self) -> int:
         return 256 + _SPECIAL
 
-    def _encode(self, s: str | bytes) -> list[int]:
+    def encode(self, s: str | bytes) -> list[int]:
         return [byte + _SPECIAL for byte in (s if isinstance(s, bytes) else s.encode())]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -160,7 +154,7 @@ class ByteVocabulary(Vocabulary):
         known = (int(id) - _SPECIAL for id in ids)
         return bytes(byte for byte in known if 0 <= byte < 256).decode("utf-8", "ignore")
 
-    def _encode_tf(self, s: Any) -> Any:
+    def encode_tf(self, s: Any) -> Any:
         import tensorflow as tf
 
         return tf.cast(tf.io.decode_raw(s, tf.uint8), tf.int32) + _SPECIAL
@@ -248,7 +242,7 @@ class SentencePieceVocabulary(Vocabulary):
 
         return tf_text.SentencepieceTokenizer(model=self.sp_model)
 
-    def _encode(self, s: str) -> list[int]:
+    def encode(self, s: str) -> list[int]:
         return self.tokenizer.EncodeAsIds(s)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -259,7 +253,7 @@ class SentencePieceVocabulary(Vocabulary):
         size, unknown = self._base_vocab_size, self.unk_id
         return self.tokenizer.DecodeIds([unknown if id >= size else int(id) for id in ids])
 
-    def _encode_tf(self, s: Any) -> Any:
+    def encode_tf(self, s: Any) -> Any:
         return self.tf_tokenizer.tokenize(s)
 
     def _decode_tf(self, ids: Any) -> Any:

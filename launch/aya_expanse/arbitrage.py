@@ -36,6 +36,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.aya_expanse.teachers import SamplingFlags
 from espalier.launch.config import setting_flags
@@ -89,11 +90,11 @@ class ArbitrageFlags:
     router: str | None = None
     tau: float = 0.1
     languages: str | None = None
-    per_language: int | None = None
+    per_language: Size | None = None
     language_of: str | None = None
     keep_cut: bool = False
     form: Literal["messages", "prompt"] = "messages"
-    attempts: int = 2
+    attempts: Size = 2
 
     def __post_init__(self):
         if (self.teacher is None) == (self.routing in ("single", "translated")):
@@ -108,8 +109,6 @@ class ArbitrageFlags:
             raise ArbitrageError("--router=FILE is for --routing=learned with --per=prompt.")
         if not 0 < self.subset < 1:
             raise ArbitrageError(f"--subset={self.subset} must be between 0 and 1.")
-        if self.attempts < 1 or (self.per_language is not None and self.per_language < 1):
-            raise ArbitrageError("--attempts and --per_language must be at least 1.")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

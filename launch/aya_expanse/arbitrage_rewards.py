@@ -1,14 +1,14 @@
 """Rewards of the answers of a pool of teachers: exact scorers, reward models, and judges of pairs. Each is stored once."""
 
 import functools
-import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt
+from espalier.data.cache import fingerprint
+from espalier.data.languages import table
 from espalier.launch.inference import row_files
 from espalier.launch.prepare import best_of_n
 from espalier.launch.prepare.best_of_n import RewardFlags
@@ -63,7 +63,7 @@ class Rewards:
             step = str(step_dir.resolve(checkpoint))
             text = load_run.configuration_of(step).text
             identity = weights_identity(step, settings=text, params="auto")
-        return _digest([identity, flags.missing_end_penalty])
+        return fingerprint.of_json([identity, flags.missing_end_penalty])[:32]
 
     def __call__(
         self, prompts: Sequence[Prompt], answers: Sequence[Answers]
@@ -78,7 +78,7 @@ class Rewards:
         with row_files.resumed(self._folder / REWARDS) as file:
             stored = {row.get("key"): row.get("reward") for _, row in file.rows}
             keys = {
-                (p, name): _digest([row["key"], self.version])
+                (p, name): fingerprint.of_json([row["key"], self.version])[:32]
                 for p, by_name in enumerate(answers)
                 for name, row in by_name.items()
             }
@@ -179,14 +179,9 @@ class Rewards:
 
 
 def _pair(prompt: Prompt, answers: Answers, a: str, b: str) -> Any:
-    from espalier.launch.evaluate.judges.answers import language_name
     from espalier.launch.evaluate.judges.asking import Pair
 
     text: Any = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
-    language = "" if prompt.language == UNKNOWN else language_name(prompt.language)
+    language = "" if prompt.language == UNKNOWN else table.name_of(prompt.language)
     shown = {"a": answers[a]["text"], "b": answers[b]["text"], "language": language}
     return Pair(id=prompt.id, prompt=text, **shown, systems=(a, b))
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -14,8 +14,8 @@ from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.text.documents import DataError
 from espalier.launch import input_errors
-from espalier.launch.aya_expanse.teachers import Answer, Working, key_of
-from espalier.launch.inference.chat_endpoint import Silence
+from espalier.launch.aya_expanse.teachers import Working, key_of
+from espalier.launch.inference.chat_endpoint import ChatReply, Silence
 from espalier.launch.inference.row_files import ResumedRows
 
 
@@ -151,7 +151,7 @@ def _ask_one(
         Bar.write(f"warning: {working.teacher.name} failed: {reason}", file=sys.stderr)
 
 
-def _row(working: Working, prompt: Prompt, answer: Answer | Silence, key: str) -> dict[str, Any]:
+def _row(working: Working, prompt: Prompt, answer: ChatReply | Silence, key: str) -> dict[str, Any]:
     teacher: Teacher = working.teacher
     about = {
         "key": key,

@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
+from espalier.data.cache import fingerprint
 from espalier.data.text.documents import DataError, check_unicode
 from espalier.data.text.splits import stable_hash
-from espalier.launch.inference.chat_endpoint import ChatEndpoint, Silence, api_key
+from espalier.launch.inference.chat_endpoint import ChatEndpoint, ChatReply, Silence, api_key
 
 IMPORTED = "imported"  # folder of an arbitrage for runs that are made of Hugging Face checkpoints
 # Requests in a row without a reply after which an endpoint is not asked further.
@@ -50,22 +49,6 @@ class SamplingFlags:
         return dataclasses.replace(self, **own)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A completion of a prompt.
-
-    Attributes:
-      text: the completion.
-      ended: "length" if it was cut at the maximum length.
-      prompt_tokens, new_tokens: numbers of tokens, None if unknown.
-    """
-
-    text: str
-    ended: str
-    prompt_tokens: int | None
-    new_tokens: int | None
-
-
 class Working(Protocol):
     """A teacher that can be asked.
 
@@ -84,7 +67,7 @@ class Working(Protocol):
     def close(self) -> None:
         """Ends `answers` in another thread, and those to come."""
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, ChatReply | Silence]]:
         """Yields (index, answer) of each prompt, in the order in which they finish.
 
         Raises:
@@ -94,8 +77,7 @@ class Working(Protocol):
 
 def key_of(working: Working, prompt: Prompt) -> str:
     """Returns the digest of everything that a completion depends on."""
-    content = [working.identity, prompt.prompt, working.sampling.seed]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return fingerprint.of_json([working.identity, prompt.prompt, working.sampling.seed])[:32]
 
 
 def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Working:
@@ -160,7 +142,7 @@ class EndpointTeacher:
     def close(self) -> None:
         self._endpoint.close()
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, ChatReply | Silence]]:
         bodies = [
             {
                 "messages": prompt.messages,
@@ -178,15 +160,7 @@ class EndpointTeacher:
             except DataError:
                 yield i, Silence(reason="the reply is not valid Unicode")
                 continue
-            yield (
-                i,
-                Answer(
-                    text=reply.text,
-                    ended=reply.ended,
-                    prompt_tokens=reply.prompt_tokens,
-                    new_tokens=reply.new_tokens,
-                ),
-            )
+            yield i, reply
 
 
 class CheckpointTeacher:
@@ -222,7 +196,7 @@ class CheckpointTeacher:
             config = dataclasses.replace(config, chat_template=self.teacher.chat_template)
         return config.load(self._step, encoder_decoders=True)
 
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, ChatReply | Silence]]:
         from espalier.launch.inference import generate
         from espalier.launch.load import load_run
         from espalier.trainers.decoding.settings import Sampling, Settings
@@ -265,17 +239,13 @@ class CheckpointTeacher:
             for r, row in zip(order, continued, strict=True):
                 i = places[r]
                 tokens = {"prompt_tokens": lengths[i], "new_tokens": len(row["tokens"])}
-                yield i, Answer(text=row["text"], ended=row["ended"], **tokens)
+                yield i, ChatReply(text=row["text"], ended=row["ended"], **tokens)
 
 
 def row_of(loaded: Any, prompt: Prompt) -> dict[str, Any]:
     """Returns a prompt as a row of `espalier generate`: messages if the model converses, else a text."""
-    converses = (
-        loaded.config.chat_template is not None
-        or getattr(loaded.vocabulary, "chat_template", None) is not None
-        or not isinstance(prompt.prompt, str)
-    )
-    return {"messages": prompt.messages} if converses else {"text": prompt.prompt}
+    is_chat = loaded.config.converses or not isinstance(prompt.prompt, str)
+    return {"messages": prompt.messages} if is_chat else {"text": prompt.prompt}
 
 
 def _checked_length(loaded: Any, row: Mapping[str, Any], prompt: Prompt, new: int) -> int:

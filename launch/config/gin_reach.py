@@ -27,10 +27,10 @@ from espalier.launch.config.parameters import Wrapper, passed, wrapper
 from espalier.launch.config.values import Place, Problem, leaves, scoped
 
 # Entry functions, with the arguments that their commands always pass from flags.
-_OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
+_OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json")
 FLAGS: dict[str, tuple[str, ...]] = {
     "espalier.launch.evaluate.held_out.evaluate": _OF_EVALUATE,
-    "espalier.launch.evaluate.ranks.evaluate": ("checkpoint", "params", "json_file", "adapter"),
+    "espalier.launch.evaluate.ranks.evaluate": ("checkpoint", "params", "json", "adapter"),
 }
 
 

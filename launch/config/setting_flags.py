@@ -149,9 +149,25 @@ def add(
 def given(
     flags: argparse.Namespace, target: Callable[..., Any], names: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Returns the arguments of a dataclass or function that the user set by flags, by name."""
-    names = names or inspect.signature(target).parameters
-    return {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+    """Returns the arguments of a dataclass or function that the user set by flags, by name.
+
+    Raises:
+      ValueError: a number below the least one of its type, such as `common.ranges.Size`.
+    """
+    parameters = inspect.signature(target).parameters
+    values = {name: getattr(flags, name) for name in names or parameters if hasattr(flags, name)}
+    for name, value in values.items():
+        least = _least(parameters[name].annotation)
+        if least is not None and isinstance(value, int | float) and value < least:
+            raise ValueError(f"--{name}={value} must be at least {least}.")
+    return values
+
+
+def _least(kind: Any) -> float | None:
+    """Returns the least number that a type allows, also one such as `Size | None`; None for any."""
+    options = (kind, *typing.get_args(kind))
+    facts = (fact for option in options for fact in getattr(option, "__metadata__", ()))
+    return next((fact.ge for fact in facts if getattr(fact, "ge", None) is not None), None)
 
 
 def filled(flags: argparse.Namespace, target: Callable[..., Any]) -> Any:

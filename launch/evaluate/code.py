@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from espalier.common.bars import Bar
+from espalier.common.ranges import Size
 from espalier.data.sandbox import code_sandbox
 from espalier.data.text import code_problems
 from espalier.launch import cli
@@ -67,7 +68,7 @@ class CodeFlags:
     """
 
     problems: setting_flags.Name
-    limit: int | None = None
+    limit: Size | None = None
     solutions: setting_flags.File | None = None
     k: Annotated[Sequence[int], setting_flags.MANY] = (1,)
     output: setting_flags.File
@@ -92,7 +93,7 @@ class CompletionFlags:
       token_healing: draw the last token of a prompt again, as `espalier generate` does; published scores are without it.
     """
 
-    samples: int = 1
+    samples: Size = 1
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
@@ -127,8 +128,6 @@ def run(flags: argparse.Namespace, start: cli.Start | None = None) -> dict[str, 
       ProblemsError, SandboxError, DataError, RowFileError.
     """
     flags = setting_flags.filled(flags, CodeFlags)
-    if flags.limit is not None and flags.limit < 1:
-        raise EvaluationError(f"--limit={flags.limit} must be at least 1.")
     problems = code_problems.load(flags.problems)
     read = {"solutions": flags.solutions, "problems": flags.problems}
     row_files.check_output(flags.output, others=read)
@@ -249,8 +248,6 @@ def model_samples(
     from espalier.trainers.decoding.settings import Sampling, Settings
 
     chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
-    if chosen.samples < 1:
-        raise EvaluationError(f"--samples={chosen.samples} must be at least 1.")
     if chosen.chat and chosen.token_healing:
         raise EvaluationError(
             "--token_healing is of prompts that are continued, which --chat does not: remove one of them."

@@ -23,6 +23,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from espalier.common.ranges import Size
 from espalier.common.storage import output_files
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
@@ -56,7 +57,7 @@ class SuiteFlags:
     code_results: Sequence[str] | None = None
     model_args: str = ""
     groups: Sequence[str] | None = None
-    limit: int | None = None
+    limit: Size | None = None
     json: str | None = None
     samples: str | None = None
 
@@ -91,8 +92,6 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"  # missing sets are reported at once, without network access
-    if flags.limit is not None and flags.limit < 1:
-        raise SuiteError(f"--limit={flags.limit} must be at least 1.")
     row_files.check_output(flags.json, "json")
     row_files.check_output(flags.samples, "samples")
     lm_eval.register()

@@ -25,22 +25,19 @@ if TYPE_CHECKING:
     from espalier.trainers.evaluate import EvalStream
 
 GIN = "t5x_configs/runs/evaluate.gin"
-_LIMITS = ("tasks", "max_batches")
+_FLAGS = ("tasks", "max_batches", "json")
 _COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
     load_run.add_trust_flag(group)
-    setting_flags.add(group, evaluate, names=_LIMITS)
-    group.add_argument(
-        "--json", dest="json_file", metavar="FILE", help="also write the results to this JSON file"
-    )
+    setting_flags.add(group, evaluate, names=_FLAGS)
 
 
 def _run(start: cli.Start) -> None:
-    row_files.check_output(start.flags.json_file, "json")
-    start(**dict.fromkeys(_LIMITS) | setting_flags.given(start.flags, evaluate))
+    row_files.check_output(getattr(start.flags, "json", None), "json")
+    start(**dict.fromkeys(_FLAGS) | setting_flags.given(start.flags, evaluate))
 
 
 def evaluate(
@@ -53,7 +50,7 @@ def evaluate(
     params: str = "auto",
     tasks: setting_flags.Names | None = None,
     max_batches: Size | None = None,
-    json_file: str | None = None,
+    json: setting_flags.File | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluates a checkpoint on held-out splits and prints a table.
 
@@ -66,7 +63,7 @@ def evaluate(
       params: see launch/load/load_run.py.
       tasks: names of tasks to evaluate instead of those of MIXTURE_OR_TASK_NAME.
       max_batches: maximum batches per task; None for whole splits.
-      json_file: path of a JSON file with the results; NaN and infinities as in metrics.jsonl.
+      json: also write the results to this JSON file; NaN and infinities as in metrics.jsonl.
 
     Returns:
       Metrics by task.
@@ -101,14 +98,14 @@ def evaluate(
         }
     if jax.process_index() == 0:
         print(_table(results))
-        if json_file:
+        if json:
             document = {
                 "checkpoint": os.path.abspath(checkpoint),
                 "params": params,
                 "max_batches": max_batches,
                 "tasks": metric_writers.jsonable(results),
             }
-            row_files.write_json(json_file, document)
+            row_files.write_json(json, document)
     return results
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from espalier.data.languages import identify
 from espalier.launch import cli
+from espalier.launch.evaluate.suites.scores import percent
 from espalier.launch.inference import row_files
 
 EXAMPLE = '{"text": "...", "language": "cs"}'
@@ -123,20 +124,16 @@ def _table(results: Mapping[str, Any]) -> str:
     ]
     for code, rates in results["languages"].items():
         others = ", ".join(f"{name} {count}" for name, count in list(rates["others"].items())[:4])
-        cells = (_percent(rates["texts_passed"]), _percent(rates["lines_passed"]))
+        cells = (percent(rates["texts_passed"]), percent(rates["lines_passed"]))
         lines.append(
             f"{code:10} {rates['texts']:7,} {rates['judged']:7,} {cells[0]:>9} {cells[1]:>9}  {others}".rstrip()
         )
     mean = results["mean"]
-    cells = (_percent(mean["texts_passed"]), _percent(mean["lines_passed"]))
+    cells = (percent(mean["texts_passed"]), percent(mean["lines_passed"]))
     lines.append(
         f"{'mean':10} {'':7} {'':7} {cells[0]:>9} {cells[1]:>9}  worst: {results['worst']}"
     )
     return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
 
 
 main = cli.command(__doc__, "evaluate language", evaluate)

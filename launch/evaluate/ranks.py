@@ -29,13 +29,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
     load_run.add_adapter_flag(group)
     load_run.add_trust_flag(group)
-    group.add_argument(
-        "--json", dest="json_file", metavar="FILE", help="also write the results to this JSON file"
-    )
+    setting_flags.add(group, evaluate, names=("json",))
 
 
 def _run(start: cli.Start) -> None:
-    row_files.check_output(start.flags.json_file, "json")
+    row_files.check_output(getattr(start.flags, "json", None), "json")
     start(**setting_flags.given(start.flags, evaluate))
 
 
@@ -45,7 +43,7 @@ def evaluate(
     register: Sequence[Callable[[], Any]],
     checkpoint: str = "",
     params: str = "auto",
-    json_file: str | None = None,
+    json: setting_flags.File | None = None,
     adapter: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Ranks the answer choices of held-out tasks, and prints the accuracies.
@@ -55,7 +53,7 @@ def evaluate(
       register: functions that register SeqIO tasks, one of them with held-out tasks.
       checkpoint: step or run directory.
       params: see launch/load/load_run.py.
-      json_file: path of a JSON file with the results.
+      json: also write the results to this JSON file.
       adapter: directories of adapters of this checkpoint, each of which is evaluated.
 
     Returns:
@@ -118,9 +116,9 @@ def evaluate(
     if jax.process_index() == 0:
         for directory, each in results.items():
             print(_table(each) if directory is None else f"--- {directory}\n{_table(each)}")
-        if json_file:
+        if json:
             document = {"checkpoint": os.path.abspath(checkpoint), "params": params, **of_all}
-            row_files.write_json(json_file, document)
+            row_files.write_json(json, document)
     return of_all
 
 

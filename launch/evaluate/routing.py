@@ -18,18 +18,20 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from espalier.common.storage import output_files
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
 from espalier.launch.evaluate import held_out
 from espalier.launch.inference import row_files
 from espalier.launch.load import load_run
 from espalier.model import layer_groups
 
 ROWS = 256
+_FLAGS = ("tasks", "rows")
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
 
 _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/domains")
@@ -37,19 +39,7 @@ _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/doma
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_trust_flag(load_run.add_flags(parser))
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="NAME",
-        help="evaluate these tasks (default: the tasks of MIXTURE_OR_TASK_NAME)",
-    )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=ROWS,
-        metavar="N",
-        help=f"number of rows of each task (default {ROWS})",
-    )
+    setting_flags.add(parser, routing, names=_FLAGS)
     parser.add_argument(
         "--json", metavar="FILE", help="also write the shares by layer to this JSON file"
     )
@@ -62,8 +52,8 @@ def _run(start: cli.Start) -> None:
     flags = start.flags
     row_files.check_output(flags.json, "json")
     row_files.check_output(flags.figure, "figure")
-    chosen = {"tasks": flags.tasks, "rows": flags.rows, "params": flags.params}
-    shares = _measured(flags.checkpoint, start.config.arguments(), **chosen)
+    given = setting_flags.given(flags, routing, (*_FLAGS, "params"))
+    shares = _measured(flags.checkpoint, start.config.arguments(), **given)
     print(table(shares))
     if flags.json:
         row_files.write_json(flags.json, shares)
@@ -76,7 +66,7 @@ def _run(start: cli.Start) -> None:
 def routing(
     run_dir: str,
     *,
-    tasks: Sequence[str] | None = None,
+    tasks: Annotated[Sequence[setting_flags.Name], setting_flags.MANY] | None = None,
     rows: int = ROWS,
     params: str = "auto",
     trust_config: bool = False,
@@ -85,7 +75,7 @@ def routing(
 
     Args:
       run_dir: run or step directory.
-      tasks: names of tasks; None for the tasks of the run's mixture.
+      tasks: evaluate these tasks (default: those of MIXTURE_OR_TASK_NAME).
       rows: maximum number of rows of each task.
       params: see launch/load/load_run.py.
 
@@ -116,8 +106,8 @@ def _measured(
     run_dir: str,
     configured: Mapping[str, Any],
     *,
-    tasks: Sequence[str] | None,
-    rows: int,
+    tasks: Sequence[str] | None = None,
+    rows: int = ROWS,
     params: str,
 ) -> dict[str, Any]:
     """Returns `routing` of a run with the arguments of `held_out.evaluate`, which have its recipe and data."""

@@ -174,9 +174,8 @@ def _answered(
     digest = hashlib.sha256(files.json_bytes(depends, indent=None, end="")).hexdigest()[:16]
     path = str(folder / f"answers_{digest}.jsonl")
     if not pathlib.Path(path).exists():
-        own = getattr(config.vocabulary(), "chat_template", None)
         prompts = [(place, generate.with_prompt_key(row)) for place, row in rows]
-        if config.chat_template is not None or own is not None:
+        if config.converses:
             prompts = [(place, generate.as_message(row)) for place, row in prompts]
         continued = generate.generate(
             dataclasses.replace(config, special_tokens="nowhere"),

@@ -17,11 +17,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
 from espalier.launch.load import load_run, side_by_side
-from espalier.launch.load.load_run import LoadError, RunConfig
+from espalier.launch.load.load_run import RunConfig
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +44,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="import this module, which registers tasks; repeatable",
     )
-    setting_flags.add(group, evaluate, names=("split", "num_examples", "max_new_tokens", "output"))
-    group.add_argument("--json", metavar="FILE", help="also write the metrics to this JSON file")
+    names = ("split", "num_examples", "max_new_tokens", "output", "json")
+    setting_flags.add(group, evaluate, names=names)
 
 
 def _run(start: cli.Start) -> None:
@@ -54,7 +55,7 @@ def _run(start: cli.Start) -> None:
     for module in flags.module:
         user_data.import_mixtures(module=module)
     given = setting_flags.given(flags, evaluate)
-    evaluate(start(), tasks=flags.task, json_file=flags.json, **given)
+    evaluate(start(), tasks=flags.task, **given)
 
 
 def evaluate(
@@ -64,9 +65,9 @@ def evaluate(
     tasks: Sequence[str],
     params: str = "auto",
     split: str = "validation",
-    num_examples: int | None = None,
-    max_new_tokens: int = 128,
-    json_file: str | None = None,
+    num_examples: Size | None = None,
+    max_new_tokens: Size = 128,
+    json: setting_flags.File | None = None,
     output: str | None = None,
     adapter: Sequence[str] = (),
 ) -> dict[Any, dict[str, Any]]:
@@ -80,7 +81,7 @@ def evaluate(
       split: split of each task that is evaluated.
       num_examples: number of first examples of each task; all if not set.
       max_new_tokens: maximum tokens of a prediction.
-      json_file: file for the metrics; NaN and infinities as in metrics.jsonl.
+      json: also write the metrics to this JSON file; NaN and infinities as in metrics.jsonl.
       output: file for rows {"task", "example", "inputs", "targets", "prediction", "score"}, JSON lines, with texts
         before the task's postprocessing; "adapter" too, if there are some.
       adapter: directories of adapters of this checkpoint, each of which is evaluated.
@@ -89,7 +90,7 @@ def evaluate(
       {task: {"examples": their number, "metrics": the results of the task's functions}}, with adapters by directory.
 
     Raises:
-      LoadError: a task that cannot be evaluated, or numbers out of range.
+      LoadError: a task that cannot be evaluated.
     """
     import jax
 
@@ -97,9 +98,7 @@ def evaluate(
     from espalier.launch.evaluate.seqio_tasks import PREDICTION, SCORE
 
     row_files.check_output(output, compressed=True)
-    for flag, number in (("num_examples", num_examples), ("max_new_tokens", max_new_tokens)):
-        if number is not None and number < 1:
-            raise LoadError(f"--{flag}={number} must be at least 1.")
+    row_files.check_output(json, "json")
     registered = [seqio_tasks.find(name, split) for name in dict.fromkeys(tasks)]
     results: dict[str | None, dict[str, dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
@@ -127,7 +126,7 @@ def evaluate(
         shown = {name: seqio_tasks.plain(each) for name, each in results.items()}
         for name, each in shown.items():
             print(_table(each) if name is None else f"--- {name}\n{_table(each)}")
-        if json_file:
+        if json:
             document = {
                 "checkpoint": os.path.abspath(checkpoint),
                 "params": params,
@@ -135,7 +134,7 @@ def evaluate(
                 "max_new_tokens": max_new_tokens,
                 **({"adapters": shown} if adapter else {"tasks": shown[None]}),
             }
-            row_files.write_json(json_file, document)
+            row_files.write_json(json, document)
     if output:
         row_files.write(output, rows, writer=jax.process_index() == 0)
     return results if adapter else results[None]

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from espalier.common import files
+from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.evaluate.judges import answers, asking, shares, spec
@@ -72,7 +73,7 @@ class WinRateFlags:
     opponents: Annotated[Sequence[Answers], setting_flags.MANY] | None = None
     judge: Annotated[str, "KIND:WHERE"]
     out: setting_flags.Folder
-    attempts: int | None = None
+    attempts: Size | None = None
     allow_ties: bool = False
     by_language: bool = False
 

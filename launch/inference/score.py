@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from espalier.common.ranges import Size
 from espalier.common.storage import output_files
 from espalier.data.rows import sentences
 from espalier.data.text import documents
@@ -30,7 +31,7 @@ def score(
     output: str,
     params: str = "auto",
     adapter: Sequence[str] = (),
-    batch_size: int = 8,
+    batch_size: Size = 8,
     pipeline: shards.Pipeline | None = None,
 ) -> None:
     """Writes the rows of the file `inputs` with their scores to `output`; see launch/load/load_run.py for `params`.
@@ -121,8 +122,6 @@ def _score_by(
     batch_size: int,
 ) -> None:
     """Writes the scores that workers of a pipeline compute."""
-    if batch_size < 1:
-        raise LoadError(f"--batch_size={batch_size} must be at least 1.")
     if output_files.is_stream(output) or os.path.abspath(output).startswith(("/dev/", "/proc/")):
         raise row_files.RowFileError(
             f"--output={output} is no file, beside which a pipeline has its shards: give a file."

@@ -7,8 +7,11 @@ import itertools
 import json
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from espalier.common.ranges import Count, Size
 from espalier.common.storage import paths
 from espalier.data.stream.rows import SENTENCE
 from espalier.data.text import documents as document_files
@@ -142,11 +145,11 @@ class Source:
     mixture: Name | None = None
     split: Name = "train"
     module: Sequence[Name] = ()
-    max_documents: int | None = None
+    max_documents: Size | None = None
     sequences: File | None = None
-    sequence_tokens: int = 2049
-    step_sequences: int = 1024
-    first_step: int = 0
+    sequence_tokens: Annotated[int, Ge(2)] = 2049
+    step_sequences: Size = 1024
+    first_step: Count = 0
     end_step: int | None = None
 
     def length(self, run: LoadedRun, length: int | None) -> int:
@@ -213,8 +216,6 @@ class Documents:
             raise LoadError(
                 "Give the documents, by one of --documents=FILE, --mixture=NAME and --sequences=NAME."
             )
-        if self.limit is not None and self.limit < 1:
-            raise LoadError(f"--max_documents={self.limit} must be at least 1.")
         self.order = None
         if self.source.sequences is not None:
             self.order = sources.order_of(

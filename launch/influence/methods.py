@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from espalier.common.ranges import Count, Size
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import Folder, Names
 from espalier.launch.influence import inputs, outputs
@@ -17,13 +18,6 @@ _NOT_READ: Mapping[str, Any] = {
     **{"damping": 1e-4, "damping_kind": "relative", "precision": "highest"},
     **{"cg_steps": 0, "cg_documents": 0, "projection": 0},
 }
-
-
-def at_least(settings: Any, **least: int) -> None:
-    """Raises LoadError for a setting below its least value."""
-    for name, value in least.items():
-        if getattr(settings, name) < value:
-            raise LoadError(f"--{name}={getattr(settings, name)} must be at least {value}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,13 +118,12 @@ class Gradients(Method):
 
     modules: Names | None = None
     query_checkpoint: Folder | None = None
-    rank: int = 64
+    rank: Count = 64
     query_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     per_layer: bool = False
-    token_scores: int = 0
+    token_scores: Count = 0
 
     def __post_init__(self):
-        at_least(self, rank=0, token_scores=0)
         if self.rank == 0 and self.query_dtype != Gradients.query_dtype:
             what = "--query_dtype is of low-rank factors"
             raise LoadError(f"{what}, and --rank=0 has none: remove it.")
@@ -203,11 +196,7 @@ class Trak(Damped):
 
     name = "trak"
 
-    projection: int = 32
-
-    def __post_init__(self):
-        at_least(self, projection=1)
-        super().__post_init__()
+    projection: Size = 32
 
     def preconditioned(self, scorer: Any, reader: Any) -> dict[str, Any]:
         from espalier.trainers.influence import projections
@@ -269,15 +258,13 @@ class EkfacCg(Ekfac):
 
     name = "ekfac_cg"
 
-    cg_steps: int = 10
-    cg_documents: int = 16
+    cg_steps: Count = 10
+    cg_documents: Size = 16
 
     def __post_init__(self):
-        at_least(self, cg_documents=1)
         if self.cg_documents > outputs.SAMPLED:
             at_most = f"at most {outputs.SAMPLED:,}, which `fit` stores"
             raise LoadError(f"--cg_documents={self.cg_documents} must be {at_most}.")
-        at_least(self, cg_steps=0)
         super().__post_init__()
 
     def preconditioned(self, scorer: Any, reader: Any) -> dict[str, Any]:

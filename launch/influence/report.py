@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from espalier.common.bars import Bar
+from espalier.common.ranges import Size
 from espalier.common.storage import output_files, paths
 from espalier.data.text import documents as document_files
 from espalier.launch import cli
@@ -39,10 +40,10 @@ def run(
     queries: File | None = None,
     documents: File | None = None,
     beside: Sequence[File] = (),
-    top: int = 10,
+    top: Size = 10,
     bottom: bool = False,
     rank_by: Literal["score", "per_norm"] = "score",
-    within: int | None = None,
+    within: Size | None = None,
     out: Folder | None = None,
 ) -> None:
     """Writes a report to a folder, or prints it.
@@ -65,9 +66,6 @@ def run(
 
     if out:
         row_files.check_folder(out)
-    for name, value in (("top", top), ("within", within)):
-        if value is not None and value < 1:
-            raise RowFileError(f"--{name}={value} must be at least 1.")
     files = {"queries": queries, "documents": documents, "beside": beside}
     table, shown = report(scores, **files, top=top, rank_by=rank_by, within=within)
     text = "\n".join(pages.markdown(table, bottom=bottom))

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import pipelines
+from espalier.common.ranges import Size
 from espalier.common.storage import paths
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
@@ -146,8 +147,8 @@ def score(
     method: methods.Method,
     factors: Folder | None = None,
     params: str = "auto",
-    completion_tokens: int | None = None,
-    top: int = TOP,
+    completion_tokens: Size | None = None,
+    top: Size = TOP,
     length: int | None = None,
     batch_size: int = 8,
     pipeline: shards.Pipeline | None = None,
@@ -182,10 +183,6 @@ def score(
         raise LoadError(
             f"--method={method.name} needs --factors=DIR, which `espalier influence fit` writes."
         )
-    if top < 1:
-        raise LoadError(f"--top={top} must be at least 1.")
-    if completion_tokens is not None and completion_tokens < 1:
-        raise LoadError(f"--completion_tokens={completion_tokens} must be at least 1.")
     if pipeline is not None:
         _check_pipeline(source, method, completion_tokens)
     opened = functools.partial(

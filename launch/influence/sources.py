@@ -94,12 +94,6 @@ def order_of(
       LoadError: settings that do not fit, or an encoder-decoder.
       DataError: see `SequenceFile`.
     """
-    for flag, value, least in (
-        *(("sequence_tokens", tokens, 2), ("step_sequences", step_sequences, 1)),
-        ("first_step", first_step, 0),
-    ):
-        if value < least:
-            raise LoadError(f"--{flag}={value} must be at least {least}.")
     if run.encodes:
         raise LoadError(
             "--sequences are of decoders, and the model is an encoder-decoder: give --documents."

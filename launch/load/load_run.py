@@ -8,6 +8,7 @@ Heavy imports are inside functions: flags are parsed before them.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -344,6 +345,12 @@ class RunConfig:
             raise LoadError(
                 f"MODEL = {reprlib.repr(self.model)} is no model: set it to one, such as @transformer.Transformer()."
             )
+
+    @functools.cached_property
+    def converses(self) -> bool:
+        """Whether there is a chat template, of the configuration or of the vocabulary."""
+        own = getattr(self.vocabulary(), "chat_template", None)
+        return self.chat_template is not None or own is not None
 
     @contextlib.contextmanager
     def load(

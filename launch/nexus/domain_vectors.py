@@ -114,12 +114,10 @@ def _sources(flags: Any, *, needed: bool) -> dict[str, str]:
     """Returns the sources by name; a source is '' if the encoder reads no documents (`needed` is False).
 
     Raises:
-      EmbeddingsError: a name without a source, a repeated name, or a limit that is invalid or not used.
+      EmbeddingsError: a name without a source, a repeated name, or a limit that is not used.
     """
     if flags.limit is not None and not needed:
         raise EmbeddingsError("--limit is for encoders that read documents: remove it")
-    if flags.limit is not None and flags.limit < 1:
-        raise EmbeddingsError(f"--limit={flags.limit} must be at least 1")
     by_name: dict[str, str] = {}
     for text in flags.domain or ():
         name, _, source = text.partition("=")

@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 
@@ -62,7 +63,7 @@ class DomainFlags:
     domain: Sequence[str] | None = None
     text_key: str = "text"
     document_per: Literal["file", "paragraph", "line"] = "file"
-    limit: int | None = None
+    limit: Size | None = None
     batch_size: int = 32
     mean: Literal["domains", "none"] | None = None
     length: float | None = None

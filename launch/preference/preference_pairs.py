@@ -21,6 +21,7 @@ import itertools
 import pathlib
 from typing import Any, Literal
 
+from espalier.common.ranges import Size
 from espalier.launch import cli
 
 _CONSTRUCTED = 10_000  # default number of pairs of kinds without a natural limit
@@ -30,7 +31,7 @@ def _write_pairs(
     *,
     kind: Literal["translations", "reasoning", "arithmetic", "rated"],
     output: pathlib.Path,
-    limit: int | None = None,
+    limit: Size | None = None,
     seed: int = 0,
     input: str | None = None,
     rejected: Literal["worst", "random", "next"] | None = None,
@@ -63,8 +64,6 @@ def _write_pairs(
         raise ValueError(f"--{next(iter(options), 'input')} is for --kind=rated.")
     if kind == "rated" and input is None:
         raise ValueError("--kind=rated needs --input.")
-    if limit is not None and limit < 1:
-        raise ValueError("--limit must be at least 1.")
     # Creates the file's directory, such as a sweep arm's, but not its parents: those must exist.
     with contextlib.suppress(FileNotFoundError):
         output.parent.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ The rows are {"id", "language", "prompt", ...}; `espalier generate --chat --inpu
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from espalier.common.ranges import Size
 from espalier.data.languages import table
 from espalier.launch import cli
 from espalier.launch.evaluate.suites import local_data
@@ -40,7 +41,7 @@ def write(
     output: str,
     data_dir: str | None = None,
     languages: str = "",
-    limit: int | None = None,
+    limit: Size | None = None,
 ) -> None:
     """Writes the prompts of a set, language by language.
 
@@ -52,14 +53,12 @@ def write(
       limit: number of prompts of each language (default: all).
 
     Raises:
-      ValueError: an unknown language, a limit below 1, or a language without prompts.
+      ValueError: an unknown language, or a language without prompts.
       MissingDataError, WrongDataError, RowFileError: files that cannot be read or written.
     """
     from espalier.launch.inference import row_files
 
     row_files.check_output(output, compressed=True)
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit={limit} must be at least 1.")
     wanted = table.codes(languages.split(",")) if languages else tuple(table.LANGUAGES)
     read = _arena if set in _ARENAS else _dolly
     rows = read(set, wanted, data_dir)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common import files
+from espalier.common.ranges import Size
 from espalier.launch import cli
 
 REPORT, PLOT = "report.json", "report.png"
@@ -37,7 +38,7 @@ def compare(
     out: pathlib.Path,
     text: str = "packages",
     languages: str = "",
-    limit: int = 1000,
+    limit: Size = 1000,
 ) -> dict[str, Any]:
     """Measures tokenizers, prints a table for each, and writes the report.
 
@@ -52,7 +53,7 @@ def compare(
       {'text', 'tokenizers': name -> `data.languages.tokenizer_report.measure`}.
 
     Raises:
-      ValueError: two tokenizers of one name, an unknown language, or a limit below 1.
+      ValueError: two tokenizers of one name, or an unknown language.
       FileNotFoundError, DataError, TokenizerError: files that are missing or damaged.
     """
     from espalier.data.languages import parallel, table, tokenizer_report
@@ -60,8 +61,6 @@ def compare(
     from espalier.launch.run import run_vocabulary
 
     row_files.check_folder(str(out))
-    if limit < 1:
-        raise ValueError(f"--limit={limit} must be at least 1.")
     paths = _paths(tokenizer)
     wanted = table.codes(languages.split(",")) if languages else tuple(table.LANGUAGES)
     pairs = parallel.read(text, wanted, limit=limit)

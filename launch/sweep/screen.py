@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from espalier.common.stages import duration
 from espalier.launch.sweep.driver import Progress, RunState
 
 # State -> (mark, style, meaning).
@@ -60,7 +61,7 @@ def _summary(runs: Sequence[Progress], workers: int) -> str:
     done = f"{numbers.pop(RunState.DONE)} of {len(runs)} runs done"
     others = [f"{n} {state.value}" for state, n in numbers.items() if n]
     remaining = seconds_left(runs, workers)
-    about = "" if remaining is None else f"; about {_duration(remaining)} left"
+    about = "" if remaining is None else f"; about {duration(remaining)} left"
     return ", ".join([done, *others]) + about
 
 
@@ -141,7 +142,7 @@ def _running(runs: Sequence[Progress]) -> Table:
             "made" if is_made else f"{run.step}/{total or '?'}",
             "" if run.loss is None else f"{run.loss:.3f}",
             f"{run.seconds / 60:.1f}",
-            _duration((total - run.step) / run.rate) if known else "",
+            duration((total - run.step) / run.rate) if known else "",
         )
     return rows
 
@@ -167,13 +168,6 @@ def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
         for run in unfinished
     )
     return total / min(workers, len(unfinished))
-
-
-def _duration(seconds: float) -> str:
-    """Returns text such as '40 s', '12 min', '3.5 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager
@@ -216,7 +210,7 @@ def _event(run: Progress) -> str:
         return f"started, at step {run.step} of {run.planned.total_steps or '?'}"
     if run.state is RunState.DONE:
         loss = "" if run.loss is None else f", loss {run.loss:.3f}"
-        return f"done in {_duration(run.seconds)}{loss}"
+        return f"done in {duration(run.seconds)}{loss}"
     if run.state is RunState.STOPPED:
         return f"stopped at step {run.step}"
     if run.state is RunState.FAILED:

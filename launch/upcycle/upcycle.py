@@ -24,6 +24,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from espalier.common.ranges import Size
 from espalier.launch.load.load_run import RunConfig
 from espalier.launch.nexus.upcycling import Nexus
 from espalier.launch.upcycle import upcycle_flags
@@ -106,7 +107,7 @@ class UpcycleFlags:
     method: Literal["btx", "bam", "nexus", "soup"]
     experts: tuple[str, ...]
     to: str
-    copies: int = 1
+    copies: Size = 1
     params: Params = "auto"
     unrelated: bool = False
     top_k: int | None = None
@@ -159,8 +160,6 @@ class UpcycleFlags:
                 value = getattr(self, name)
                 if value is not None and value is not False:
                     raise TransformError(f"--{name} is only for {use}: remove it.")
-        if self.copies < 1:
-            raise TransformError(f"--copies={self.copies} must be at least 1.")
         if self.granularity is not None and self.granularity < 2:
             raise TransformError(
                 f"--granularity={self.granularity} must be at least 2; without it experts are whole."

@@ -22,10 +22,10 @@ from espalier.model.embed import Embed, Table
 from espalier.model.kv_cache.base import CachePolicy, CacheSizes
 from espalier.model.linear import dropped
 from espalier.model.norm import RMSNorm
-from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
+from espalier.model.protocol import Arrays, LayerSettings, Output
 from espalier.model.rows import INPUTS_AND_TARGETS, RowKind
 from espalier.model.t5.relative_bias import RelativeBias
-from espalier.model.transformer import Block, Hidden, cache_sizes_of, scaled_logits
+from espalier.model.transformer import Block, Hidden, LanguageHead, cache_sizes_of
 
 
 class Stack(nn.Module):
@@ -77,7 +77,7 @@ class Stack(nn.Module):
 
 
 @recordable
-class EncoderDecoder(OfLayers, nn.Module):
+class EncoderDecoder(LanguageHead):
     """Encoder-decoder language model of rows with inputs and targets.
 
     Attributes:
@@ -208,18 +208,6 @@ class EncoderDecoder(OfLayers, nn.Module):
             policy=policy,
         )
 
-    def head_VD(self) -> jax.Array:
-        """Returns the output matrix [V, D]."""
-        return self.token_embed.embedding if self.tie_embeddings else self.lm_head.embedding
-
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns the scaled, soft-capped float32 logits [B, T, V] of hidden states."""
-        return scaled_logits(self, hidden_BTD, self.head_VD())
-
-    def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
-        """Returns the logits [B, T, V]; arguments as in `hidden`."""
-        return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
-
     # The interface of model/protocol.py, called outside of `apply`.
 
     @nn.nowrap
@@ -241,10 +229,7 @@ class EncoderDecoder(OfLayers, nn.Module):
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         """Returns the FLOPs of a row, logits included, divided by its places for inputs and targets."""
         T, S = row["decoder_input_tokens"].shape[-1], row["encoder_input_tokens"].shape[-1]
-        name = "token_embed" if self.tie_embeddings else "lm_head"
-        table = None if variables is None else variables["params"].get(name)
-        logits = flops.logits_flops(self.config, table)
-        return self.hidden_flops(row, variables) + T * logits / (S + T)
+        return self.hidden_flops(row, variables) + T * self._logits_flops(variables) / (S + T)
 
     @nn.nowrap
     def hidden_flops(self, row: Arrays, variables: Any = None) -> float:

@@ -164,10 +164,6 @@ def distillation(
       teacher_weight: of the divergence, from 0 to 1; the cross-entropy has the rest.
       chunk: tokens whose logits exist at a time.
     """
-    if not temperature > 0:
-        raise ValueError(f"TEMPERATURE = {temperature} must be above 0.")
-    if not 0 <= teacher_weight <= 1:
-        raise ValueError(f"TEACHER_WEIGHT = {teacher_weight} must lie in [0, 1].")
     if teacher is not None:
         check_student(teacher, model)
 

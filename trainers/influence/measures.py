@@ -3,16 +3,11 @@
 import numpy as np
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Returns the ranks of values, from 0; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[inverse]
-
-
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Returns Spearman's rank correlation; NaN if one side is constant."""
-    x, y = ranks(np.asarray(x)), ranks(np.asarray(y))
+    from scipy import stats
+
+    x, y = stats.rankdata(x) - 1, stats.rankdata(y) - 1
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(x, y)[0, 1])
 

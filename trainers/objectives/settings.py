@@ -1,7 +1,6 @@
 """Checks of the losses' settings. They run when a step is traced, so before a run's first update."""
 
 import math
-from collections.abc import Sequence
 
 
 def check_positive(**settings: float) -> None:
@@ -31,9 +30,3 @@ def check_smoothing(label_smoothing: float, *, may_be_zero: bool = True) -> None
             f"label_smoothing = {label_smoothing}, the share of wrong labels, must lie in {interval}: "
             "swap chosen and rejected if most labels are wrong."
         )
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError for a name that is not one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r} is not known: bind one of {', '.join(choices)}.")

@@ -12,8 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import NonNegative, Size
-from espalier.trainers.objectives.settings import check_choice, check_not_negative, check_positive
+from espalier.common.ranges import NonNegative, Positive, Size, check_choice
+from espalier.trainers.objectives.settings import check_not_negative, check_positive
 
 _EPS = 1e-4  # added to the standard deviation of a group, as in TRL
 
@@ -60,7 +60,7 @@ def group_centred(rewards_PG: jax.Array) -> jax.Array:
     return rewards_PG - rewards_PG.mean(1, keepdims=True)
 
 
-def rloo(tokens: PolicyTokens, *, clip: NonNegative = 0.2) -> Sum:
+def rloo(tokens: PolicyTokens, *, clip: Positive = 0.2) -> Sum:
     """RLOO's loss (arXiv 2402.14740): -min(w A, clip(w, 1 - clip, 1 + clip) A), averaged over completions.
 
     Args:
@@ -84,8 +84,8 @@ def rloo(tokens: PolicyTokens, *, clip: NonNegative = 0.2) -> Sum:
 def grpo(
     tokens: PolicyTokens,
     *,
-    clip: NonNegative = 0.2,
-    clip_high: NonNegative | None = None,
+    clip: Positive = 0.2,
+    clip_high: Positive | None = None,
     beta: NonNegative = 0.0,
     reduction: str = "grpo",
     max_length: Size | None = None,
@@ -128,7 +128,7 @@ def grpo(
 def cispo(
     tokens: PolicyTokens,
     *,
-    clip_high: NonNegative = 4.0,
+    clip_high: Positive = 4.0,
     beta: NonNegative = 0.0,
     reduction: str = "dapo",
     max_length: Size | None = None,

@@ -317,10 +317,8 @@ class _TrackerWriter:
 
     _package: ClassVar[str]
 
-    def __init__(
-        self, *, project: str, name: str | None = None, config: Any = None, **settings: Any
-    ):
-        """Starts a run; `settings` are passed to the package's `init`.
+    def __init__(self, *, project: str, **settings: Any):
+        """Starts a run; `settings`, such as `name`, are passed to the package's `init`.
 
         Raises:
           WriterError: the package is not installed.
@@ -332,7 +330,7 @@ class _TrackerWriter:
                 f"{type(self).__name__} needs the package {self._package}, which is not installed: "
                 f"pip install -e '.[{self._package}]', or remove the writer from the configuration."
             ) from None
-        self._run = package.init(project=project, name=name, config=config, **settings)
+        self._run = package.init(project=project, **settings)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=int(step))

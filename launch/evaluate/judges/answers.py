@@ -77,19 +77,11 @@ def pairs(systems: Sequence[System], *, opponents: int = 0) -> list[Pair]:
             a=by_key[i][key].text,
             b=by_key[j][key].text,
             systems=(systems[i].name, systems[j].name),
-            language=language_name(answer.language),
+            language=table.name_of(answer.language),
         )
         for i, j in (against if opponents else itertools.combinations(own, 2))
         for number, (key, answer) in enumerate(first.items())
     ]
-
-
-def language_name(tag: str) -> str:
-    """Returns the English name of a language by its tag, such as pt-BR; a tag that is not known is its own name."""
-    try:
-        return table.find(tag).name
-    except ValueError:
-        return tag
 
 
 def _rows(path: str, by_language: bool) -> list[Answer]:

@@ -7,13 +7,12 @@ arrival as a JSON line of the journal.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, Protocol
 
 from espalier.common.bars import Bar
+from espalier.data.cache import fingerprint
 from espalier.launch.inference.row_files import ResumedRows
 
 A: Final = "a"
@@ -65,8 +64,7 @@ class Question:
         """Returns the digest of everything that a reply depends on; `identity` is the judge's."""
         content = [identity, self.prompt, self.answers]
         content += [self.language] if self.language else []
-        text = json.dumps(content, sort_keys=True)  # ASCII, so that any string can be encoded
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return fingerprint.of_json(content)[:32]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Checkpoints of this project as judges: as the writer of replies, or by the mean log-probability of each answer."""
 
 import dataclasses
-import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,14 +93,9 @@ class CheckpointWriter:
             yield i, row["text"]
 
     def _row(self, prompt: str) -> dict[str, Any]:
-        if self._converses:
+        if self._config.converses:
             return {"messages": [{"role": "user", "content": prompt}]}
         return {"text": prompt + _BEGUN}
-
-    @functools.cached_property
-    def _converses(self) -> bool:
-        own = getattr(self._config.vocabulary(), "chat_template", None)
-        return self._config.chat_template is not None or own is not None
 
 
 def resolved(checkpoint: str, *, batch_size: int) -> str:

@@ -235,7 +235,5 @@ def build(
       JudgeError: a value out of range.
       FileNotFoundError, DamagedCheckpointError: there is no undamaged checkpoint.
     """
-    if attempts is not None and attempts < 1:
-        raise JudgeError(f"--attempts={attempts} must be at least 1.")
     run = {"config": config, "settings": config_text}
     return spec.judge(attempts=attempts, wording=wording, **run)

@@ -118,8 +118,10 @@ def separation(
 
 def area(ours: np.ndarray, others: np.ndarray) -> float:
     """Returns the share of pairs of which the first value is larger; equal ones count half."""
-    ranks = measures.ranks(np.concatenate([ours, others]))[: len(ours)]
-    return float((ranks.sum() - len(ours) * (len(ours) - 1) / 2) / (len(ours) * len(others)))
+    from scipy import stats
+
+    ranks = stats.rankdata(np.concatenate([ours, others]))[: len(ours)]
+    return float((ranks.sum() - len(ours) * (len(ours) + 1) / 2) / (len(ours) * len(others)))
 
 
 def answers(ranked_NQ: np.ndarray, queries: Sequence[Query]) -> dict[str, dict[str, Any]]:

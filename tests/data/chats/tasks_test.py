@@ -132,7 +132,7 @@ def test_rows_without_anything_to_learn_are_dropped_and_counted(source):
     made = source([{"prompt": "a", "completion": " "}, {"prompt": "", "completion": "b"}])
     assert [*made.dropped] == ["empty_completion"] and len(examples(made)) == 1
     template = "{% for m in messages %}{{ m.role }}{% endfor %}{% generation %}{% endgeneration %}"
-    with pytest.raises(DataError, match="there is no row to learn .1 not_rendered"):
+    with pytest.raises(DataError, match="there is no example .1 not_rendered"):
         examples(source([chat("a", "b")], chat_template=_file(made, template)))
 
 
@@ -268,7 +268,7 @@ def test_a_missing_template_is_one_error(source, vocabulary, monkeypatch, on_bad
 
 def test_a_split_that_would_be_empty_is_one_error(source):
     rows = [chat("a", "b"), chat("a", "c")]
-    with pytest.raises(DataError, match="of 2 rows leaves none for the validation split"):
+    with pytest.raises(DataError, match="of 2 examples leaves none for the validation split"):
         examples(source(rows, validation_fraction=0.5))
 
 

@@ -112,8 +112,8 @@ def test_rows_are_the_examples_whatever_the_hosts(register):
         ),
         ({"inputs": "a", "targets": [3, 4], "loss_weights": [1]}, "has 1 numbers, and 'targets' 2"),
         ({"inputs": "a", "targets": [3], "loss_weights": [-1]}, "no list of numbers from 0 on"),
-        ({"inputs": "a", "targets": " "}, "no row to learn \\(1 empty_targets"),
-        ({"inputs": "a", "targets": [3], "loss_weights": [0]}, "no row to learn \\(1 no_weight"),
+        ({"inputs": "a", "targets": " "}, "no example \\(1 empty_targets"),
+        ({"inputs": "a", "targets": [3], "loss_weights": [0]}, "no example \\(1 no_weight"),
     ],
 )
 def test_rows_that_cannot_be_learnt_are_one_error(register, row, words):

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from espalier.data import pieces
 from espalier.data.cache.file_digests import FileDigests
-from espalier.data.text import documents
+from espalier.data.text import documents, row_files
 from espalier.data.text.documents import DataError, Document, Format
 
 LINES = [{"text": "one\ntwo", "name": "a"}, {"text": "日本語 é", "name": "b"}, {"text": ""}]
@@ -242,7 +242,7 @@ def test_lines_and_documents_have_a_largest_length(tmp_path, suffix):
     ):
         next(read)
     with pytest.raises(DataError, match=r"line 2: longer than 20 bytes.*delete the line$"):
-        list(documents.read_json_lines(path, max_bytes=20))
+        list(row_files.json_rows(row_files.piece_of(path), max_bytes=20))
     path = _compress(tmp_path / f"y.txt{suffix}", b"one\ntwo\n\n\n\nthree\n")
     assert [d.text for d in _read(path, document_per="paragraph", max_document_bytes=8)] == [
         "one\ntwo\n",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pytest
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 
+from espalier.common.ranges import Count, Size
 from espalier.launch.config import setting_flags
 
 
@@ -147,3 +148,30 @@ def test_flags_are_filled_with_the_defaults_of_their_class():
     setting_flags.add(parser, Cut)
     flags = setting_flags.filled(parser.parse_args(["--width=7", "--no-cooled"]), Cut)
     assert vars(flags) == {**dataclasses.asdict(Cut(width=7, cooled=False)), "other": 1}
+
+
+def mow(
+    *, rows: Size | None = None, first: Count = 0, blade: Annotated[float, Ge(2)] = 2.5
+) -> None:
+    """Mows.
+
+    Args:
+      rows: number of rows.
+      first: of the rows.
+      blade: its width.
+    """
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--rows=0", r"^--rows=0 must be at least 1\.$"),
+        ("--first=-1", r"^--first=-1 must be at least 0\.$"),
+        ("--blade=1.5", r"^--blade=1\.5 must be at least 2\.$"),
+    ],
+)
+def test_a_number_below_the_least_of_its_type_is_refused(word, message):
+    values, _ = parsed("--rows=1", "--first=0", "--blade=2", target=mow)
+    assert values == {"rows": 1, "first": 0, "blade": 2.0}
+    with pytest.raises(ValueError, match=message):
+        parsed(word, target=mow)

@@ -61,7 +61,7 @@ def test_errors_are_for_people(tmp_path, capsys):
     for arguments, message in (
         (["--kind=rated", out], "--kind=rated needs --input"),
         (["--kind=reasoning", out, "--rejected=next"], "--rejected is for --kind=rated"),
-        (["--kind=reasoning", out, "--limit=0"], "--limit must be at least 1"),
+        (["--kind=reasoning", out, "--limit=0"], "--limit=0 must be at least 1"),
     ):
         assert preference_pairs.main(arguments) == 2
         assert message in capsys.readouterr().err

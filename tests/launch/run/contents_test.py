@@ -131,5 +131,6 @@ def test_a_prompt_cannot_write_turns_of_a_local_teacher(hostile, monkeypatch):
     run = hostile.loaded(special_tokens=used[0].special_tokens)
     assert hostile.turns(prompt_of(run, teachers.row_of(run, prompt), "1")) == 2
     monkeypatch.setattr(type(hostile.vocabulary), "chat_template", None)
+    run = hostile.loaded(special_tokens=used[0].special_tokens)
     row = teachers.row_of(run, prompt)
     assert "text" in row and hostile.turns(prompt_of(run, row, "1")) == 0

@@ -215,7 +215,7 @@ def test_averaged_attentions_are_one_mean_as_often_and_a_soup_is_a_dense_model_o
     ],
 )
 def test_flags_that_would_be_ignored_or_go_with_others_are_named(flags, message):
-    with pytest.raises(TransformError) as raised:
+    with pytest.raises(ValueError) as raised:
         parsed(flags)
     assert message in str(raised.value)
 

@@ -442,16 +442,7 @@ def test_a_student_learns_its_teacher():
     assert value < 0.2 * first
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": 0.0}, "TEMPERATURE = 0.0 must be above 0"),
-        ({"teacher_weight": 1.5}, "TEACHER_WEIGHT = 1.5 must lie in"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        distillation(model=STUDENT, **settings)
+def test_a_beta_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="beta = 1.0"):
         objective.jensen_shannon(jnp.zeros((1, 2)), jnp.zeros((1, 2)), beta=1.0)
 

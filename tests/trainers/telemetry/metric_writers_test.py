@@ -262,7 +262,7 @@ def test_a_tracker_gets_scalars_by_step(monkeypatch, package):
     writer = TRACKERS[package](project="p", name="n", mode="offline")
     writer.write(2, {"loss": 1.0})
     writer.close()
-    settings = {"project": "p", "name": "n", "config": None, "mode": "offline"}
+    settings = {"project": "p", "name": "n", "mode": "offline"}
     assert calls == [settings, (2, {"loss": 1.0}), "finished"]
 
 

@@ -10,14 +10,14 @@ use c and r other than by their difference are in absolute.py and transport.py.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from espalier.common.ranges import Fraction, Positive
-from espalier.trainers.objectives.settings import check_choice, check_positive, check_smoothing
+from espalier.common.ranges import Fraction, Positive, check_choice
+from espalier.trainers.objectives.settings import check_positive, check_smoothing
 from espalier.trainers.preference.losses.divergence import Divergence, reverse_kl
 from espalier.trainers.preference.losses.pairs import PairLogProbs
 
@@ -94,8 +94,8 @@ def ipo(
       scale: 'trl' is (Delta - 1 / (2 tau))^2, the paper's loss divided by tau^2. TRL's loss is 'mean' and 'trl'.
     """
     check_positive(tau=tau)
-    check_choice("reduction", reduction, get_args(Reduction))
-    check_choice("scale", scale, get_args(Scale))
+    check_choice("reduction", reduction, Reduction)
+    check_choice("scale", scale, Scale)
     margin = _margin(pairs, divergence, per_token=reduction == "mean")
     if scale == "paper":
         return jnp.square(tau * margin - 0.5)

@@ -1,11 +1,11 @@
 """Terms added to a preference loss that keep chosen completions likely. Shape: P pairs; float32 [P], unweighted."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 from jax.nn import softplus
 
-from espalier.trainers.objectives.settings import check_choice
+from espalier.common.ranges import check_choice
 from espalier.trainers.preference.losses.pairs import PairLogProbs
 
 NllReduction = Literal["mean", "sum", "tokens"]
@@ -18,7 +18,7 @@ def nll(pairs: PairLogProbs, *, reduction: NllReduction = "mean") -> jax.Array:
       reduction: 'mean' is the mean over each completion's tokens, so that all pairs have equal weight; 'sum' is the sum
         over its tokens; with 'tokens', the mean over all pairs is the mean over all their tokens (TRL's `sft`).
     """
-    check_choice("reduction", reduction, get_args(NllReduction))
+    check_choice("reduction", reduction, NllReduction)
     if reduction == "mean":
         return -pairs.chosen_mean
     return -pairs.chosen if reduction == "sum" else -pairs.chosen / pairs.mean_chosen_length
