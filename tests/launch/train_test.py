@@ -15,6 +15,7 @@ import pytest
 
 from espalier.common import stages
 from espalier.data import tasks
+from espalier.launch.run import run_messages
 from espalier.model.config import TransformerConfig
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe.moe import MoeMlp
@@ -146,7 +147,11 @@ def test_a_run_says_what_it_will_do_and_did(trained):
     assert lines["start"] == "new parameters, step 0"
     assert lines["estimate"].startswith("about ")
     assert f"done at step 40; the run is in {path}" in result.out
-    assert re.search(r"time: init .*, state .*; \d+% in steps", result.out)
+    # Parts of less than half a second are not named; making the state can be one where its program is compiled already.
+    assert re.search(r"time: init .*; \d+% in steps", result.out)
+    parts = {"time/init": 2.0, "time/restore": 61.0, "time/data": 0.4, "time/goodput": 0.5}
+    goodput = types.SimpleNamespace(metrics=lambda: parts)
+    assert run_messages.time_split(goodput) == "time: init 2 s, state 61 s; 50% in steps"
 
 
 @pytest.mark.parametrize("page", transcripts.pages())
