@@ -10,7 +10,8 @@ _IMPORTS = (
     "import pathlib, importlib\n"
     "for package in ('model', 'trainers'):\n"
     "    for path in sorted(pathlib.Path(package).rglob('*.py')):\n"
-    "        importlib.import_module('.'.join(path.with_suffix('').parts))\n"
+    "        name = '.'.join(('espalier', *path.with_suffix('').parts))\n"
+    "        importlib.import_module(name.removesuffix('.__init__'))\n"
 )
 
 
