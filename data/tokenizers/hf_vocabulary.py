@@ -170,6 +170,8 @@ class HFTokenizerVocabulary(Vocabulary):
         texts.set_shape(ids.shape[:-1])
         return texts
 
+    _decode, _decode_tf = decode_all, decode_tf
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HFTokenizerVocabulary) and (
             (self.model_bytes, self._ids, self.extra_ids)

@@ -86,11 +86,11 @@ class Vocabulary(abc.ABC):
             ids = tf.where(tf.cast(after, tf.bool), self.pad_id, ids)
         return self._decode_tf(ids)
 
-    def _decode(self, ids: Any, /) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _decode(self, ids: Any, /) -> Any: ...
 
-    def _decode_tf(self, ids: Any, /) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _decode_tf(self, ids: Any, /) -> Any: ...
 
 
 def as_list(ids: Iterable[int]) -> list[int]:

@@ -203,41 +203,30 @@ class RunningBatch:
         self._check_memory((reading, self._rows), len(prompt), self._sizes[0])
         self._reading = reading
         try:
-            return self._join(key, prompt, draw, max_new_tokens, together, between)
+            logits_PV, caches, context = self._read(prompt, between)
+            read_tokens = 1 if self._model.row.encodes else len(prompt)
+            # The last new token is never read.
+            need = max(len(prompt), read_tokens + max_new_tokens - 1)
+            least = len(self._needs) + 1
+            try:
+                self._fit(max(together, least), need)
+            except TooLargeError:
+                self._fit(least, need)  # those that come later have no room yet
+            r = self._keys.index(None)
+            own = {
+                **{name: np.uint32(getattr(draw, name)) for name in ("seed", "index", "sample")},
+                **{name: np.float32(getattr(draw, name)) for name in ("temperature", "top_p")},
+            }
+            numbers = (np.int32(r), np.int32(read_tokens), np.int32(max_new_tokens))
+            self._rows, first = self._programs["join"](
+                self._rows, logits_PV, caches, context, *numbers, own
+            )
+            token, log_prob, ended = jax.device_get(first)
+            if not ended:
+                self._keys[r], self._needs[key] = key, need
+            return News(tokens=[int(token)], log_probs=[float(log_prob)], ended=bool(ended))
         finally:
             self._reading = None
-
-    def _join(
-        self,
-        key: Hashable,
-        prompt: Sequence[int],
-        draw: Draw,
-        max_new_tokens: int,
-        together: int,
-        between: Callable[[], None],
-    ) -> News:
-        logits_PV, caches, context = self._read(prompt, between)
-        read_tokens = 1 if self._model.row.encodes else len(prompt)
-        # The last new token is never read.
-        need = max(len(prompt), read_tokens + max_new_tokens - 1)
-        least = len(self._needs) + 1
-        try:
-            self._fit(max(together, least), need)
-        except TooLargeError:
-            self._fit(least, need)  # those that come later have no room yet
-        r = self._keys.index(None)
-        own = {
-            **{name: np.uint32(getattr(draw, name)) for name in ("seed", "index", "sample")},
-            **{name: np.float32(getattr(draw, name)) for name in ("temperature", "top_p")},
-        }
-        numbers = (np.int32(r), np.int32(read_tokens), np.int32(max_new_tokens))
-        self._rows, first = self._programs["join"](
-            self._rows, logits_PV, caches, context, *numbers, own
-        )
-        token, log_prob, ended = jax.device_get(first)
-        if not ended:
-            self._keys[r], self._needs[key] = key, need
-        return News(tokens=[int(token)], log_probs=[float(log_prob)], ended=bool(ended))
 
     def advance(self, count: int, *, leave: bool = False) -> Mapping[Hashable, News]:
         """Continues all rows by up to `count` tokens; with `leave`, only until the first ends. Returns what is new of each."""
