@@ -86,8 +86,7 @@ class SlurmSubmitter:
             entry.dropped = True
             return
         self._asked = -1e9
-        # Read by the job's script, which would otherwise queue the job again.
-        pathlib.Path(f"{handle}.cancelled").write_text(entry.id)
+        _mark_cancelled(handle, entry.id)
         self._ask()
         if self._known.get(entry.id, ("", 0, ""))[0] in _RUNNING:
             _slurm("scancel", "--signal=TERM", entry.id)
@@ -96,9 +95,15 @@ class SlurmSubmitter:
         self._asked = -1e9
 
     def close(self) -> None:
-        ids = [entry.id for entry in self._entries.values() if entry.id is not None]
-        if ids and (alive := [job for job in ids if job in self._query(ids)]):
-            with contextlib.suppress(SubmitError):  # they have just ended
+        ids = {entry.id: handle for handle, entry in self._entries.items() if entry.id is not None}
+        with contextlib.suppress(
+            SubmitError
+        ):  # they have just ended, or the scheduler gives no answer
+            known = self._query(list(ids)) if ids else {}
+            alive = [job for job in ids if known.get(job, ("",))[0] in _WAITING + _RUNNING]
+            for job in alive:
+                _mark_cancelled(ids[job], job)
+            if alive:
                 _slurm("scancel", *alive)
 
     def _adopt(self, handles: Sequence[Handle]) -> None:
@@ -243,6 +248,11 @@ def _prepare(log: str) -> None:
     os.makedirs(os.path.dirname(log), exist_ok=True)
     for suffix in ("ended", "cancelled", "job"):
         pathlib.Path(f"{log}.{suffix}").unlink(missing_ok=True)
+
+
+def _mark_cancelled(log: str, identity: str) -> None:
+    """Writes the file that the job's script reads, which would otherwise queue the job again."""
+    pathlib.Path(f"{log}.cancelled").write_text(identity)
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def drive(
     open_jobs = submit(folder, plan, submitter, wanted, command)
     for name in open_jobs:
         folder.directory(name).mkdir(parents=True, exist_ok=True)
-    stopping = 0.0
+    stopping, closed = 0.0, False
     known: list[Progress] = []
     write_results(folder, plan)
     try:
@@ -162,7 +162,9 @@ def drive(
                     if status.state in (State.ENDED, State.DROPPED):
                         del open_jobs[name]
                     if status.state is State.ENDED:
-                        _record(folder, plan, name, status, bool(stopping))
+                        # A signal may reach a run before it can save, for example during its start.
+                        killed = not 0 <= (status.exit_status or 0) <= 128
+                        _record(folder, plan, name, status, closed or bool(stopping) and killed)
                 submitted = {name: statuses[handle] for name, handle in open_jobs.items()}
                 known = progress(folder, chosen, submitted, known)
                 watch(known)
@@ -172,7 +174,12 @@ def drive(
                     stopping = now
                     for handle in open_jobs.values():
                         submitter.cancel(handle)
-                elif stopping and (len(signals) > 1 or now - stopping > _GRACE_SECONDS):
+                elif (
+                    stopping
+                    and not closed
+                    and (len(signals) > 1 or now - stopping > _GRACE_SECONDS)
+                ):
+                    closed = True
                     submitter.close()
                 elif open_jobs:
                     time.sleep(_POLL_SECONDS)
@@ -214,14 +221,12 @@ def submit(
 
 
 def _record(
-    folder: SweepFolder, plan: Sequence[Planned], name: str, status: Status, stopping: bool
+    folder: SweepFolder, plan: Sequence[Planned], name: str, status: Status, stopped: bool
 ) -> None:
-    """Records the end of an attempt."""
+    """Records the end of an attempt; one that was `stopped` has no error."""
     planned = next(entry for entry in plan if entry.name == name)
     error = None
     if not folder.done(planned) and status.exit_status != INTERRUPTED:
-        # A signal may reach a run before it can save, for example during its start.
-        stopped = stopping and (status.exit_status or 0) < 0
         error = None if stopped else first_error(folder.log(name), status.exit_status or 0)
     folder.add_attempt(
         name,
