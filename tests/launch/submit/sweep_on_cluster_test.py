@@ -43,8 +43,9 @@ def test_a_dry_run_shows_arrays_and_writes_nothing(file, tmp_path, capsys, monke
     monkeypatch.setenv("PATH", "/nowhere")
     out = tmp_path / "out"
     words = [f"--sweep={file}", f"--out={out}", "--dry_run", *CLUSTER, *ONE]
-    assert sweep.main(words) == 0
+    assert sweep.main([*words, "--cluster_setting=python=/shared/bin/python"]) == 0
     shown = capsys.readouterr().out
+    assert shown.count("words=(/shared/bin/python -m espalier.launch.sweep.run ") == 4
     assert shown.count("#SBATCH --array=0-1\n") == 1  # both seeds of the first arm
     assert "# sbatch --dependency=afterok:(ids of source/seed0)" in shown
     assert not out.exists()
@@ -65,6 +66,7 @@ NEEDED = {
         (CLUSTER, "a run of a sweep is one process, not 16"),
         ((*CLUSTER, *ONE, "--memory_gb=3"), "a cluster has its own limits"),
         ((*CLUSTER, *ONE, "--workers=2"), "--workers 2 is for runs on this machine: set at_once"),
+        ((*CLUSTER, *ONE, "--cluster_setting=logs=/x"), "logs: the logs of a sweep's runs are in"),
         (("--cluster_setting=nodes=1",), "--cluster_setting nodes=1 is of --cluster: give both"),
         *(
             (
