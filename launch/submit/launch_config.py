@@ -6,6 +6,7 @@ value and keeps its type. The settings know the back end that runs jobs.
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 import re
@@ -143,6 +144,11 @@ class Launch:
     def submitter(self) -> Any:
         """Returns the back end, a `base.Submitter`, or a `base.Queue` unless FOREGROUND."""
         return importlib.import_module(BACKENDS[self.BACKEND]).submitter(self)
+
+    def changed(self, before: Mapping[str, Any]) -> list[str]:
+        """Returns the names of settings that differ from those of an earlier submission, as JSON has kept them."""
+        now = json.loads(json.dumps(dataclasses.asdict(self)))
+        return [name for name in now if now[name] != before.get(name)]
 
     def at_least(self, low: int, *names: str) -> None:
         """Raises SubmitError for a number that is too small."""

@@ -1,6 +1,6 @@
 """Runs jobs on a SLURM cluster, by scripts that `sbatch` reads; nothing is pickled.
 
-A job leaves two files beside its log: LOG.job with its id, and LOG.ended with its exit status. So a driver that is
+A job leaves two files beside its log: LOG.job with its id, command and settings, and LOG.ended with its exit status. So a driver that is
 started again takes over jobs that are still queued, without the accounting database.
 """
 
@@ -125,10 +125,13 @@ class SlurmSubmitter:
                 job = Job(name=record["name"], command=tuple(record["command"]), log=handle)
                 self._entries[handle] = _Entry(job, record["id"])
             elif alive.get(record["id"], ("",))[0] in _WAITING + _RUNNING:
+                other = set(self._settings.changed(record.get("settings", {}))) - {"poll_seconds"}
                 if list(entry.job.command) != record["command"]:
+                    other.add("command")
+                if other:
                     raise SubmitError(
-                        f"{handle}: job {record['id']} is still queued or running with another command: cancel it "
-                        f"first (--cancel, or scancel {record['id']})."
+                        f"{handle}: job {record['id']} is still queued or running with another {', '.join(sorted(other))}: "
+                        f"cancel it first (--cancel, or scancel {record['id']})."
                     )
                 entry.id = record["id"]
 
@@ -166,7 +169,12 @@ class SlurmSubmitter:
                 handle = self.handle(job)
                 identity = number if len(jobs) == 1 else f"{number}_{index}"
                 self._entries[handle].id = identity
-                record = {"id": identity, "name": job.name, "command": list(job.command)}
+                record = {
+                    "id": identity,
+                    "name": job.name,
+                    "command": list(job.command),
+                    "settings": dataclasses.asdict(self._settings),
+                }
                 pathlib.Path(f"{handle}.job").write_text(json.dumps(record), encoding="utf-8")
             self._asked = -1e9
 

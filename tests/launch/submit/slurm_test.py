@@ -179,6 +179,9 @@ def test_arrays_orders_failures_and_the_taking_over_of_jobs(slurm, tmp_path):
     with pytest.raises(SubmitError, match="still queued or running with another command"):
         third = settings(folder=str(tmp_path)).submitter()
         third.statuses([third.submit(job(tmp_path, "first0", "true"))])
+    with pytest.raises(SubmitError, match="first0/log: job .* with another time_limit: cancel it"):
+        longer = settings(folder=str(tmp_path), time_limit="9:00", poll_seconds=0.3).submitter()
+        longer.statuses([longer.submit(job(tmp_path, "first0", f"{sleeps}; echo 0"))])
     (tmp_path / "go").touch()
     statuses = wait(queue, every, *ENDED)
     assert [status.exit_status for status in statuses] == [0, 0, 3, 0, None]
