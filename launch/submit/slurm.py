@@ -232,6 +232,8 @@ class SlurmSubmitter:
             return Status(state=State.WAITING)
         if state in _RUNNING:
             self._gone.pop(handle, None)
+            with contextlib.suppress(OSError, ValueError):  # of earlier starts
+                seconds += float(pathlib.Path(f"{handle}.seconds").read_text(encoding="utf-8"))
             return Status(state=State.RUNNING, seconds=seconds)
         if state == "CANCELLED" and not seconds:
             return Status(state=State.DROPPED)
@@ -254,7 +256,7 @@ class SlurmSubmitter:
 def _prepare(log: str) -> None:
     """Makes a log's folder, and removes what an earlier job left beside the log."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
-    for suffix in ("ended", "cancelled", "job"):
+    for suffix in ("ended", "cancelled", "job", "seconds"):
         pathlib.Path(f"{log}.{suffix}").unlink(missing_ok=True)
 
 

@@ -192,7 +192,7 @@ def test_arrays_orders_failures_and_the_taking_over_of_jobs(slurm, tmp_path):
 
 def test_status_75_queues_again_up_to_the_limit_and_not_after_cancelling(slurm, tmp_path):
     queue = settings(folder=str(tmp_path), requeues=1).submitter()
-    again = queue.submit(job(tmp_path, "again", "echo start; exit 75"))
+    again = queue.submit(job(tmp_path, "again", "echo start; sleep 2; exit 75"))
     saves = "trap 'echo saved; exit 75' TERM; echo start; while :; do sleep 0.2; done"
     stopped = queue.submit(job(tmp_path, "stopped", saves))
     waiting = queue.submit(job(tmp_path, "waiting", "true", after=(stopped,)))
@@ -204,6 +204,7 @@ def test_status_75_queues_again_up_to_the_limit_and_not_after_cancelling(slurm, 
     queue.cancel(waiting)
     statuses = wait(queue, [again, stopped, waiting], *ENDED)
     assert [status.exit_status for status in statuses] == [75, 75, None]
+    assert 4 <= statuses[0].seconds < 8  # of both starts
     text = pathlib.Path(again).read_text()
     assert text.count("start") == 2 and "status 75 after 1 requeues, the limit" in text
     assert "saved" in pathlib.Path(stopped).read_text()
