@@ -66,7 +66,7 @@ class Settings(Launch):
 
     @property
     def directory(self) -> str:
-        return os.path.abspath(os.path.expanduser(super().directory))
+        return os.path.abspath(super().directory)
 
     @property
     def processes(self) -> int:

@@ -89,11 +89,13 @@ class Launch:
 
     @property
     def interpreter(self) -> str:
-        return self.python or ("python" if self.ELSEWHERE else sys.executable)
+        if self.ELSEWHERE:
+            return self.python or "python"
+        return os.path.expanduser(self.python) or sys.executable
 
     @property
     def directory(self) -> str:
-        return self.folder or os.getcwd()
+        return (self.folder if self.ELSEWHERE else os.path.expanduser(self.folder)) or os.getcwd()
 
     @property
     def processes(self) -> int:

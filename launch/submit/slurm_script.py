@@ -179,7 +179,7 @@ def _variables(settings: Settings) -> list[str]:
 def _secrets(settings: Settings) -> list[str]:
     """Returns lines that read secrets from files, which only the job's host needs to have."""
     return [
-        f"{name}=$(cat -- {shlex.quote(path)}) && export {name} || end 2"
+        f"{name}=$(cat -- {shlex.quote(os.path.expanduser(path))}) && export {name} || end 2"
         for name, path in settings.secret_places.items()
     ]
 

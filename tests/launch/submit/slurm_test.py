@@ -56,15 +56,19 @@ def wait(queue, handles, *states, seconds=120):
 ENDED = (State.ENDED, State.DROPPED)
 
 
-def test_the_script_of_two_hosts_with_gpus():
+def test_the_script_of_two_hosts_with_gpus(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     shipped = launch_config.read("launch/submit/configs/slurm.py", ["env=('NCCL_DEBUG=WARN',)"])
-    queue = slurm.Settings(
+    shipped = slurm.Settings(
         **{
             **vars(shipped),
-            "folder": "/home/me/espalier",
-            "secrets": ("WANDB_API_KEY=/home/me/.wandb",),
+            "folder": "~/espalier",
+            "secrets": ("WANDB_API_KEY=~/.wandb",),
+            "python": "~/env/bin/python",
         }
-    ).submitter()
+    )
+    assert shipped.interpreter == "/home/me/env/bin/python"
+    queue = shipped.submitter()
     command = ("python", "-m", "espalier.launch.train", "--gin.MODEL_DIR='/runs/a b'")
     queue.submit(Job(name="a b", command=command, log="/runs/a b/logs/log.txt"))
     assert queue.preview() == GOLDEN.read_text()
