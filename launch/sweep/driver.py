@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import enum
-import pathlib
-import re
 import signal
 import sys
 import time
@@ -13,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.launch.processes.supervisor import handled
-from espalier.launch.submit.base import Handle, Job, State, Status, Submitter
-from espalier.launch.sweep.folder import Planned, SweepFolder, tail, write_results
+from espalier.launch.submit.base import Handle, Job, State, Status, Submitter, first_error, tail
+from espalier.launch.sweep.folder import Planned, SweepFolder, write_results
 
 INTERRUPTED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -242,20 +240,6 @@ def _record(
     )
     if folder.done(planned):
         write_results(folder, plan)
-
-
-def first_error(log: pathlib.Path, status: int) -> str:
-    """Returns one line on the reason of a run's failure: its error message, else the last line of its traceback."""
-    if status < 0:
-        name = signal.Signals(-status).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"ended by {name}{hint}"
-    lines = [line.strip() for line in re.split(r"[\r\n]+", tail(log)) if line.strip()]
-    for line in reversed(lines):
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
-    return (raised or lines or [f"ended with status {status}"])[-1]
 
 
 @contextlib.contextmanager
