@@ -287,7 +287,7 @@ class JobSetSubmitter:
                 self._kubectl("create", "--filename=-", text=self._text([job]))
             elif other := self._settings.changed(json.loads(before)):
                 raise SubmitError(
-                    f"{handle} is still queued or running with another {', '.join(other)}: cancel it first (--cancel)."
+                    f"{handle} has not ended, and was submitted with another {', '.join(other)}: cancel it first (--cancel)."
                 )
         return {handle: self._status(handle) for handle in handles}
 

@@ -244,7 +244,9 @@ def test_states_and_kubernetes_own_words(tmp_path, monkeypatch):
     # The image is mended: the old one's pods say nothing before the creation, nor after the cancelling.
     mended = read("image=MENDED", "restarts=5").submitter()
     mended.submit(JOB)
-    with pytest.raises(SubmitError, match=f"^{handle} is still .* another image, restarts: cancel"):
+    with pytest.raises(
+        SubmitError, match=f"^{handle} has not ended.* another image, restarts: cancel"
+    ):
         mended.statuses([handle])
     created["metadata"]["deletionTimestamp"] = "2026-12-01T00:00:00Z"
     answers.write_text(json.dumps(created))
