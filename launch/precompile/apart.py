@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from espalier.launch.submit.base import Job, State
+from espalier.launch.submit.base import Job, State, first_error
 from espalier.launch.submit.local import LocalSubmitter
 
 _POLL_SECONDS = 0.5
@@ -72,12 +72,5 @@ def compile_apart(
         seconds = time.monotonic() - began
         if status.exit_status in (0, 1) and target.exists():
             return Outcome(json.loads(target.read_text("utf-8")), "", seconds)
-        return Outcome(None, _last_error(log, status.exit_status), seconds)
-
-
-def _last_error(log: pathlib.Path, code: int | None) -> str:
-    """Returns the line of an error that a command printed, or the last line of a traceback."""
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    last = errors or [line for line in lines if line] or ["no message"]
-    return f"{last[-1][:500]} (status {code})"
+        code = status.exit_status or 0
+        return Outcome(None, f"{first_error(log, code)[:500]} (status {code})", seconds)

@@ -9,13 +9,18 @@ import dataclasses
 import enum
 import hashlib
 import json
+import os
+import pathlib
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 Handle = str
 _ANSWER_SECONDS = 120.0
+# Bytes at the end of a file that contain its last rows.
+_TAIL_BYTES = 16384
 
 
 class SubmitError(ValueError):
@@ -113,6 +118,30 @@ def name_of(job: Job) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")[:32].strip("-")
     readable = words if words[:1].isalpha() else f"run-{words}".strip("-")
     return f"{readable}-{digest}"
+
+
+def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
+    """Returns the end of a text file; an empty text if there is no file."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.path.getsize(path) - size, 0))
+            return file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def first_error(log: pathlib.Path, status: int) -> str:
+    """Returns one line on the reason of a job's failure: its error message, else the last line of its traceback."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"ended by {name}{hint}"
+    lines = [line.strip() for line in re.split(r"[\r\n]+", tail(log)) if line.strip()]
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    return (raised or lines or [f"ended with status {status}"])[-1]
 
 
 class Printed:

@@ -12,10 +12,12 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Annotated, ClassVar
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from espalier.launch.submit.local import LocalSubmitter
 
 _FLAGS = ("processes", "restarts", "log", "folder", "secret")
+# Seconds for which a process may outlive one that has failed: it sees the loss after --heartbeat_timeout (100 s), and says so.
+_PEER_SECONDS = 150.0
+_POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class Settings(Launch):
 
     @property
     def directory(self) -> str:
-        return os.path.abspath(os.path.expanduser(super().directory))
+        return os.path.abspath(super().directory)
 
     @property
     def processes(self) -> int:
@@ -126,9 +131,10 @@ def run(
     folder: Folder | None = None,
     secret: Sequence[Annotated[str, "NAME=FILE"]] = (),
 ) -> int:
-    """Runs a command in several processes that join each other; returns the highest exit status.
+    """Runs a command in several processes that join each other; returns the exit status that decides.
 
-    A signal to this process goes to all of them, and then nothing is started again.
+    An error (1 to 127 except 75) decides over 75, and 75 over other statuses. A process that hangs after another one has failed is
+    killed, and counts as 75. A signal to this process goes to all of them, and then nothing is started again.
 
     Args:
       command: the command.
@@ -159,15 +165,34 @@ def run(
                 for i in range(processes)
             ]
             with supervisor.forwarded(children) as signals:
-                statuses = [supervisor.shell_status(child.wait()) for child in children]
+                statuses = _statuses(children)
             stopping += signals
-        status = max(statuses)
+        lost = cli.INTERRUPTED
+        status = max(statuses, key=lambda one: (0 < one < 128 and one != lost, one == lost, one))
         if status != cli.INTERRUPTED or stopping or attempt == restarts:
             break
         print(f"status 75: start {attempt + 1} of {restarts} after the first.", flush=True)
     if status == cli.INTERRUPTED and restarts and not stopping:
         print(f"error: status 75 after {restarts} restarts, the limit (restarts).", file=sys.stderr)
     return status
+
+
+def _statuses(children: Sequence[subprocess.Popen]) -> list[int]:
+    """Returns the exit statuses of processes; 75 for those that are killed because they outlive a failed one."""
+    until = math.inf
+    while running := [child for child in children if child.poll() is None]:
+        if any(child.returncode for child in children):
+            until = min(until, time.monotonic() + _PEER_SECONDS)
+        if time.monotonic() > until:
+            break
+        time.sleep(_POLL_SECONDS)
+    for child in running:
+        child.kill()
+        child.wait()
+    return [
+        cli.INTERRUPTED if child in running else supervisor.shell_status(child.returncode)
+        for child in children
+    ]
 
 
 def _join_flags(processes: int) -> list[str]:

@@ -21,6 +21,7 @@ from espalier.launch.submit.launch_config import texts
 _API = "jobset.x-k8s.io/v1alpha2"
 _GROUP = "hosts"  # the replicated job's name
 _PORT = 1234
+_SETTINGS = "espalier/settings"  # the annotation with those of the submission
 _PRIVILEGED = """\
 # Containers with TPUs are privileged: libtpu maps the chips' memory and locks pages, for which it raises its own limits.
 """
@@ -125,10 +126,11 @@ def manifest(settings: Settings, job: Job) -> dict[str, Any]:
         "replicas": settings.slices if tpu else 1,
         "template": {"spec": _job(settings, job, name)},
     }
-    metadata: dict[str, Any] = {"name": name, "namespace": settings.namespace}
+    annotations = {_SETTINGS: json.dumps(dataclasses.asdict(settings))}
+    metadata = {"name": name, "namespace": settings.namespace, "annotations": annotations}
     if tpu and settings.slices > 1:  # a slice is a node pool, and takes one Job
         key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-        metadata["annotations"] = {key: "cloud.google.com/gke-nodepool"}
+        annotations[key] = "cloud.google.com/gke-nodepool"
     return {
         "apiVersion": _API,
         "kind": "JobSet",
@@ -226,6 +228,24 @@ def _join_flags(settings: Settings, name: str) -> tuple[str, ...]:
     )
 
 
+def _deleted(found: Mapping[str, Any]) -> bool:
+    """Whether a JobSet ends because it was deleted."""
+    return "deletionTimestamp" in found.get("metadata", {})
+
+
+def _state(found: Mapping[str, Any]) -> Status:
+    """Returns the status of a JobSet as Kubernetes has it."""
+    if not found:
+        return Status(state=State.DROPPED)
+    status = found.get("status") or {}
+    for condition in status.get("conditions", ()):
+        if condition.get("status") == "True" and condition.get("type") in ("Completed", "Failed"):
+            return Status(state=State.ENDED, exit_status=int(condition["type"] == "Failed"))
+    jobs = status.get("replicatedJobsStatus") or ()
+    ready = any(entry.get("ready") for entry in jobs)
+    return Status(state=State.RUNNING if ready else State.WAITING)
+
+
 def submitter(settings: Settings) -> "JobSetSubmitter":
     """Returns the back end of the settings."""
     return JobSetSubmitter(settings)
@@ -256,11 +276,19 @@ class JobSetSubmitter:
     def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
         while self._new:
             handle, job = self._new.popitem()
-            state = self._status(handle).state
-            if state is State.ENDED:  # an earlier start of the same command
+            found = self._get(handle)
+            if _state(found).state is State.ENDED or _deleted(
+                found
+            ):  # an earlier start of the same command
                 self._kubectl("delete", f"jobset/{handle}", "--wait=true")
-            if state in (State.ENDED, State.DROPPED):
+                found = {}
+            before = found.get("metadata", {}).get("annotations", {}).get(_SETTINGS, "{}")
+            if not found:
                 self._kubectl("create", "--filename=-", text=self._text([job]))
+            elif other := self._settings.changed(json.loads(before)):
+                raise SubmitError(
+                    f"{handle} has not ended, and was submitted with another {', '.join(other)}: cancel it first (--cancel)."
+                )
         return {handle: self._status(handle) for handle in handles}
 
     def _text(self, jobs: Iterable[Job]) -> str:
@@ -275,25 +303,21 @@ class JobSetSubmitter:
     def close(self) -> None:
         self._new = {}
 
-    def _status(self, handle: Handle) -> Status:
+    def _get(self, handle: Handle) -> dict[str, Any]:
+        """Returns a JobSet as Kubernetes has it; empty if there is none."""
         try:
-            found = self._kubectl("get", f"jobset/{handle}", "--output=json")
+            return json.loads(self._kubectl("get", f"jobset/{handle}", "--output=json"))
         except SubmitError as error:
-            if "NotFound" in str(error):  # deleted
-                return Status(state=State.DROPPED)
+            if "NotFound" in str(error):
+                return {}
             raise
-        status = json.loads(found).get("status") or {}
-        for condition in status.get("conditions", ()):
-            if condition.get("status") == "True" and condition.get("type") in (
-                "Completed",
-                "Failed",
-            ):
-                return Status(state=State.ENDED, exit_status=int(condition["type"] == "Failed"))
-        jobs = status.get("replicatedJobsStatus") or ()
-        if any(entry.get("ready") for entry in jobs):
-            return Status(state=State.RUNNING)
-        self._check_pods(handle)
-        return Status(state=State.WAITING)
+
+    def _status(self, handle: Handle) -> Status:
+        found = self._get(handle)
+        status = _state(found)
+        if status.state is State.WAITING and not _deleted(found):
+            self._check_pods(handle)
+        return status
 
     def _check_pods(self, handle: Handle) -> None:
         """Raises SubmitError with Kubernetes' words if a pod cannot start, for example without its image."""

@@ -6,6 +6,7 @@ value and keeps its type. The settings know the back end that runs jobs.
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 import re
@@ -88,11 +89,13 @@ class Launch:
 
     @property
     def interpreter(self) -> str:
-        return self.python or ("python" if self.ELSEWHERE else sys.executable)
+        if self.ELSEWHERE:
+            return self.python or "python"
+        return os.path.expanduser(self.python) or sys.executable
 
     @property
     def directory(self) -> str:
-        return self.folder or os.getcwd()
+        return (self.folder if self.ELSEWHERE else os.path.expanduser(self.folder)) or os.getcwd()
 
     @property
     def processes(self) -> int:
@@ -143,6 +146,11 @@ class Launch:
     def submitter(self) -> Any:
         """Returns the back end, a `base.Submitter`, or a `base.Queue` unless FOREGROUND."""
         return importlib.import_module(BACKENDS[self.BACKEND]).submitter(self)
+
+    def changed(self, before: Mapping[str, Any]) -> list[str]:
+        """Returns the names of settings that differ from those of an earlier submission, as JSON has kept them."""
+        now = json.loads(json.dumps(dataclasses.asdict(self)))
+        return [name for name in now if now[name] != before.get(name)]
 
     def at_least(self, low: int, *names: str) -> None:
         """Raises SubmitError for a number that is too small."""

@@ -1,6 +1,6 @@
 """Runs jobs on a SLURM cluster, by scripts that `sbatch` reads; nothing is pickled.
 
-A job leaves two files beside its log: LOG.job with its id, and LOG.ended with its exit status. So a driver that is
+A job leaves two files beside its log: LOG.job with its id, command and settings, and LOG.ended with its exit status. So a driver that is
 started again takes over jobs that are still queued, without the accounting database.
 """
 
@@ -86,8 +86,7 @@ class SlurmSubmitter:
             entry.dropped = True
             return
         self._asked = -1e9
-        # Read by the job's script, which would otherwise queue the job again.
-        pathlib.Path(f"{handle}.cancelled").write_text(entry.id)
+        _mark_cancelled(handle, entry.id)
         self._ask()
         if self._known.get(entry.id, ("", 0, ""))[0] in _RUNNING:
             _slurm("scancel", "--signal=TERM", entry.id)
@@ -96,9 +95,15 @@ class SlurmSubmitter:
         self._asked = -1e9
 
     def close(self) -> None:
-        ids = [entry.id for entry in self._entries.values() if entry.id is not None]
-        if ids and (alive := [job for job in ids if job in self._query(ids)]):
-            with contextlib.suppress(SubmitError):  # they have just ended
+        ids = {entry.id: handle for handle, entry in self._entries.items() if entry.id is not None}
+        with contextlib.suppress(
+            SubmitError
+        ):  # they have just ended, or the scheduler gives no answer
+            known = self._query(list(ids)) if ids else {}
+            alive = [job for job in ids if known.get(job, ("",))[0] in _WAITING + _RUNNING]
+            for job in alive:
+                _mark_cancelled(ids[job], job)
+            if alive:
                 _slurm("scancel", *alive)
 
     def _adopt(self, handles: Sequence[Handle]) -> None:
@@ -120,10 +125,13 @@ class SlurmSubmitter:
                 job = Job(name=record["name"], command=tuple(record["command"]), log=handle)
                 self._entries[handle] = _Entry(job, record["id"])
             elif alive.get(record["id"], ("",))[0] in _WAITING + _RUNNING:
+                other = set(self._settings.changed(record.get("settings", {}))) - {"poll_seconds"}
                 if list(entry.job.command) != record["command"]:
+                    other.add("command")
+                if other:
                     raise SubmitError(
-                        f"{handle}: job {record['id']} is still queued or running with another command: cancel it "
-                        f"first (--cancel, or scancel {record['id']})."
+                        f"{handle}: job {record['id']} is still queued or running with another {', '.join(sorted(other))}: "
+                        f"cancel it first (--cancel, or scancel {record['id']})."
                     )
                 entry.id = record["id"]
 
@@ -161,7 +169,12 @@ class SlurmSubmitter:
                 handle = self.handle(job)
                 identity = number if len(jobs) == 1 else f"{number}_{index}"
                 self._entries[handle].id = identity
-                record = {"id": identity, "name": job.name, "command": list(job.command)}
+                record = {
+                    "id": identity,
+                    "name": job.name,
+                    "command": list(job.command),
+                    "settings": dataclasses.asdict(self._settings),
+                }
                 pathlib.Path(f"{handle}.job").write_text(json.dumps(record), encoding="utf-8")
             self._asked = -1e9
 
@@ -219,6 +232,8 @@ class SlurmSubmitter:
             return Status(state=State.WAITING)
         if state in _RUNNING:
             self._gone.pop(handle, None)
+            with contextlib.suppress(OSError, ValueError):  # of earlier starts
+                seconds += float(pathlib.Path(f"{handle}.seconds").read_text(encoding="utf-8"))
             return Status(state=State.RUNNING, seconds=seconds)
         if state == "CANCELLED" and not seconds:
             return Status(state=State.DROPPED)
@@ -241,8 +256,13 @@ class SlurmSubmitter:
 def _prepare(log: str) -> None:
     """Makes a log's folder, and removes what an earlier job left beside the log."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
-    for suffix in ("ended", "cancelled", "job"):
+    for suffix in ("ended", "cancelled", "job", "seconds"):
         pathlib.Path(f"{log}.{suffix}").unlink(missing_ok=True)
+
+
+def _mark_cancelled(log: str, identity: str) -> None:
+    """Writes the file that the job's script reads, which would otherwise queue the job again."""
+    pathlib.Path(f"{log}.cancelled").write_text(identity)
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def render(settings: Settings, jobs: Sequence[Job]) -> str:
         f'word=$(cd {folder} 2>&1 && mkdir -p -- "$(dirname -- "$log")" 2>&1 && {{ : >>"$log"; }} 2>&1) || lost "$word"',
         f"cd {folder}",
         'exec >>"$log" 2>&1',
+        'SECONDS=$(cat -- "$log.seconds" 2>/dev/null)  # of earlier starts of this job',
         *_secrets(settings),
         f'srun {_srun_words(settings)}bash -c {shlex.quote(_TASK)} bash "$log" "${{words[@]}}"',
         "status=$?",
@@ -129,7 +130,7 @@ def render(settings: Settings, jobs: Sequence[Job]) -> str:
         "# 75: start again. Other statuses need a person.",
         'if [ "$status" = 75 ] && [ ! -e "$log.cancelled" ]; then',
         f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {settings.requeues} ]; then',
-        '    scontrol requeue "$id" && exit 75',
+        '    echo "$SECONDS" >"$log.seconds"; scontrol requeue "$id" && exit 75',
         "  else",
         f'    echo "error: status 75 after {settings.requeues} requeues, the limit (requeues): submit again to go on."',
         "  fi",
@@ -178,7 +179,7 @@ def _variables(settings: Settings) -> list[str]:
 def _secrets(settings: Settings) -> list[str]:
     """Returns lines that read secrets from files, which only the job's host needs to have."""
     return [
-        f"{name}=$(cat -- {shlex.quote(path)}) && export {name} || end 2"
+        f"{name}=$(cat -- {shlex.quote(os.path.expanduser(path))}) && export {name} || end 2"
         for name, path in settings.secret_places.items()
     ]
 

@@ -5,7 +5,6 @@ They cost money from the first line on, so a person runs them one after another.
 
 import base64
 import dataclasses
-import re
 import shlex
 from collections.abc import Mapping
 from typing import ClassVar
@@ -15,7 +14,7 @@ from espalier.launch.submit.launch_config import Launch, texts
 
 # Software of a machine for each version of the TPU, as https://cloud.google.com/tpu/docs/runtimes lists it for JAX.
 _RUNTIMES = {
-    **dict.fromkeys(("v2", "v3", "v4"), "tpu-ubuntu2204-base"),
+    "v4": "tpu-ubuntu2204-base",
     "v5litepod": "v2-alpha-tpuv5-lite",
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
@@ -32,7 +31,8 @@ class Settings(Launch):
       runtime_version: of the virtual machine's software; empty for the one that belongs to accelerator_type.
       slices: TPU slices that one run uses.
       spot: whether spot machines are asked for.
-      chips: chips of a slice, to check the mesh before the start; 0 for those that the accelerator's name tells.
+      chips: chips of a slice, one JAX device each, to check the mesh before the start; 0 for those that the accelerator's
+        name tells.
       repository: from which every host clones this project, such as your fork of it.
       commit: branch, tag or commit of the repository; the same on every host.
       restarts: times that every host starts its process again after status 75.
@@ -99,12 +99,11 @@ class Settings(Launch):
         return self.runtime_version or _RUNTIMES[kind]
 
     def _named_chips(self) -> int:
-        """Returns the chips that the accelerator's name tells: a number of chips or, before v5e, of their two cores each."""
-        match = re.fullmatch(r"(v\d\w*)-(\d+)", self.accelerator_type)
-        if match is None:
+        """Returns the chips that the name of a known TPU tells: a number of chips or, for v4 and v5p, of their two cores each."""
+        kind, _, number = self.accelerator_type.partition("-")
+        if kind not in _RUNTIMES or not number.isdecimal():
             return 0
-        cores = 2 if match[1] in ("v2", "v3", "v4", "v5p") else 1
-        return int(match[2]) // cores
+        return int(number) // (2 if kind in ("v4", "v5p") else 1)
 
     def unseen(self, path: str) -> str:
         del path

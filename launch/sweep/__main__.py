@@ -24,6 +24,7 @@ from espalier.launch import cli
 
 if TYPE_CHECKING:
     from espalier.launch.submit.base import Submitter
+    from espalier.launch.submit.launch_config import Launch
     from espalier.launch.sweep.folder import Planned, SweepFolder
 
 # Seconds to wait for the runs of a killed sweep to save.
@@ -80,12 +81,15 @@ def run_sweep(
             raise ValueError(f"--cluster_setting {cluster_setting[0]} is of --cluster: give both.")
         workers = 1 if workers is None else workers
         submitter = LocalSubmitter(workers=workers, memory_gb=memory_gb)
+        command = functools.partial(_command, folder, sys.executable)
     else:
         if workers is not None:
             raise ValueError(
                 f"--workers {workers} is for runs on this machine: set at_once of --cluster, --cluster_setting at_once={workers}."
             )
-        submitter = _cluster(cluster, cluster_setting or (), memory_gb)
+        settings = _cluster(cluster, cluster_setting or (), memory_gb)
+        submitter = settings.submitter()
+        command = functools.partial(_command, folder, settings.interpreter)
         workers = len(runs)  # for the estimate of the remaining time
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes {minutes}: give a positive number of minutes.")
@@ -100,7 +104,6 @@ def run_sweep(
     if dry_run:
         _show(folder, plan, wanted)
         if cluster is not None:
-            command = functools.partial(_command, folder)
             driver.submit(folder, plan, submitter, [run.name for run in wanted], command)
             print(f"\n{submitter.preview()}", end="")
         return 0
@@ -116,7 +119,7 @@ def run_sweep(
                 plan,
                 submitter,
                 wanted=[planned.name for planned in wanted],
-                command=functools.partial(_command, folder),
+                command=command,
                 watch=watch,
                 minutes=minutes,
             )
@@ -126,8 +129,8 @@ def run_sweep(
     return exit_status
 
 
-def _cluster(file: str, overrides: Sequence[str], memory_gb: float | None) -> "Submitter":
-    """Returns the back end of a launch configuration; raises SubmitError for one that cannot run a sweep."""
+def _cluster(file: str, overrides: Sequence[str], memory_gb: float | None) -> "Launch":
+    """Returns a launch configuration's settings; raises SubmitError for those that cannot run a sweep."""
     from espalier.launch.submit import launch_config
     from espalier.launch.submit.base import SubmitError
 
@@ -146,7 +149,9 @@ def _cluster(file: str, overrides: Sequence[str], memory_gb: float | None) -> "S
             f"{file}: a run of a sweep is one process, not {settings.processes}; it uses all devices of a host "
             "(--cluster_setting nodes=1 --cluster_setting tasks_per_node=1)."
         )
-    return settings.submitter()
+    if getattr(settings, "logs", ""):
+        raise SubmitError(f"{file}: logs: the logs of a sweep's runs are in --out: remove it.")
+    return settings
 
 
 def _print_status(folder: "SweepFolder", only: Sequence[str] | None) -> None:
@@ -161,9 +166,9 @@ def _print_status(folder: "SweepFolder", only: Sequence[str] | None) -> None:
         print("The sweep is not running: start it again to resume it.")
 
 
-def _command(folder: "SweepFolder", run: str) -> tuple[str, ...]:
+def _command(folder: "SweepFolder", python: str, run: str) -> tuple[str, ...]:
     """Returns the words of the command that executes a run."""
-    program = (sys.executable, "-m", "espalier.launch.sweep.run")
+    program = (python, "-m", "espalier.launch.sweep.run")
     return (*program, f"--out={folder.path}", f"--run={run}")
 
 

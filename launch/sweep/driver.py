@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import enum
-import pathlib
-import re
 import signal
 import sys
 import time
@@ -13,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.launch.processes.supervisor import handled
-from espalier.launch.submit.base import Handle, Job, State, Status, Submitter
-from espalier.launch.sweep.folder import Planned, SweepFolder, tail, write_results
+from espalier.launch.submit.base import Handle, Job, State, Status, Submitter, first_error, tail
+from espalier.launch.sweep.folder import Planned, SweepFolder, write_results
 
 INTERRUPTED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -150,7 +148,7 @@ def drive(
     open_jobs = submit(folder, plan, submitter, wanted, command)
     for name in open_jobs:
         folder.directory(name).mkdir(parents=True, exist_ok=True)
-    stopping = 0.0
+    stopping, closed = 0.0, False
     known: list[Progress] = []
     write_results(folder, plan)
     try:
@@ -162,7 +160,9 @@ def drive(
                     if status.state in (State.ENDED, State.DROPPED):
                         del open_jobs[name]
                     if status.state is State.ENDED:
-                        _record(folder, plan, name, status, bool(stopping))
+                        # A signal may reach a run before it can save, for example during its start.
+                        killed = not 0 <= (status.exit_status or 0) <= 128
+                        _record(folder, plan, name, status, closed or bool(stopping) and killed)
                 submitted = {name: statuses[handle] for name, handle in open_jobs.items()}
                 known = progress(folder, chosen, submitted, known)
                 watch(known)
@@ -172,7 +172,12 @@ def drive(
                     stopping = now
                     for handle in open_jobs.values():
                         submitter.cancel(handle)
-                elif stopping and (len(signals) > 1 or now - stopping > _GRACE_SECONDS):
+                elif (
+                    stopping
+                    and not closed
+                    and (len(signals) > 1 or now - stopping > _GRACE_SECONDS)
+                ):
+                    closed = True
                     submitter.close()
                 elif open_jobs:
                     time.sleep(_POLL_SECONDS)
@@ -214,14 +219,12 @@ def submit(
 
 
 def _record(
-    folder: SweepFolder, plan: Sequence[Planned], name: str, status: Status, stopping: bool
+    folder: SweepFolder, plan: Sequence[Planned], name: str, status: Status, stopped: bool
 ) -> None:
-    """Records the end of an attempt."""
+    """Records the end of an attempt; one that was `stopped` has no error."""
     planned = next(entry for entry in plan if entry.name == name)
     error = None
     if not folder.done(planned) and status.exit_status != INTERRUPTED:
-        # A signal may reach a run before it can save, for example during its start.
-        stopped = stopping and (status.exit_status or 0) < 0
         error = None if stopped else first_error(folder.log(name), status.exit_status or 0)
     folder.add_attempt(
         name,
@@ -237,20 +240,6 @@ def _record(
     )
     if folder.done(planned):
         write_results(folder, plan)
-
-
-def first_error(log: pathlib.Path, status: int) -> str:
-    """Returns one line on the reason of a run's failure: its error message, else the last line of its traceback."""
-    if status < 0:
-        name = signal.Signals(-status).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"ended by {name}{hint}"
-    lines = [line.strip() for line in re.split(r"[\r\n]+", tail(log)) if line.strip()]
-    for line in reversed(lines):
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
-    return (raised or lines or [f"ended with status {status}"])[-1]
 
 
 @contextlib.contextmanager

@@ -21,11 +21,9 @@ from typing import IO, Any
 
 from espalier.common import files
 from espalier.launch.inference import row_files
+from espalier.launch.submit.base import tail
 from espalier.launch.sweep.file import Run
 from espalier.trainers.telemetry.metric_writers import jsonable, read_jsonl, restored
-
-# Bytes at the end of a file that contain its last rows.
-_TAIL_BYTES = 16384
 
 
 class SweepFolderError(ValueError):
@@ -210,16 +208,6 @@ class SweepFolder:
                 if "loss" in (row := json.loads(line)):
                     return {"step": row["step"], "loss": restored(row["loss"])}
         return {}
-
-
-def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
-    """Returns the end of a text file; an empty text if there is no file."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(os.path.getsize(path) - size, 0))
-            return file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
 
 
 def _lock(directory: pathlib.Path, use: str) -> IO[str]:

@@ -222,7 +222,7 @@ def test_settings_come_back_from_their_configuration(tmp_path):
         launch_config.read(f"{file}:x")
 
 
-def test_a_group_starts_again_after_75_and_ends_with_the_worst_status(tmp_path, capfd):
+def test_a_group_starts_again_after_75_and_not_after_an_error(tmp_path, capfd):
     count = f"echo x >>{tmp_path}/starts; n=$(wc -l <{tmp_path}/starts); "
     assert group.run(["sh", "-c", f"{count} [ $n -gt 2 ] || exit 75"], restarts=5) == 0
     assert (tmp_path / "starts").read_text() == "x\n" * 3
@@ -231,8 +231,25 @@ def test_a_group_starts_again_after_75_and_ends_with_the_worst_status(tmp_path, 
     # The second process fails; `sh` ignores the flags with which processes join.
     log = tmp_path / "log"
     script = 'echo "$@"; case "$@" in *--process_index=1) exit 2;; esac; exit 75'
-    assert group.run(["sh", "-c", script, "sh"], processes=2, restarts=3, log=str(log)) == 75
-    assert "--process_count=2 --process_index=1" in (tmp_path / "log.task1").read_text()
+    assert group.run(["sh", "-c", script, "sh"], processes=2, restarts=3, log=str(log)) == 2
+    output = (tmp_path / "log.task1").read_text()
+    assert output.count("--process_count=2 --process_index=1\n") == 1
+
+
+@pytest.mark.parametrize("signal_name", ["KILL", "STOP"])
+def test_a_group_starts_again_after_a_process_is_lost(signal_name, tmp_path, monkeypatch):
+    """Without memory, or hanging: the other process ends with 75."""
+    monkeypatch.setattr(group, "_PEER_SECONDS", 0.3)
+    script = f'case "$@" in *=1) echo x >>{tmp_path}/starts; kill -{signal_name} $$;; esac; exit 75'
+    assert group.run(["sh", "-c", script, "sh"], processes=2, restarts=2) == 75
+    assert (tmp_path / "starts").read_text() == "x\n" * 3
+
+
+def test_a_group_kills_what_outlives_a_lost_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(group, "_PEER_SECONDS", 0.3)
+    script = f'case "$@" in *=1) echo x >>{tmp_path}/starts; kill -KILL $$;; esac; sleep 60'
+    assert group.run(["sh", "-c", script, "sh"], processes=2, restarts=1) == 75
+    assert (tmp_path / "starts").read_text() == "x\n" * 2
 
 
 def test_a_secret_comes_from_a_file_and_is_shown_nowhere(tmp_path, capfd):

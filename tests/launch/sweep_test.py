@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from espalier.launch.submit.base import Job, State, Status
+from espalier.launch.submit.base import Job, State, Status, first_error
 from espalier.launch.sweep import __main__ as sweep
 from espalier.launch.sweep import driver, screen
 from espalier.launch.sweep import file as sweep_file
@@ -338,7 +338,7 @@ def test_a_failure_stops_only_what_starts_from_it_and_is_tried_again(drive):
 )
 def test_the_reason_of_a_failure_is_one_line(tmp_path, text, status, error):
     (tmp_path / "log").write_text(text)
-    assert driver.first_error(tmp_path / "log", status) == error
+    assert first_error(tmp_path / "log", status) == error
 
 
 def test_stopped_runs_and_the_time_budget_end_with_75(drive):

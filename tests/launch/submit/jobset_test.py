@@ -188,7 +188,7 @@ def test_a_path_is_seen_in_a_volume_alone():
 KUBECTL = """#!/bin/bash
 echo "$@" >>"$CALLS"
 case "$*" in
-*create*) cat >"$CALLS.yaml"; echo '{}' >"$ANSWERS/jobset.json";;
+*create*) cat >"$CALLS.yaml"; cp "$ANSWERS/created.json" "$ANSWERS/jobset.json";;
 *delete*) rm "$ANSWERS/jobset.json";;
 *"get pods"*) cat "$ANSWERS/pods.json";;
 *get*) if [ -e "$ANSWERS/jobset.json" ]; then cat "$ANSWERS/jobset.json"; else echo 'Error (NotFound): no' >&2; exit 1; fi;;
@@ -208,13 +208,15 @@ def test_states_and_kubernetes_own_words(tmp_path, monkeypatch):
     handle = queue.submit(JOB)
     answers, pods = tmp_path / "jobset.json", tmp_path / "pods.json"
     pods.write_text('{"items": []}')
+    created = {"metadata": rendered()["metadata"]}
+    (tmp_path / "created.json").write_text(json.dumps(created))
     states = [queue.statuses([handle])[handle]]
     for status in (
         {"replicatedJobsStatus": [{"ready": 1}]},
         {"conditions": [{"type": "Completed", "status": "True"}]},
         {"conditions": [{"type": "Failed", "status": "True"}]},
     ):
-        answers.write_text(json.dumps({"status": status}))
+        answers.write_text(json.dumps({**created, "status": status}))
         states.append(queue.statuses([handle])[handle])
     assert [(s.state, s.exit_status) for s in states] == [
         (State.WAITING, None),
@@ -239,6 +241,21 @@ def test_states_and_kubernetes_own_words(tmp_path, monkeypatch):
     )
     with pytest.raises(SubmitError, match="cannot start .*: ErrImagePull: no such image"):
         settings.submitter().statuses([handle])
+    # The image is mended: the old one's pods say nothing before the creation, nor after the cancelling.
+    mended = read("image=MENDED", "restarts=5").submitter()
+    mended.submit(JOB)
+    with pytest.raises(
+        SubmitError, match=f"^{handle} has not ended.* another image, restarts: cancel"
+    ):
+        mended.statuses([handle])
+    created["metadata"]["deletionTimestamp"] = "2026-12-01T00:00:00Z"
+    answers.write_text(json.dumps(created))
+    assert queue.statuses([handle])[handle].state is State.WAITING
+    mended.submit(JOB)
+    pods.write_text('{"items": []}')
+    assert mended.statuses([handle])[handle].state is State.WAITING
+    calls = (tmp_path / "calls").read_text()
+    assert (calls.count("create"), calls.count("delete")) == (3, 2)
     queue.cancel(handle)
     assert queue.statuses([handle])[handle].state is State.DROPPED
     assert f"delete jobset/{handle} --wait=false" in (tmp_path / "calls").read_text()

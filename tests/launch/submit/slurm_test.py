@@ -56,15 +56,19 @@ def wait(queue, handles, *states, seconds=120):
 ENDED = (State.ENDED, State.DROPPED)
 
 
-def test_the_script_of_two_hosts_with_gpus():
+def test_the_script_of_two_hosts_with_gpus(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     shipped = launch_config.read("launch/submit/configs/slurm.py", ["env=('NCCL_DEBUG=WARN',)"])
-    queue = slurm.Settings(
+    shipped = slurm.Settings(
         **{
             **vars(shipped),
-            "folder": "/home/me/espalier",
-            "secrets": ("WANDB_API_KEY=/home/me/.wandb",),
+            "folder": "~/espalier",
+            "secrets": ("WANDB_API_KEY=~/.wandb",),
+            "python": "~/env/bin/python",
         }
-    ).submitter()
+    )
+    assert shipped.interpreter == "/home/me/env/bin/python"
+    queue = shipped.submitter()
     command = ("python", "-m", "espalier.launch.train", "--gin.MODEL_DIR='/runs/a b'")
     queue.submit(Job(name="a b", command=command, log="/runs/a b/logs/log.txt"))
     assert queue.preview() == GOLDEN.read_text()
@@ -179,6 +183,9 @@ def test_arrays_orders_failures_and_the_taking_over_of_jobs(slurm, tmp_path):
     with pytest.raises(SubmitError, match="still queued or running with another command"):
         third = settings(folder=str(tmp_path)).submitter()
         third.statuses([third.submit(job(tmp_path, "first0", "true"))])
+    with pytest.raises(SubmitError, match="first0/log: job .* with another time_limit: cancel it"):
+        longer = settings(folder=str(tmp_path), time_limit="9:00", poll_seconds=0.3).submitter()
+        longer.statuses([longer.submit(job(tmp_path, "first0", f"{sleeps}; echo 0"))])
     (tmp_path / "go").touch()
     statuses = wait(queue, every, *ENDED)
     assert [status.exit_status for status in statuses] == [0, 0, 3, 0, None]
@@ -189,7 +196,7 @@ def test_arrays_orders_failures_and_the_taking_over_of_jobs(slurm, tmp_path):
 
 def test_status_75_queues_again_up_to_the_limit_and_not_after_cancelling(slurm, tmp_path):
     queue = settings(folder=str(tmp_path), requeues=1).submitter()
-    again = queue.submit(job(tmp_path, "again", "echo start; exit 75"))
+    again = queue.submit(job(tmp_path, "again", "echo start; sleep 2; exit 75"))
     saves = "trap 'echo saved; exit 75' TERM; echo start; while :; do sleep 0.2; done"
     stopped = queue.submit(job(tmp_path, "stopped", saves))
     waiting = queue.submit(job(tmp_path, "waiting", "true", after=(stopped,)))
@@ -201,6 +208,7 @@ def test_status_75_queues_again_up_to_the_limit_and_not_after_cancelling(slurm, 
     queue.cancel(waiting)
     statuses = wait(queue, [again, stopped, waiting], *ENDED)
     assert [status.exit_status for status in statuses] == [75, 75, None]
+    assert 4 <= statuses[0].seconds < 8  # of both starts
     text = pathlib.Path(again).read_text()
     assert text.count("start") == 2 and "status 75 after 1 requeues, the limit" in text
     assert "saved" in pathlib.Path(stopped).read_text()

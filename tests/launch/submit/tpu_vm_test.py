@@ -89,9 +89,12 @@ def test_nothing_is_ever_sent():
         (("project=",), "project: there is no default; give --config.project=NAME"),
         (("repository=",), "repository: there is no default; give --config.repository=URL"),
         (("chips=8",), "chips = 8, but accelerator_type = 'v5litepod-16' has 16: remove chips"),
-        (
-            ("accelerator_type=v7x-8",),
-            "the software of this TPU is not known .*give runtime_version",
+        *(
+            (
+                (f"accelerator_type={kind}-8",),
+                "the software of this TPU is not known .*of v4, v5l.*give runtime_version",
+            )
+            for kind in ("v3", "v7x")
         ),
         (
             ("accelerator_type=v6e-8", "runtime_version=v2-alpha-tpuv5-lite"),
@@ -106,8 +109,9 @@ def test_what_is_missing_or_contradicts_itself_is_refused_by_name(overrides, mes
 
 @pytest.mark.parametrize(
     ("kind", "chips"),
-    # Cloud TPU names slices by TensorCores up to v4 and for v5p, by chips for v5e and v6e.
-    [("v5litepod-16", 16), ("v6e-8", 8), ("v5p-16", 8), ("v4-32", 16), ("v3-8", 4), ("x", None)],
+    # Cloud TPU names slices by TensorCores for v4 and v5p, whose two act as one device, and by chips for v5e and v6e.
+    # The two TensorCores of a v3 chip are two devices: its slices are left to the machines.
+    [("v5litepod-16", 16), ("v6e-8", 8), ("v5p-16", 8), ("v4-32", 16), ("v3-8", None), ("x", None)],
 )
 def test_the_chips_of_a_slice_follow_from_its_name(kind, chips):
     settings = read(f"accelerator_type={kind}", "slices=2", "runtime_version=other")

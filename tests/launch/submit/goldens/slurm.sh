@@ -31,6 +31,7 @@ end() {
 word=$(cd /home/me/espalier 2>&1 && mkdir -p -- "$(dirname -- "$log")" 2>&1 && { : >>"$log"; } 2>&1) || lost "$word"
 cd /home/me/espalier
 exec >>"$log" 2>&1
+SECONDS=$(cat -- "$log.seconds" 2>/dev/null)  # of earlier starts of this job
 WANDB_API_KEY=$(cat -- /home/me/.wandb) && export WANDB_API_KEY || end 2
 srun --kill-on-bad-exit=0 --cpus-per-task=8 bash -c 'log=$1; shift; [ "$SLURM_PROCID" = 0 ] || log=$log.task$SLURM_PROCID; exec "$@" >>"$log" 2>&1' bash "$log" "${words[@]}"
 status=$?
@@ -38,7 +39,7 @@ status=$?
 # 75: start again. Other statuses need a person.
 if [ "$status" = 75 ] && [ ! -e "$log.cancelled" ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
-    scontrol requeue "$id" && exit 75
+    echo "$SECONDS" >"$log.seconds"; scontrol requeue "$id" && exit 75
   else
     echo "error: status 75 after 100 requeues, the limit (requeues): submit again to go on."
   fi
