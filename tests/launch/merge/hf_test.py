@@ -514,6 +514,60 @@ models: [{{model: {tmp_path}/a, parameters: {{weight: 1}}}}, {{model: {tmp_path}
         run.merge_all(config, str(tmp_path / "out"))
 
 
+def test_a_stage_of_other_weights_is_refused(tmp_path):
+    a, b = folders.pair(tmp_path)
+
+    def documents(weight):
+        made = {"half": ("a", "b"), "quarter": ("half", "a"), None: ("quarter", "b")}
+        documents = []
+        for name, (first, second) in made.items():
+            places = [x if x in made else f"{tmp_path}/{x}" for x in (first, second)]
+            weights = (weight if name == "half" else 1, 1)
+            entries = [
+                {"model": place, "parameters": {"weight": x}}
+                for place, x in zip(places, weights, strict=True)
+            ]
+            named = {} if name is None else {"name": name}
+            documents.append({"merge_method": "linear", "models": entries, **named})
+        (tmp_path / "merge.yml").write_text("\n---\n".join(map(json.dumps, documents)))
+        return str(tmp_path / "merge.yml")
+
+    def expected(half):
+        return ((half + a[EMBED]) / 2 + b[EMBED]) / 2
+
+    def stages():
+        return {x.name: x for x in (tmp_path / "out.stages").iterdir()}
+
+    out, config = tmp_path / "out", documents(1)
+    merged(tmp_path, config)
+    shutil.rmtree(stages()["half"])
+    config = documents(3)
+    quarter = f"{out}.stages/quarter: planned once its stages are there"
+    assert quarter in run.merge_all(config, str(out), dry_run=True)
+    refused = r"quarter is there, and its merge.json .* weights that .*/out\.stages/half has now"
+    with pytest.raises(MergeError, match=refused):
+        run.merge_all(config, str(out))
+    for folder in (stages()["quarter"], out):
+        shutil.rmtree(folder)
+    changed = merged(tmp_path, config)[EMBED]
+    np.testing.assert_allclose(changed, expected((3 * a[EMBED] + b[EMBED]) / 4), atol=1e-7)
+    # A source of the same names and sizes in the place of another.
+    shutil.rmtree(out)
+    a, b = b, a
+    (tmp_path / "a").rename(tmp_path / "c")
+    folders.write(tmp_path / "a", a)
+    with pytest.raises(MergeError, match=r"half is there, .* weights that .*/a has now"):
+        run.merge_all(config, str(out))
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "c").rename(tmp_path / "a")
+    lines = run.merge_all(config, str(out))
+    assert [line.endswith("there already") for line in lines] == [True, True, False]
+    record = stages()["half"] / "merge.json"  # of a version without the weights
+    record.write_text(json.dumps(without(json.loads(record.read_text()), "inputs")))
+    with pytest.raises(MergeError, match="half is there, and its merge.json does not have"):
+        run.merge_all(config, str(out))
+
+
 def change(key, value):
     def changed(root):
         path = root / "b" / "config.json"
