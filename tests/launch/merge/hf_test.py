@@ -297,6 +297,38 @@ def test_layers_are_stacked(tmp_path):
             assert np.array_equal(value, factor * source[f"model.layers.{layer}.{part}.weight"])
 
 
+def test_values_of_a_model_are_by_its_own_names_and_those_of_the_whole_by_the_output(tmp_path):
+    folders.pair(tmp_path)
+    of_layer_4 = [{"filter": "layers.4.", "value": 0.5}, {"value": 1}]
+
+    def values(parameter, method, *parts, **settings):
+        config = configured(tmp_path, merge_method=method, slices=parts, **settings)
+        planned = jobs(tmp_path, config)
+        names = (f"model.layers.{i}.mlp.down_proj.weight" for i in range(10))
+        return [planned[name].job.values[parameter] for name in names if name in planned]
+
+    def source(model, first, last, **settings):
+        return {"model": f"@{model}", "layer_range": [first, last], **settings}
+
+    scaled = {"parameters": {"scale": of_layer_4}}
+    first, second = source("a", 0, 3), source("b", 1, 5, **scaled)
+    parts = [{"sources": [first]}, {"sources": [second]}]
+    # Layer 4 of b is layer 6 of the output; the slice's and the merge's values are looked up in the same way.
+    assert values("scale", "passthrough", *parts) == [[None]] * 3 + [[1]] * 3 + [[0.5]]
+    parts = [{"sources": [first]}, {"sources": [source("b", 1, 5)]}]
+    assert values("scale", "passthrough", *parts, **scaled) == [[1]] * 6 + [[0.5]]
+    both = {"sources": [source("a", 2, 5), source("b", 1, 4)]}
+    settings = {"base_model": "@a", "parameters": {"weight": of_layer_4, "density": 1}}
+    assert values("weight", "ties", both, **settings) == [[1]] * 3
+    both = {"sources": [source("a", 1, 4), source("b", 2, 5)]}
+    assert values("weight", "ties", both, **settings) == [[1], [1], [0.5]]
+    t = {
+        "base_model": "@a",
+        "parameters": {"t": [{"filter": "layers.2.", "value": 0.5}, {"value": 1}]},
+    }
+    assert values("t", "slerp", both, **t) == [1, 1, 0.5]
+
+
 def test_kinds_of_layers_move_with_them_or_not_at_all(tmp_path):
     folders.pair(tmp_path)
     for name in "ab":
