@@ -4,7 +4,7 @@
       - name: romance
         checkpoint: runs/romance            # a run of this project
       - name: qwen
-        hf: /models/Qwen2.5-0.5B-Instruct   # a folder that espalier convert --from_hf reads
+        hf: /models/Qwen2.5-0.5B-Instruct   # a folder of Hugging Face
         temperature: 0.7
       - name: large
         url: https://host/v1                # an OpenAI-compatible endpoint

@@ -1,7 +1,6 @@
 """Routing: whom to ask, which answers can be used, and whose answer is kept."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
 from espalier.data.rows.records import is_blank
 from espalier.data.text.documents import DataError
 from espalier.launch.aya_expanse.completions import Asked, Store, ask
-from espalier.launch.aya_expanse.teachers import IMPORTED, SamplingFlags, Working, at_work, key_of
+from espalier.launch.aya_expanse.teachers import SamplingFlags, Working, at_work, key_of
 
 NO_ANSWER, EMPTY, CUT, WRONG_LANGUAGE = "no answer", "empty", "cut", "wrong language"
 ROUTER = "router.npz"
@@ -104,10 +103,9 @@ class Router:
 
     def _begin(self, names: set[str]) -> None:
         """Prepares teachers: errors in the pool end the command before anything is requested."""
-        imported = os.fspath(self._out / IMPORTED)
         for name, teacher in self._pool.teachers.items():
             if name in names:
-                self._working[name] = at_work(teacher, self._sampling, imported=imported)
+                self._working[name] = at_work(teacher, self._sampling)
 
     def _fused(self, prompts: Sequence[Prompt]) -> Routed:
         """Asks all teachers but one, and then that one for an answer out of theirs; without it the best of theirs is kept."""

@@ -10,7 +10,6 @@ Example: t5x_configs/methods/distillation/distillation_pool.gin.
 
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -295,12 +294,7 @@ def _at_work(pool: pools.Pool, name: str, answer: _Answer) -> CheckpointTeacher:
         raise DataError(
             f"{answer.where}: 'settings' are no settings of sampling: {error}"
         ) from None
-    # Where the arbitrage, whose --out has these rows, imported it: its path is a part of its identity.
-    folder = os.path.dirname(answer.where.rpartition(", ")[0])
-    imported = os.path.join(folder, teachers.IMPORTED)
-    working = teachers.at_work(teacher, sampling, imported=imported)
-    assert isinstance(working, CheckpointTeacher)  # no endpoint
-    return working
+    return CheckpointTeacher(teacher, sampling.of(teacher))
 
 
 def _prompt(working: CheckpointTeacher, answer: _Answer) -> Prompt:

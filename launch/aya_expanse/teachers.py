@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,10 +9,8 @@ from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.cache import fingerprint
 from espalier.data.text.documents import DataError, check_unicode
-from espalier.data.text.splits import stable_hash
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, ChatReply, Silence, api_key
 
-IMPORTED = "imported"  # folder of an arbitrage for runs that are made of Hugging Face checkpoints
 # Requests in a row without a reply after which an endpoint is not asked further.
 _PATIENCE = 16
 
@@ -80,35 +77,15 @@ def key_of(working: Working, prompt: Prompt) -> str:
     return fingerprint.of_json([working.identity, prompt.prompt, working.sampling.seed])[:32]
 
 
-def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Working:
+def at_work(teacher: Teacher, sampling: SamplingFlags) -> Working:
     """Returns a teacher that can be asked.
-
-    Args:
-      imported: folder for runs that are made of Hugging Face checkpoints.
 
     Raises:
       EndpointError: a malformed URL, or no key.
-      FileNotFoundError, ConvertError and others: the checkpoint cannot be read.
+      FileNotFoundError, LoadError and others: the checkpoint cannot be read.
     """
-    sampling = sampling.of(teacher)
-    if teacher.kind == "url":
-        return EndpointTeacher(teacher, sampling)
-    where = teacher.where if teacher.kind == "checkpoint" else _imported(teacher, imported)
-    return CheckpointTeacher(teacher, sampling, where)
-
-
-def _imported(teacher: Teacher, folder: str) -> str:
-    """Returns the run of a Hugging Face checkpoint, which is made once."""
-    from espalier.launch.convert import exchange
-
-    source = os.path.realpath(teacher.where)
-    config = os.path.join(source, "config.json")
-    changed = os.stat(config).st_mtime_ns if os.path.exists(config) else 0
-    target = os.path.join(folder, f"{stable_hash(f'{source} {changed}'):016x}")
-    if not os.path.isdir(target):
-        os.makedirs(folder, exist_ok=True)
-        exchange.import_hf(source, target)
-    return target
+    of_kind = EndpointTeacher if teacher.kind == "url" else CheckpointTeacher
+    return of_kind(teacher, sampling.of(teacher))
 
 
 class EndpointTeacher:
@@ -164,18 +141,17 @@ class EndpointTeacher:
 
 
 class CheckpointTeacher:
-    """A run of this project; see `Working`. Prompts are turns of a user if its model has a chat template, else texts."""
+    """A run or a Hugging Face checkpoint; see `Working`. Prompts are turns of a user if its model has a chat template, else texts."""
 
     local = True
 
-    def __init__(self, teacher: Teacher, sampling: SamplingFlags, checkpoint: str):
+    def __init__(self, teacher: Teacher, sampling: SamplingFlags):
         from espalier.launch.evaluate.judges.checkpoint import weights_identity
         from espalier.launch.load import load_run
-        from espalier.trainers.checkpoints import step_dir
 
         self.teacher, self.sampling = teacher, sampling
         # A newer step would change the answers.
-        self._step = os.fspath(step_dir.resolve(checkpoint))
+        self._step = load_run.place(teacher.where)
         text = load_run.configuration_of(self._step).text
         self.identity = {
             "kind": "checkpoint",

@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -37,6 +36,7 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
 from espalier.launch.load import load_run
+from espalier.launch.plots import intervals
 
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
@@ -399,10 +399,9 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> tuple[float, float, float]:
-    """Returns the mean of pass@k over problems, and the ends of its Wilson interval of 95 %.
+    """Returns the mean of pass@k over problems, and the ends of its Wilson interval of 95 %, see `intervals.bounded`.
 
-    The problems are a sample of all such problems. The interval assumes one sample per problem. With more samples it is
-    conservative: values between 0 and 1 with mean p have a variance of at most p (1 - p).
+    The problems are a sample of all such problems.
 
     Args:
       counts: (samples, passed) of each problem.
@@ -413,12 +412,8 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> tuple[float, fl
     """
     if not counts:
         raise ValueError("pass@k of no problem is not defined.")
-    n = len(counts)
-    value = math.fsum(pass_at_k(samples, passed, k) for samples, passed in counts) / n
-    z = statistics.NormalDist().inv_cdf((1 + 0.95) / 2)
-    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return value, max(centre - half, 0.0), min(centre + half, 1.0)
+    mean = intervals.bounded([pass_at_k(samples, passed, k) for samples, passed in counts])
+    return mean["value"], mean["low"], mean["high"]
 
 
 def table(document: dict[str, Any]) -> str:

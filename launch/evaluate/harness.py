@@ -126,14 +126,12 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
         row_files.write_json(flags.json, document)
 
 
-def code_results(
-    files: Sequence[str], step: Any = None, params: str | None = None
-) -> dict[str, dict[str, Any]]:
+def code_results(files: Sequence[str], step: str, params: str) -> dict[str, dict[str, Any]]:
     """Returns {"score": pass@1, "n": problems} by benchmark, from files written by espalier evaluate code --json.
 
     Args:
       files: paths of the files.
-      step, params: the step directory and the choice of its parameters that must have the results; None for any.
+      step, params: the step directory and the choice of its parameters that must have the results.
 
     Raises:
       SuiteError: a file that is not such a result or is of another checkpoint, or two files for one benchmark.
@@ -155,12 +153,12 @@ def code_results(
             raise SuiteError(
                 f"--code_results={path}: another file has results of {name} too; give one."
             )
-        if None not in (step, of) and os.path.realpath(of) != os.path.realpath(step):
+        if of is not None and os.path.realpath(of) != os.path.realpath(step):
             raise SuiteError(
                 f"--code_results={path} is of the checkpoint {of}, not of {step}: evaluate this one with "
                 "espalier evaluate code."
             )
-        if None not in (params, chosen) and chosen != params:
+        if chosen not in (None, params):
             raise SuiteError(
                 f"--code_results={path} was made with --params={chosen}, and the other benchmarks have --params={params}: "
                 "evaluate both with the same."

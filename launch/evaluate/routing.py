@@ -49,11 +49,15 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(start: cli.Start) -> None:
+    import jax
+
     flags = start.flags
     row_files.check_output(flags.json, "json")
     row_files.check_output(flags.figure, "figure")
     given = setting_flags.given(flags, routing, (*_FLAGS, "params"))
     shares = _measured(flags.checkpoint, start.config.arguments(), **given)
+    if jax.process_index() != 0:
+        return
     print(table(shares))
     if flags.json:
         row_files.write_json(flags.json, shares)
@@ -139,9 +143,9 @@ def _measured(
             steps = min(stream.num_steps, math.ceil(rows / stream.batch_size))
             total: Any = None
             for step in range(steps):
-                sums = jax.device_get(
-                    count(values, global_batch(stream, step, program.batch_sharding))
-                )
+                batch = global_batch(stream, step, program.batch_sharding)
+                left = min(rows - step * stream.batch_size, stream.batch_size)
+                sums = jax.device_get(count(values, batch, left))
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
             *parts, all_tokens = total
             probable[stream.name], chosen[stream.name], tops = (
@@ -158,8 +162,11 @@ def _experts(meta: Mapping[str, Any]) -> list[str]:
     return list(meta.get("upcycled", {}).get("experts", ()))
 
 
-def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, dict, Any]:
-    """Returns sums over tokens, by router and layer, and the tokens: of probabilities, first choices, and their probabilities.
+def _sums(
+    model: Any, params: Any, batch: Mapping[str, Any], rows: int
+) -> tuple[dict, dict, dict, Any]:
+    """Returns sums over tokens of the first rows, by router and layer, and the tokens: of probabilities, first choices, and
+    their probabilities.
 
     The first two are [E], the last is [1].
     """
@@ -175,7 +182,8 @@ def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict
         mutable=["intermediates"],
         method="hidden",
     )
-    real_BT = (segments_BT != 0).astype(jnp.float32)
+    is_read_B1 = jnp.arange(len(segments_BT))[:, None] < rows
+    real_BT = ((segments_BT != 0) & is_read_B1).astype(jnp.float32)
     probable, chosen, gates = {}, {}, {}
     for router, layers in _routers(model).items():
         sown = functools.partial(_sown, model.config, written["intermediates"], router=router)

@@ -2,19 +2,19 @@
 
 import collections
 import json
-import math
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common.storage import paths as storage_paths
 from espalier.launch.merge import config_file, run, start
 from espalier.launch.merge.output import Workers
 from espalier.launch.merge.settings import MergeError
+from espalier.launch.run import metric_rows
 from espalier.model.transforms.merge_methods import METHODS
 
 LINEAR = {"merge_method": "linear"}
@@ -176,15 +176,6 @@ def _measured(words: Sequence[str], run: str, folder: str) -> dict[str, float]:
     if status:
         raise MergeError(f"--measure ended with status {status}: {shlex.join(words)}")
     try:
-        return dict(_numbers(json.loads(pathlib.Path(file).read_bytes())))
+        return dict(metric_rows.numbers(json.loads(pathlib.Path(file).read_bytes())))
     except (OSError, ValueError) as error:
         raise MergeError(f"--measure wrote no JSON ({error}): {shlex.join(words)}") from None
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the finite numbers of a JSON value with their keys."""
-    if isinstance(value, dict):
-        for name, below in value.items():
-            yield from _numbers(below, f"{key}/{name}" if key else name)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        yield key, float(value)

@@ -166,10 +166,13 @@ class HfModel(_Tensors):
         return result.hexdigest()
 
     def fingerprint(self) -> list[Any]:
-        """Returns facts that change if the weights' files are replaced."""
+        """Returns facts that change if the weights' files are replaced, and not with the place of the folder."""
         files = sorted({info.file for info in self._reader.tensors.values()})
-        stats = [(file, file.stat()) for file in files]
-        return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        if paths.is_remote(self.path):  # the times of a copy differ between machines
+            objects = paths.entries(self.path)
+            return [[x.name, objects[x.name].size, objects[x.name].version] for x in files]
+        stats = [(file.name, file.stat()) for file in files]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
     def close(self) -> None:
         self._reader.close()
@@ -266,7 +269,7 @@ class NativeModel(_Tensors):
         return self.source.base_digest
 
     def fingerprint(self) -> list[Any]:
-        return [os.fspath(self.source.step), self.source.base_digest]
+        return [self.source.step.name, self.source.base_digest]
 
     def close(self) -> None:
         self._open = None

@@ -86,7 +86,7 @@ def facts_of(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) ->
     """Returns the facts of the result: the first model's facts that hold for a merge, and the record of the merge."""
     # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
     hf = {} if changed else donor.source.hf_meta()
-    facts = {key: value for key, value in record.items() if key != "made_of"}
+    facts = {key: value for key, value in record.items() if key not in ("made_of", "inputs")}
     return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
 
 

@@ -139,11 +139,12 @@ def out_bytes(planned: Sequence[Planned]) -> int:
 
 
 def record(planner: Planner) -> dict[str, Any]:
-    """Returns the record of a result: the configuration as it was read, the seed, and the models."""
+    """Returns the record of a result: the configuration as it was read, the seed, and the models with their fingerprints."""
     return {
         "configuration": json.loads(json.dumps(planner.merge.text, default=str)),
         "seed": planner.seed,
         "made_of": made_of(planner.merge, planner.models),
+        "inputs": [planner.models[path].fingerprint() for path in planner.merge.models()],
     }
 
 
@@ -177,10 +178,8 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
 
 def fingerprint(planner: Planner, planned: Sequence[Planned], **settings: Any) -> str:
     """Returns a digest of all that decides the output: the plan, the models, the configuration and these settings."""
-    models = planner.models
     state = {
         "planned": [repr(x) for x in planned],
-        "models": {path: models[path].fingerprint() for path in planner.merge.models()},
         "merge": record(planner),
         **settings,
     }

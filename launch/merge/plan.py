@@ -1,7 +1,7 @@
 """What becomes of every tensor in a merge: its inputs, its method and its parameters, before any weight is read."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from espalier.launch.merge.settings import (
     Merge,
     MergeError,
     Module,
-    Parameters,
     Slice,
     Source,
     evaluate,
@@ -338,20 +337,21 @@ class Planner:
         inputs: Sequence[tuple[str, str]],
         dtypes: Sequence[np.dtype],
     ) -> Job:
-        names = (name, *entries[0].names[1:])
+        whole = (name, *entries[0].names[1:])
         own = group.sources[group.base :]
         shared = (group.part.parameters, group.module.parameters, self.merge.parameters)
         u = group.u
 
-        def value(parameter: str, settings: Iterable[Parameters], where: str) -> Any:
+        def value(parameter: str, names: Sequence[str], source: Source | None = None) -> Any:
             default = self._method.parameters[parameter].default
-            for setting in settings:
+            for setting in (*([source.parameters] if source else []), *shared):
                 result = evaluate(
                     setting.get(parameter, ()), names, u, outside=entries[0].place.stack is None
                 )
                 if result is not None:
                     return result
             if default is ...:
+                where = f" of {source.model}" if source else ""
                 raise self._error(
                     f"{parameter}{where} is missing for {name}: add `parameters: {{{parameter}: ...}}`, with a value for every tensor."
                 )
@@ -360,12 +360,13 @@ class Planner:
         values: dict[str, Any] = {}
         for parameter, kind in self._method.parameters.items():
             if kind.each:
+                # By the names in each model: layers of slices have other numbers there.
                 values[parameter] = [
-                    value(parameter, (source.parameters, *shared), f" of {source.model}")
-                    for source, _ in own
+                    value(parameter, entry.names, source)
+                    for (source, _), entry in zip(own, entries[group.base :], strict=True)
                 ]
             else:
-                values[parameter] = value(parameter, shared, "")
+                values[parameter] = value(parameter, whole)
         job = Job(
             method=self.merge.method,
             name=name,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from espalier.common import stages
 from espalier.common.storage import paths
@@ -55,13 +56,13 @@ def merge_all(
     for merge in merges:
         target = targets[merge.name]
         located = _located(merge, {k: v for k, v in targets.items() if k is not None})
-        if merge.name is not None and _is_there(located, target, seed or 0):
-            lines.append(f"{target}: there already")
-            continue
         if dry_run and any(
             path in targets.values() and not _exists(path) for path in located.models()
         ):
             lines.append(f"{target}: planned once its stages are there")
+            continue
+        if merge.name is not None and _is_there(located, target, seed or 0):
+            lines.append(f"{target}: there already")
             continue
         with (
             stages.stage(f"merging {target}"),
@@ -107,16 +108,26 @@ def _exists(target: str) -> bool:
 
 
 def _is_there(merge: Merge, target: str, seed: int) -> bool:
-    """Returns whether a stage is there; raises MergeError if it is of another configuration."""
+    """Returns whether a stage is there; raises MergeError if it is of another configuration, or of other weights."""
     if not _exists(target):
         return False
+    record: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(paths.read(paths.join(target, output.RECORD)))
-        if record["configuration"] == json.loads(json.dumps(merge.text)) and record["seed"] == seed:
-            return True
-    raise MergeError(
-        f"{target} is there, of another configuration or seed: remove it, or give another --out."
-    )
+    configuration = json.loads(json.dumps(merge.text))
+    if (record.get("configuration"), record.get("seed")) != (configuration, seed):
+        raise MergeError(
+            f"{target} is there, of another configuration or seed: remove it, or give another --out."
+        )
+    recorded = dict(zip(merge.models(), record.get("inputs", ()), strict=False))
+    for path in merge.models():
+        with contextlib.closing(open_model(path)) as model:
+            if model.fingerprint() != recorded.get(path):
+                raise MergeError(
+                    f"{target} is there, and its {output.RECORD} does not have the weights that {path} has now: remove {target}, "
+                    "or give another --out."
+                )
+    return True
 
 
 def _merge(

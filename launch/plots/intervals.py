@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 _RESAMPLES = 2000
-_Z = 1.959963984540054  # quantile of the normal distribution for 95 %
+Z = 1.959963984540054  # quantile of the normal distribution for 95 %
 
 
 def share(values: Any) -> dict[str, float]:
@@ -24,9 +24,9 @@ def bounded(values: Any, *, least: float = 0.0) -> dict[str, float]:
     n, mean = len(values_N), float(values_N.mean())
     share = (mean - least) / (1 - least)
     variance = float(values_N.var()) / (1 - least) ** 2
-    scale = 1 + _Z**2 / n
-    middle = (share + _Z**2 / (2 * n)) / scale
-    half = _Z / scale * math.sqrt(variance / n + (_Z / (2 * n)) ** 2)
+    scale = 1 + Z**2 / n
+    middle = (share + Z**2 / (2 * n)) / scale
+    half = Z / scale * math.sqrt(variance / n + (Z / (2 * n)) ** 2)
     low, high = min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
     return {
         "value": mean,

@@ -253,15 +253,18 @@ def pair(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any] | Non
     """Returns the best and the worst sample as a row of preference data; None if reward or text are equal.
 
     The row also has the other columns of the prompt's row.
+
+    Raises:
+      RewardError: a sample has no text.
     """
+    if not all("text" in row for row in group):
+        raise RewardError("--pairs needs rows with 'text': sample a run with a VOCABULARY.")
     chosen, rejected = group[int(np.argmax(rewards))], group[int(np.argmin(rewards))]
-    if max(rewards) == min(rewards) or chosen.get("text") == rejected.get("text"):
+    if max(rewards) == min(rewards) or chosen["text"] == rejected["text"]:
         return None
     prompt = chosen["prompt"]
 
     def answer(row: Row) -> Any:
-        if "text" not in row:
-            raise RewardError("--pairs needs rows with 'text': sample a run with a VOCABULARY.")
         text = row["text"]
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 

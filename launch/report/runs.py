@@ -131,7 +131,7 @@ def from_sweeps(folders: Sequence[str]) -> list[Run]:
                     domains=row["held_out"],
                     rows=metric_rows.read_rows(directory) if has_metrics else (),
                     objective=metric_rows.objective_of(directory),
-                    scores=dict(_numbers(row.get("evaluations", {}))),
+                    scores=dict(metric_rows.numbers(row.get("evaluations", {}))),
                 )
             )
     if not runs:
@@ -139,11 +139,3 @@ def from_sweeps(folders: Sequence[str]) -> list[Run]:
             f"no run of {', '.join(folders)} is finished yet: see espalier sweep --out DIR --status."
         )
     return runs
-
-
-def _numbers(value: Any, name: str = "") -> list[tuple[str, float]]:
-    """Returns the numbers in nested objects, by the path to them."""
-    if isinstance(value, Mapping):
-        parts = ((f"{name}/{key}" if name else str(key), one) for key, one in value.items())
-        return [pair for key, one in parts for pair in _numbers(one, key)]
-    return [(name, float(value))] if isinstance(value, int | float) else []

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common.storage import mirror, paths
@@ -66,6 +67,15 @@ def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
             _, domain, metric = key.split("/", 2)
             domains.setdefault(domain, {})[metric] = value
     return {"step": evaluated[-1]["step"], "domains": domains}
+
+
+def numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the finite numbers of a JSON value with their keys."""
+    if isinstance(value, dict):
+        for name, below in value.items():
+            yield from numbers(below, f"{key}/{name}" if key else name)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        yield key, float(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,13 +158,16 @@ def write_sweep(folder, arms, seeds=2):
             held_out = metric_rows.last_evaluation("", metric_rows.read_rows(place))["domains"]
             row = {"arm": arm, "size": None, "seed": seed, "made": False, "held_out": held_out}
             row |= {"step": 2, "directory": f"runs/{arm}/seed{seed}", "run": f"{arm}/seed{seed}"}
-            rows.append({**row, "evaluations": {"mine": {"score": 0.5, "answers": ["a"]}}})
+            mine = {"score": 0.5, "answers": ["a"], "passed": True, "ratio": float("inf")}
+            rows.append({**row, "evaluations": {"mine": mine}})
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
 
 def test_any_sweep_is_drawn_with_its_seeds(tmp_path, capsys):
     sweep = write_sweep(tmp_path / "mine", ("my_arm", "other"))
+    scores = [run.scores for run in reported.from_sweeps([sweep])]
+    assert scores == [{"mine/score": 0.5}] * 4  # no verdict, and nothing that cannot be drawn
     assert report.main(["--sweep", sweep, "--out", str(tmp_path / "out")]) == 0
     assert "3.250 (3.000 to 3.500)  1.625" in capsys.readouterr().out
     text = (tmp_path / "out" / "report.html").read_text()

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,6 +191,10 @@ def test_models_in_a_store_are_merged_into_a_store(store, tmp_path, branches):
         weights = paths.read(f"{store.address}/{name}/{WEIGHTS}")
         assert weights == (tmp_path / name / WEIGHTS).read_bytes()
     assert merged(store.address, "ab", address) == 2  # it is there, and so is its stage
+    for name in paths.entries(address):
+        paths.delete(f"{address}/{name}")
+    shutil.rmtree(mirror.folder())  # as on another machine
+    assert merged(store.address, "ab", address) == 0
 
     runs = os.path.dirname(branches.folders[0])
     names = [os.path.basename(folder) for folder in branches.folders[:2]]

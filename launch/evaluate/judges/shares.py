@@ -19,7 +19,6 @@ _BEHIND = ("same in both orders", "position bias", "wins of the longer", "rate a
 _BY_LANGUAGE = ("win", "tie", "loss", "wins and half ties", "at equal length", "judged", "invalid")
 _LENGTHS = ("answers", "empty", "words, mean", "median", "characters, mean", "median")
 _COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
-_NORMAL = 1.959964  # quantile of such an interval
 _NEWTON_STEPS = 100
 
 
@@ -258,7 +257,7 @@ def length_controlled(rates: np.ndarray, longer: np.ndarray) -> dict[str, float]
     errors_N2 = design_N2 * (rates - shares_N)[:, None]
     inverse = np.linalg.inv(curvature)
     spread = float(np.sqrt((inverse @ (errors_N2.T @ errors_N2) @ inverse)[0, 0]))
-    logits = weights_2[0] + spread * _NORMAL * np.array([0.0, -1.0, 1.0])
+    logits = weights_2[0] + spread * intervals.Z * np.array([0.0, -1.0, 1.0])
     value, low, high = (1 / (1 + np.exp(-logits))).tolist()
     return {"value": value, "low": low, "high": high, "slope": float(weights_2[1])}
 

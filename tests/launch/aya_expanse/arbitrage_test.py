@@ -410,25 +410,27 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
     assert mixed.summary["teachers"]["own"]["earlier"] == 12
 
 
-def test_a_hugging_face_folder_is_imported_once(arbitrage, trained_run, tmp_path, monkeypatch):
-    from espalier.launch.convert import exchange
+def test_a_hugging_face_folder_teaches_and_other_weights_in_it_answer_anew(arbitrage, tmp_path):
+    from tests.launch.load.hf_checkpoint_test import write_llama
 
-    imports = []
-
-    def import_hf(source, target):
-        imports.append(source)
-        shutil.copytree(trained_run.path, target)
-
-    monkeypatch.setattr(exchange, "import_hf", import_hf)
-    (tmp_path / "hf").mkdir()
-    pool = f"  - {{name: own, hf: '{tmp_path / 'hf'}', max_tokens: 2}}\n"
+    folder, other = (write_llama(tmp_path / name, seed=i) for i, name in enumerate(("hf", "new")))
+    pool = f"  - {{name: own, hf: '{folder}', max_tokens: 2, batch_size: 8}}\n"
     flags = ("--keep_cut", "--form=prompt", "--routing=single", "--teacher=own", "--languages=tr")
-    made = arbitrage(*flags, pool=pool)
-    assert arbitrage(*flags, pool=pool).sft == made.sft and len(made.sft) >= 1
-    assert imports == [str(tmp_path / "hf")]
-    (tmp_path / "hf" / "config.json").write_text("{}")  # another model
-    arbitrage(*flags, pool=pool)
-    assert len(imports) == 2
+
+    def answers(expected):
+        made = arbitrage(*flags, pool=pool)
+        assert made.summary["teachers"]["own"]["earlier"] == expected
+        assert not [path for path in made.folder.iterdir() if path.is_dir()]  # no copy
+        return {row["key"]: row["completion"] for row in made.sft}
+
+    first = answers(0)
+    assert answers(6) == first
+    config = folder / "config.json"
+    before = config.stat().st_mtime_ns
+    shutil.copy(other / "model.safetensors", folder)
+    assert config.stat().st_mtime_ns == before
+    second = answers(0)
+    assert not first.keys() & second.keys() and [*first.values()] != [*second.values()]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Routing and cosines of runs, against numpy on the same rows and weights."""
 
+import argparse
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from espalier.data.tokenizers import vocabularies
+from espalier.launch import cli
 from espalier.launch.evaluate import routing
 from espalier.launch.load import load_run
 from espalier.model.layer_groups import Group
@@ -81,13 +84,18 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
 
     lines = pathlib.Path(trained_run.path, "held_out.jsonl").read_text().splitlines()
     texts = [vocabularies.byte().encode(json.loads(line)["text"]) for line in lines]
-    inputs = np.concatenate([np.array([0, *text]) for text in texts])
-    x = stored("params/token_embed/embedding")[inputs]
-    x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * stored(f"{BLOCK}/norm/scale")[0]
-    logits = x @ stored(f"{BLOCK}/attention/router/kernel")[0]
-    probs = np.exp(logits - logits.max(-1, keepdims=True))
-    probs /= probs.sum(-1, keepdims=True)
+    one, two, three = (np.array([0, *text]) for text in texts)
+
+    def probabilities(inputs):
+        x = stored("params/token_embed/embedding")[inputs]
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * stored(f"{BLOCK}/norm/scale")[0]
+        logits = x @ stored(f"{BLOCK}/attention/router/kernel")[0]
+        probs = np.exp(logits - logits.max(-1, keepdims=True))
+        return probs / probs.sum(-1, keepdims=True)
+
+    inputs = np.concatenate([one, two, three])
+    probs = probabilities(inputs)
     assert found["tokens"] == {"files": len(inputs)} and found["experts"] == ["seed", "code"]
     np.testing.assert_allclose(found["domains"]["files"]["attention"][0], probs.mean(0), atol=2e-5)
     chosen = np.bincount(probs.argmax(-1), minlength=2) / len(inputs)
@@ -96,6 +104,26 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
     assert gates["attention"][0] == pytest.approx(probs.max(-1).mean(), abs=2e-5)
     assert len(gates["mlp"]) == len(found["chosen"]["files"]["mlp"])
     assert np.sum(found["domains"]["files"]["mlp"]) == pytest.approx(1, abs=1e-4)
+    # One row of a batch of 8: the short texts are packed into one, and the long one is another.
+    first = routing.routing(str(mixture), tasks=["files"], rows=1, trust_config=True)
+    row = {len(row): row for row in (np.concatenate([one, two]), three)}[first["tokens"]["files"]]
+    mean = probabilities(row).mean(0)
+    np.testing.assert_allclose(first["domains"]["files"]["attention"][0], mean, atol=2e-5)
+
+
+def test_one_process_of_several_prints_and_writes(tmp_path, monkeypatch, capsys):
+    shares = {"mlp": [[0.25, 0.75]]}
+    measured = {"domains": {"a": shares}, "chosen": {"a": shares}, "experts": []}
+    monkeypatch.setattr(routing, "_measured", lambda *_, **__: measured)
+    parser = argparse.ArgumentParser()
+    routing._add_flags(parser)
+    words = ["--checkpoint=x", f"--json={tmp_path}/r.json", f"--figure={tmp_path}/r.png"]
+    start = cli.Start(parser.parse_args(words), types.SimpleNamespace(arguments=dict), words)
+    for process, files in ((1, 0), (0, 2)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        routing._run(start)
+        assert len([*tmp_path.iterdir()]) == files
+        assert ("router of mlp" in capsys.readouterr().out) == bool(files)
 
 
 def test_a_dense_run_is_refused(trained_run):

@@ -57,21 +57,24 @@ def test_a_folder_whose_files_were_replaced_is_read_again(llama, tmp_path):
     assert "0.5" in texts[1] and texts[0] != texts[1]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A checkpoint with a tokenizer, in bfloat16 but for its last norm."""
-    folder = tmp_path_factory.mktemp("llama") / "hf"
+def write_llama(folder, *, seed=0):
+    """Writes a checkpoint with a tokenizer, in float32, and returns its folder."""
     config = {**case_of("llama_0")[1], "vocab_size": 320, "torch_dtype": "float32"}
     config |= {"dtype": "float32", "eos_token_id": [257, 259]}
     family = registry.family_of_config(config)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shapes = family.shapes(family.model(config))
     tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
     write_checkpoint(folder, config, tensors)
-    hf_files(folder.parent / "tokenizer", config=config)
-    for file in (folder.parent / "tokenizer").iterdir():
+    made = hf_files(folder.parent / f"{folder.name}_tokenizer", config=config)
+    for file in made.iterdir():
         file.rename(folder / file.name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama") / "hf")
 
 
 def test_commands_read_it_as_the_run_of_an_import(llama, command, tmp_path):

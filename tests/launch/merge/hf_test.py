@@ -297,6 +297,38 @@ def test_layers_are_stacked(tmp_path):
             assert np.array_equal(value, factor * source[f"model.layers.{layer}.{part}.weight"])
 
 
+def test_values_of_a_model_are_by_its_own_names_and_those_of_the_whole_by_the_output(tmp_path):
+    folders.pair(tmp_path)
+    of_layer_4 = [{"filter": "layers.4.", "value": 0.5}, {"value": 1}]
+
+    def values(parameter, method, *parts, **settings):
+        config = configured(tmp_path, merge_method=method, slices=parts, **settings)
+        planned = jobs(tmp_path, config)
+        names = (f"model.layers.{i}.mlp.down_proj.weight" for i in range(10))
+        return [planned[name].job.values[parameter] for name in names if name in planned]
+
+    def source(model, first, last, **settings):
+        return {"model": f"@{model}", "layer_range": [first, last], **settings}
+
+    scaled = {"parameters": {"scale": of_layer_4}}
+    first, second = source("a", 0, 3), source("b", 1, 5, **scaled)
+    parts = [{"sources": [first]}, {"sources": [second]}]
+    # Layer 4 of b is layer 6 of the output; the slice's and the merge's values are looked up in the same way.
+    assert values("scale", "passthrough", *parts) == [[None]] * 3 + [[1]] * 3 + [[0.5]]
+    parts = [{"sources": [first]}, {"sources": [source("b", 1, 5)]}]
+    assert values("scale", "passthrough", *parts, **scaled) == [[1]] * 6 + [[0.5]]
+    both = {"sources": [source("a", 2, 5), source("b", 1, 4)]}
+    settings = {"base_model": "@a", "parameters": {"weight": of_layer_4, "density": 1}}
+    assert values("weight", "ties", both, **settings) == [[1]] * 3
+    both = {"sources": [source("a", 1, 4), source("b", 2, 5)]}
+    assert values("weight", "ties", both, **settings) == [[1], [1], [0.5]]
+    t = {
+        "base_model": "@a",
+        "parameters": {"t": [{"filter": "layers.2.", "value": 0.5}, {"value": 1}]},
+    }
+    assert values("t", "slerp", both, **t) == [1, 1, 0.5]
+
+
 def test_kinds_of_layers_move_with_them_or_not_at_all(tmp_path):
     folders.pair(tmp_path)
     for name in "ab":
@@ -512,6 +544,60 @@ models: [{{model: {tmp_path}/a, parameters: {{weight: 1}}}}, {{model: {tmp_path}
     pathlib.Path(config).write_text(text.replace("weight: 1", "weight: 2"))
     with pytest.raises(MergeError, match="another configuration or seed"):
         run.merge_all(config, str(tmp_path / "out"))
+
+
+def test_a_stage_of_other_weights_is_refused(tmp_path):
+    a, b = folders.pair(tmp_path)
+
+    def documents(weight):
+        made = {"half": ("a", "b"), "quarter": ("half", "a"), None: ("quarter", "b")}
+        documents = []
+        for name, (first, second) in made.items():
+            places = [x if x in made else f"{tmp_path}/{x}" for x in (first, second)]
+            weights = (weight if name == "half" else 1, 1)
+            entries = [
+                {"model": place, "parameters": {"weight": x}}
+                for place, x in zip(places, weights, strict=True)
+            ]
+            named = {} if name is None else {"name": name}
+            documents.append({"merge_method": "linear", "models": entries, **named})
+        (tmp_path / "merge.yml").write_text("\n---\n".join(map(json.dumps, documents)))
+        return str(tmp_path / "merge.yml")
+
+    def expected(half):
+        return ((half + a[EMBED]) / 2 + b[EMBED]) / 2
+
+    def stages():
+        return {x.name: x for x in (tmp_path / "out.stages").iterdir()}
+
+    out, config = tmp_path / "out", documents(1)
+    merged(tmp_path, config)
+    shutil.rmtree(stages()["half"])
+    config = documents(3)
+    quarter = f"{out}.stages/quarter: planned once its stages are there"
+    assert quarter in run.merge_all(config, str(out), dry_run=True)
+    refused = r"quarter is there, and its merge.json .* weights that .*/out\.stages/half has now"
+    with pytest.raises(MergeError, match=refused):
+        run.merge_all(config, str(out))
+    for folder in (stages()["quarter"], out):
+        shutil.rmtree(folder)
+    changed = merged(tmp_path, config)[EMBED]
+    np.testing.assert_allclose(changed, expected((3 * a[EMBED] + b[EMBED]) / 4), atol=1e-7)
+    # A source of the same names and sizes in the place of another.
+    shutil.rmtree(out)
+    a, b = b, a
+    (tmp_path / "a").rename(tmp_path / "c")
+    folders.write(tmp_path / "a", a)
+    with pytest.raises(MergeError, match=r"half is there, .* weights that .*/a has now"):
+        run.merge_all(config, str(out))
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "c").rename(tmp_path / "a")
+    lines = run.merge_all(config, str(out))
+    assert [line.endswith("there already") for line in lines] == [True, True, False]
+    record = stages()["half"] / "merge.json"  # of a version without the weights
+    record.write_text(json.dumps(without(json.loads(record.read_text()), "inputs")))
+    with pytest.raises(MergeError, match="half is there, and its merge.json does not have"):
+        run.merge_all(config, str(out))
 
 
 def change(key, value):

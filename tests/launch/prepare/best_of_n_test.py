@@ -182,5 +182,7 @@ def test_pairs_need_texts():
     for i, row in enumerate(group):
         row["text"] = str(i)
     assert best_of_n.pair(group, [0.0, 0.0]) is None
-    with pytest.raises(best_of_n.RewardError, match="'text'"):
-        best_of_n.pair([{**group[0], "text": "x"}, {"prompt": [1], "sample": 1}], [0.0, 1.0])
+    without = [{"prompt": [1], "sample": i} for i in range(2)]
+    for rows_ in ([group[0], without[1]], without):
+        with pytest.raises(best_of_n.RewardError, match="'text'"):
+            best_of_n.pair(rows_, [0.0, 1.0])

@@ -94,12 +94,13 @@ def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command
 
 def test_code_results_of_another_form_are_refused(tmp_path, results):
     (tmp_path / "other.json").write_text("{}")
+    made_with = (str(tmp_path / "run" / "10"), "ema")
     with pytest.raises(harness.SuiteError, match="is not a file of espalier evaluate code --json"):
-        harness.code_results([str(tmp_path / "other.json")])
+        harness.code_results([str(tmp_path / "other.json")], *made_with)
     twice = [results("mbpp", 0.5).partition("=")[2]] * 2
     with pytest.raises(harness.SuiteError, match="another file has results of mbpp too"):
-        harness.code_results(twice)
-    assert harness.code_results(twice[:1]) == {"mbpp": {"score": 0.5, "n": 20}}
+        harness.code_results(twice, *made_with)
+    assert harness.code_results(twice[:1], *made_with) == {"mbpp": {"score": 0.5, "n": 20}}
 
 
 def test_code_results_of_another_checkpoint_are_refused(tmp_path):
@@ -107,8 +108,9 @@ def test_code_results_of_another_checkpoint_are_refused(tmp_path):
     settings = {"checkpoint": str(tmp_path / "run" / "10"), "params": "ema"}
     found = {"problems": "mbpp", "num_problems": 20, "pass_at_k": {"1": 0.5}, "settings": settings}
     path.write_text(json.dumps(found))
-    assert harness.code_results([str(path)], tmp_path / "run" / "10")["mbpp"]["score"] == 0.5
+    own, other = (str(tmp_path / "run" / step) for step in ("10", "20"))
+    assert harness.code_results([str(path)], own, "ema")["mbpp"]["score"] == 0.5
     with pytest.raises(harness.SuiteError, match="is of the checkpoint .*, not of "):
-        harness.code_results([str(path)], tmp_path / "run" / "20")
+        harness.code_results([str(path)], other, "ema")
     with pytest.raises(harness.SuiteError, match="made with --params=ema, .* have --params=raw"):
-        harness.code_results([str(path)], tmp_path / "run" / "10", "raw")
+        harness.code_results([str(path)], own, "raw")
