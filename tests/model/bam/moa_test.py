@@ -18,6 +18,7 @@ from espalier.model.mlp import GatedMlp
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers import initialise
 from espalier.trainers.decoding import prefill
+from tests.drawn import drawn
 
 E, D, N, K, H = 3, 16, 4, 2, 8
 CONFIG = TransformerConfig(
@@ -45,7 +46,7 @@ def experts(count, **settings):
 @functools.cache
 def params_of(model_key, seed=0):
     model = model_of() if model_key is None else mixed(*model_key)
-    return nn.meta.unbox(jax.jit(model.init)(jax.random.key(seed), TOKENS))["params"]
+    return nn.meta.unbox(drawn(model, TOKENS, seed=seed))
 
 
 def logits(model, params, tokens=TOKENS):

@@ -17,6 +17,7 @@ from espalier.model.linear import Dense
 from espalier.model.moe.moe import ExpertDense, MoeMlp
 from espalier.model.transforms import int8_weights, layer_stack
 from espalier.trainers import initialise, partitioning
+from tests.drawn import drawn as drawn_params
 
 RNG = np.random.default_rng(0)
 
@@ -122,11 +123,9 @@ def made(*, experts=0, scanned=True, adapters=None, **settings):
 
 def with_values(model):
     """The model's float parameters by path, far from uniform; biases and adapters are not 0."""
-    params = nn.unbox(
-        jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))(jax.random.key(0))
-    )
+    params = nn.unbox(drawn_params(model, jnp.zeros((1, 4), jnp.int32)))
     keys = iter(jax.random.split(jax.random.key(1), 99))
-    flat = traverse_util.flatten_dict(params["params"], sep="/")
+    flat = traverse_util.flatten_dict(params, sep="/")
     return {path: x + 0.1 * jax.random.normal(next(keys), x.shape) for path, x in flat.items()}
 
 

@@ -21,6 +21,7 @@ from espalier.trainers.distillation.objective import Teacher, distillation
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint
 from espalier.trainers.optim import optimizers, schedules
 from espalier.trainers.recipe import Recipe
+from tests.drawn import drawn
 
 B, T, V = 4, 6, 32
 CONFIG = TransformerConfig(
@@ -43,15 +44,10 @@ DIVERGENCES = {
 @functools.cache
 def parameters(model, seed):
     """Parameters far from uniform predictions."""
-
-    @jax.jit
-    def make():
-        params = nn.meta.unbox(initialise.variables(model, jax.random.key(seed))["params"])
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: 8 * x if "embedding" in str(path) else x, params
-        )
-
-    return make()
+    params = nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32), seed=seed))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: 8 * x if "embedding" in str(path) else x, params
+    )
 
 
 def make_batch(rows=B):
