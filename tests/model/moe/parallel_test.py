@@ -36,7 +36,10 @@ def made(**settings):
     settings = {"balance_loss": 0.1, "router_z_loss": 0.01, **settings}
     mlp = moe.MoeMlp(config=CONFIG, num_experts=EXPERTS, **settings)
     x_BTD = jax.random.normal(jax.random.key(0), (ROWS, LENGTH, 16))
-    return mlp, drawn(mlp, x_BTD), x_BTD
+    boxed = drawn(mlp, x_BTD)
+    if "adapters" in settings:  # small ones, as they begin
+        boxed = jax.jit(mlp.init)(jax.random.key(1), x_BTD)["params"]
+    return mlp, boxed, x_BTD
 
 
 def value(mlp, params, x_BTD):
