@@ -162,15 +162,27 @@ def differences(stored: dict[str, Any], shown: dict[str, Any]) -> list[str]:
 
 
 def alike(stored: str, shown: str) -> bool:
-    """Returns whether two texts have the same words and spaces between lines, and numbers that are near each other."""
+    """Returns whether two texts have the same words and spaces between lines, and numbers that are near each other.
+
+    Numbers are near if they differ by at most 0.05 plus 10 %; by 0.02 if the stored one is smaller than 0.01, such as a share of
+    0.00; and by ten times the stored one if it is written with an exponent, such as a rounding error of 7e-06.
+    """
     words = [re.sub(r"[ -]+", " ", NUMBER.sub("#", text)) for text in (stored, shown)]
-    numbers = [
-        [float(x.replace(",", "").replace("−", "-")) for x in NUMBER.findall(text)]
-        for text in (stored, shown)
-    ]
+    numbers = [NUMBER.findall(text) for text in (stored, shown)]
     return words[0] == words[1] and all(
-        abs(a - b) <= 0.05 + 0.1 * abs(a) for a, b in zip(*numbers, strict=True)
+        abs(_value(a) - _value(b)) <= _tolerance(a) for a, b in zip(*numbers, strict=True)
     )
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").replace("−", "-"))
+
+
+def _tolerance(stored: str) -> float:
+    size = abs(_value(stored))
+    if "e" in stored:
+        return 10 * size
+    return 0.02 if size < 0.01 else 0.05 + 0.1 * size
 
 
 @contextlib.contextmanager

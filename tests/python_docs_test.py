@@ -77,6 +77,10 @@ def test_outputs_are_stored_without_traces_of_a_machine(path):
         ("the owl", "the cat", False),
         ("a -0.5", "a 0.5", False),
         ("code   0.1", "code 0.1", True),
+        ("share 0.00", "share 0.01", True),
+        ("share 0.00", "share 0.03", False),
+        ("logit: 7e-06", "logit: 2e-05", True),
+        ("logit: 7e-06", "logit: 0.01", False),
     ],
 )
 def test_words_are_compared_exactly_and_numbers_with_a_tolerance(stored, shown, same):

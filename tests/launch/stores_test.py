@@ -84,6 +84,8 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, whole, store, tmp_pa
         b"hush-hush-of-the-test" not in everything + (out + err + result.out + result.err).encode()
     )
 
+    if address.startswith("gs:"):
+        return  # what other commands read and write is the same files in either store
     inputs, output = f"{store.address}/x.jsonl", f"{store.address}/y.jsonl"
     paths.write(inputs, b'{"tokens": [40, 41, 42, 43]}\n')
     given = [f"--checkpoint={address}", f"--inputs={inputs}", f"--output={output}"]

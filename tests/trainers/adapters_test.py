@@ -136,7 +136,7 @@ def test_with_a_at_zero_and_b_random_a_model_is_its_base_and_does_not_move_b(mak
         before = state_tree.flatten(jax.tree.map(np.array, state.params))
         batch = jax.device_put(batch_of(program), program.batch_sharding)
         logits, base = (
-            model.apply({"params": params}, batch["decoder_input_tokens"])
+            jax.jit(model.apply)({"params": params}, batch["decoder_input_tokens"])
             for params in (state.params, without_adapters(state.params))
         )
         np.testing.assert_allclose(logits, base, atol=1e-5)

@@ -1,6 +1,7 @@
 """Real signals to real processes."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,7 +36,9 @@ def test_a_stop_can_be_asked_for_without_a_signal():
 def start(script, *arguments, devices=1):
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": re.sub(
+            r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"]
+        ),
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.Popen(

@@ -244,11 +244,17 @@ def longest_prompt(
       shortest: a number of tokens that fits.
       **sizes: `room`, `batch` and `depth` of `cache_bytes`.
     """
-    low, high = shortest, 2**24
+
+    def fits(length: int) -> bool:
+        return cache_bytes(model, params, policy, length=length, **sizes)["peak"] <= limit
+
+    low, high = shortest, 2 * shortest
+    while high < 2**24 and fits(high):
+        low, high = high, 2 * high
+    high = min(high, 2**24)
     while low + 1 < high:
         middle = (low + high) // 2
-        peak = cache_bytes(model, params, policy, length=middle, **sizes)["peak"]
-        low, high = (middle, high) if peak <= limit else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

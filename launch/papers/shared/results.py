@@ -91,15 +91,22 @@ class Results:
         return all(self.find(arm) for arm in arms)
 
     def scores(self, arm: str, score: str, size: str | None = None) -> pd.Series:
-        """Returns a score of an arm by seed, of the runs that have it."""
+        """Returns a score of an arm by seed, of the runs that have it: the same series each time, not to be changed."""
         _read(arm)
-        sizes = (None, size or self.main)
-        values = {
-            row["seed"]: scores.get(score)
-            for row, scores in self._scored.get(arm, ())
-            if self.main is None or row.get("size") in sizes
-        }
-        return pd.Series(values, dtype=float).dropna()
+        if (key := (arm, score, size)) not in self._series:
+            sizes = (None, size or self.main)
+            values = {
+                row["seed"]: scores.get(score)
+                for row, scores in self._scored.get(arm, ())
+                if self.main is None or row.get("size") in sizes
+            }
+            self._series[key] = pd.Series(values, dtype=float).dropna()
+        return self._series[key]
+
+    @functools.cached_property
+    def _series(self) -> dict[tuple[str, str, str | None], pd.Series]:
+        """What `scores` has returned, which a judgement asks for several times."""
+        return {}
 
     @functools.cached_property
     def _scored(self) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, float | None]]]]:

@@ -174,45 +174,58 @@ def write(folder, **changes):
     (folder / "tokenizer.json").write_text(json.dumps(spec(**changes)))
 
 
+def read(folder, target):
+    return hf_tokenizer.read(folder)
+
+
+def copy(folder, target):
+    return hf_tokenizer.copy(folder, target)
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "users"),
     [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "vocab.json",
-        "additional_chat_templates/x.jinja",
-        "config.json",
-        "generation_config.json",
+        ("tokenizer.json", (read, copy)),
+        ("tokenizer_config.json", (read, copy)),
+        ("special_tokens_map.json", (read, copy)),
+        ("generation_config.json", (read, copy)),
+        ("chat_template.jinja", (read, copy)),
+        ("additional_chat_templates/x.jinja", (read, copy)),
+        ("config.json", (read,)),
+        ("vocab.json", (copy,)),
+        ("merges.txt", (copy,)),
+        ("added_tokens.json", (copy,)),
+        ("tokenizer.model", (copy,)),
     ],
 )
-def test_links_stay_in_the_checkpoint(folder, name, tmp_path):
+def test_links_stay_in_the_checkpoint(folder, name, users, tmp_path):
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     target = tmp_path / "copy"
     target.mkdir()
+
+    def refused(problem):
+        for use in users:
+            with pytest.raises(TokenizerError, match=problem) as error:
+                use(folder, target)
+            assert name in str(error.value)
+        path.unlink()
+
     for outside in (tmp_path / "secret", "/dev/zero", "../../secret"):
         path.symlink_to(outside)
-        with pytest.raises(TokenizerError, match="outside of the checkpoint"):
-            hf_tokenizer.read(folder)
-            hf_tokenizer.copy(folder, target)
         if not name.startswith("additional"):  # the same verdict as for weights
             with pytest.raises(
                 safetensors_files.WeightFileError, match="outside of the checkpoint"
             ):
                 safetensors_files.read_json(path)
-        path.unlink()
-    assert not any(file.read_text() == "secret" for file in target.rglob("*") if file.is_file())
+        refused("outside of the checkpoint")
     os.mkfifo(path)
-    with pytest.raises(TokenizerError, match="not a regular file"):
-        hf_tokenizer.read(folder)
-        hf_tokenizer.copy(folder, target)
-    path.unlink()
+    refused("not a regular file")
     path.symlink_to(path.name)
-    with pytest.raises(TokenizerError, match="cannot be read"):
-        hf_tokenizer.read(folder)
-        hf_tokenizer.copy(folder, target)
+    refused("cannot be read")
+    assert not (target / name).exists()
+    assert not any(file.read_text() == "secret" for file in target.rglob("*") if file.is_file())
 
 
 def test_links_of_the_hub_are_followed(tmp_path):

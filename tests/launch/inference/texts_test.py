@@ -35,7 +35,7 @@ def model():
         vocab_size=V, num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, mlp_dim=8
     )
     model = Transformer(config=config)
-    params = model.init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))
+    params = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))
     return model, jax.tree.map(lambda x: x * 3.0, nn.meta.unbox(params)["params"])
 
 
@@ -45,7 +45,7 @@ def continuations(model):
     module, params = model
     every = np.array(list(itertools.product(range(V), repeat=M)), np.int32)
     rows = np.concatenate([np.tile([0, 3], (len(every), 1)), every], axis=1)
-    logits = np.asarray(module.apply({"params": params}, rows), np.float64)[:, 1:-1]
+    logits = np.asarray(jax.jit(module.apply)({"params": params}, rows), np.float64)[:, 1:-1]
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(logp, every[:, :, None], axis=2)[:, :, 0]
     found = {}

@@ -59,7 +59,7 @@ class Run:
         )
         family = family_named(CONFIG["model_type"])
         model = family.model(CONFIG)
-        params = model.init(jax.random.key(0), jnp.zeros((1, TOKENS - 1), jnp.int32))
+        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, TOKENS - 1), jnp.int32))
         params = jax.tree.map(np.asarray, jax.device_get(nn_unbox(params))["params"])
         optimizer = optax.adam(1e-2)
         state = optimizer.init(params)

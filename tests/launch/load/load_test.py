@@ -29,7 +29,7 @@ def run(trained_run):
 def own():
     """A model that was built without gin, and is not in a directory."""
     model = Transformer(config=TransformerConfig(**SIZES))
-    variables = nn.meta.unbox(model.init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))
+    variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))
     params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, variables["params"])
     return Run(model=model, params=params, vocabulary=vocabularies.byte())
 
@@ -38,7 +38,7 @@ def test_logits_are_those_of_the_model_on_any_number_of_rows(run, trained_run):
     tokens_BT = np.array([run.encode("import os"), run.encode("def f(x):")])
     assert tokens_BT[0, 0] == 0 and run.decode(tokens_BT[0, 1:]) == "import os"
     want = {
-        name: trained_run.model.apply({"params": params}, jnp.asarray(tokens_BT))
+        name: jax.jit(trained_run.model.apply)({"params": params}, jnp.asarray(tokens_BT))
         for name, params in trained_run.params.items()
     }
     np.testing.assert_allclose(run.logits(tokens_BT), want["ema"], atol=1e-5)  # "auto"
@@ -145,7 +145,7 @@ def test_generation_is_that_of_the_command(command, tmp_path, capsys):
     )
     vocabulary = vocabularies.from_file(path=tmp_path / "m.model")
     model = Transformer(config=TransformerConfig(**{**SIZES, "vocab_size": vocabulary.vocab_size}))
-    variables = nn.meta.unbox(model.init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))
+    variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))
     params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, variables["params"])
     mine = Run(model=model, params=params, vocabulary=vocabulary)
     mine.save(tmp_path / "run")

@@ -64,7 +64,8 @@ def pair(tmp_path):
         flags = [f"--coordinator_address={address}", "--process_count=2", f"--gin_file={gin_file}"]
         flags.append(f"--heartbeat_timeout={TIMEOUT}")
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+        one_device = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+        environment["XLA_FLAGS"] = one_device
         started.extend(
             subprocess.Popen(
                 [sys.executable, "-c", CODE, *flags, f"--process_index={index}"]

@@ -1,5 +1,6 @@
 """A run of two processes on a real SLURM cluster: preempted, queued again, and continued bit for bit."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -13,6 +14,7 @@ from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slurm, pytest.mark.timeout(600)]
 
+ONE_DEVICE = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
 CONFIG = (
     "--config=launch/submit/configs/slurm.py",
     "--config.nodes=1",
@@ -21,7 +23,7 @@ CONFIG = (
     "--config.cpus_per_task=1",
     "--config.poll_seconds=0.2",
     "--config.time_limit=1:00:00",
-    "--config.env=('XLA_FLAGS=--xla_force_host_platform_device_count=1',)",
+    f"--config.env=('XLA_FLAGS={ONE_DEVICE}',)",
 )
 
 

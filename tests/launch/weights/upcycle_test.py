@@ -454,7 +454,7 @@ def test_experts_of_a_sequential_model_go_to_mixtrals_layout(make, tmp_path):
     assert (written["model_type"], written["num_local_experts"]) == ("mixtral", 4)
     ids = jnp.arange(1, 13)[None]
     found, want = (
-        model.apply({"params": params}, ids)
+        jax.jit(model.apply)({"params": params}, ids)
         for model, params in (load.load(tmp_path / "hf"), load.load(tmp_path, dtype="float32"))
     )
     np.testing.assert_allclose(found, want, atol=1e-4)

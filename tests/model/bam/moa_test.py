@@ -18,14 +18,15 @@ from espalier.model.mlp import GatedMlp
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers import initialise
 from espalier.trainers.decoding import prefill
+from tests.drawn import drawn
 
 E, D, N, K, H = 3, 16, 4, 2, 8
 CONFIG = TransformerConfig(
-    vocab_size=32, num_layers=2, embed_dim=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=24,
+    vocab_size=32, num_layers=1, embed_dim=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=24,
     scan_layers=False,
 )  # fmt: skip
 TOKENS = jax.random.randint(jax.random.key(9), (2, 10), 1, 32)
-FORMS = [(None, False), (None, True), (1, False), (2, False), (2, True)]
+FORMS = [(None, False), (None, True), (1, False), (2, True)]
 
 
 def model_of(attention=Attention, layout="parallel", config=CONFIG):
@@ -45,7 +46,7 @@ def experts(count, **settings):
 @functools.cache
 def params_of(model_key, seed=0):
     model = model_of() if model_key is None else mixed(*model_key)
-    return nn.meta.unbox(jax.jit(model.init)(jax.random.key(seed), TOKENS))["params"]
+    return nn.meta.unbox(drawn(model, TOKENS, seed=seed))
 
 
 def logits(model, params, tokens=TOKENS):

@@ -12,6 +12,7 @@ from espalier.model.config import LayerKind
 from espalier.model.hf import registry
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.transforms import layer_stack
+from tests.drawn import drawn
 
 WINDOW = 5
 CONFIG = {
@@ -36,7 +37,7 @@ def made(model_type, **fields):
     if "layer_types" in config:
         config["layer_types"] = list(config["layer_types"])
     model = layer_stack.unrolled(registry.family_of_config(config).model(config))
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
+    params = nn.unbox(drawn(model, TOKENS))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -119,6 +120,7 @@ def test_a_constant_added_to_a_blocks_input_passes_by_its_branches():
     x_BTD = jax.random.normal(jax.random.key(2), (2, 13, 24))
     positions = jnp.broadcast_to(jnp.arange(13), (2, 13))
 
+    @jax.jit
     def branches(x_BTD):
         variables = {"params": params["layers"]["block_0"]}
         return block.apply(variables, x_BTD, positions_BT=positions)[0] - x_BTD

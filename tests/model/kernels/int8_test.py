@@ -17,6 +17,7 @@ from espalier.model.linear import Dense
 from espalier.model.moe.moe import ExpertDense, MoeMlp
 from espalier.model.transforms import int8_weights, layer_stack
 from espalier.trainers import initialise, partitioning
+from tests.drawn import drawn as drawn_params
 
 RNG = np.random.default_rng(0)
 
@@ -103,11 +104,11 @@ def test_products_of_experts_against_float64(dtype, form, monkeypatch):
     )
 
 
-SIZES = {"vocab_size": 64, "num_layers": 4, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2}
+SIZES = {"vocab_size": 64, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2}
 
 
 def made(*, experts=0, scanned=True, adapters=None, **settings):
-    """A model of four layers, and its boxed abstract parameters."""
+    """A model of two layers, and its boxed abstract parameters."""
     attend = functools.partial(attention.Attention, qkv_bias=True, adapters=adapters)
     ffn = functools.partial(mlp.GatedMlp, adapters=adapters)
     if experts:
@@ -122,11 +123,9 @@ def made(*, experts=0, scanned=True, adapters=None, **settings):
 
 def with_values(model):
     """The model's float parameters by path, far from uniform; biases and adapters are not 0."""
-    params = nn.unbox(
-        jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))(jax.random.key(0))
-    )
+    params = nn.unbox(drawn_params(model, jnp.zeros((1, 4), jnp.int32)))
     keys = iter(jax.random.split(jax.random.key(1), 99))
-    flat = traverse_util.flatten_dict(params["params"], sep="/")
+    flat = traverse_util.flatten_dict(params, sep="/")
     return {path: x + 0.1 * jax.random.normal(next(keys), x.shape) for path, x in flat.items()}
 
 
@@ -150,7 +149,7 @@ def quantised(flat):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("experts", [0, 3])
 def test_the_tree_is_as_large_as_it_should_be(experts, tied):
-    L, D, F, N, V = 4, 16, 24, 4, 64
+    L, D, F, N, V = 2, 16, 24, 4, 64
     _, boxed = made(experts=experts, tie_embeddings=tied)
     found = traverse_util.flatten_dict(int8_weights.declared(boxed), sep="/")
     attended = L * (2 * D * D + 2 * D * D // 2)  # query and out; key and value of half the heads
@@ -191,7 +190,7 @@ def test_logits_are_those_of_the_same_float_weights(experts, scanned):
     np.testing.assert_allclose(found, wanted, atol=2e-5 * float(abs(wanted).max()))
     if scanned:  # layers are unrolled with their scales
         params = layer_stack.unroll(nested(whole), model.config)
-        again = layer_stack.unrolled(model).apply({"params": params}, ids_BT)
+        again = jax.jit(layer_stack.unrolled(model).apply)({"params": params}, ids_BT)
         np.testing.assert_allclose(again, found, atol=1e-5 * float(abs(wanted).max()))
 
 

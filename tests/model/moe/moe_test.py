@@ -17,6 +17,7 @@ from espalier.model.mlp import GatedMlp
 from espalier.model.moe import moe, routing
 from espalier.model.nexus.domain_router import DomainRouter
 from espalier.model.transformer import Block
+from tests.drawn import drawn
 
 TRAINING = {"dropout": jax.random.key(0)}  # limits of experts hold in training alone
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=6, num_heads=1, mlp_dim=5)
@@ -48,7 +49,7 @@ def made(num_experts, top_k, renormalise=True, scale=1.0, **settings):
         config=CONFIG, num_experts=num_experts, top_k=top_k, renormalise=renormalise, **settings
     )
     x_BTD = jax.random.normal(jax.random.key(1), (2, 17, 6))
-    params = nn.unbox(jax.jit(mlp.init)(jax.random.key(0), x_BTD)["params"])
+    params = nn.unbox(drawn(mlp, x_BTD))
     return mlp, jax.tree.map(lambda leaf: leaf * scale, params), x_BTD
 
 

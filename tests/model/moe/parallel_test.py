@@ -17,6 +17,7 @@ from espalier.model.config import TransformerConfig
 from espalier.model.low_rank.lowrank import Factorisation, LowRankExpertDense
 from espalier.model.moe import moe, parallel
 from espalier.trainers import initialise, partitioning
+from tests.drawn import drawn
 
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=16, num_heads=1, mlp_dim=12)
 EXPERTS, ROWS, LENGTH = 8, 8, 6
@@ -35,7 +36,9 @@ def made(**settings):
     settings = {"balance_loss": 0.1, "router_z_loss": 0.01, **settings}
     mlp = moe.MoeMlp(config=CONFIG, num_experts=EXPERTS, **settings)
     x_BTD = jax.random.normal(jax.random.key(0), (ROWS, LENGTH, 16))
-    boxed = jax.jit(mlp.init)(jax.random.key(1), x_BTD)["params"]
+    boxed = drawn(mlp, x_BTD)
+    if "adapters" in settings:  # small ones, as they begin
+        boxed = jax.jit(mlp.init)(jax.random.key(1), x_BTD)["params"]
     return mlp, boxed, x_BTD
 
 

@@ -66,11 +66,16 @@ def batch_of(*examples):
     return {**out, "decoder_target_tokens": out["decoder_input_tokens"]}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def log_probs(model, params, batch):
+    return frozen_forward(model, params, batch).log_probs_BT()
+
+
 def test_a_packed_example_is_routed_by_its_own_inputs(made):
     model, params = made
     examples = [([3, 4, 5], [6, 7]), ([8, 9, 10, 11], [12, 13, 14])]
     packed, *alone = (
-        frozen_forward(model, params, batch_of(*some)).log_probs_BT()[0]
+        log_probs(model, params, batch_of(*some))[0]
         for some in (examples, examples[:1], examples[1:])
     )
     np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-5)
@@ -95,7 +100,7 @@ def test_generated_tokens_have_the_probabilities_of_scoring(made, beams):
         read = [0, *continued.tokens[:-1]]
         batch = batch_of((inputs, read))
         batch["decoder_target_tokens"] = jnp.asarray([continued.tokens], jnp.int32)
-        scored = frozen_forward(model, params, batch).log_probs_BT()[0]
+        scored = log_probs(model, params, batch)[0]
         np.testing.assert_allclose(continued.log_probs, scored, atol=1e-4)
 
 
@@ -133,7 +138,7 @@ def test_packed_examples_have_embeddings_of_another_model(made, decoder):
         batch = batch_of(*some) if given is None else with_columns(batch_of(*some), given)
         if decoder:
             batch = {name: x for name, x in batch.items() if not name.startswith("encoder")}
-        return np.asarray(frozen_forward(model, params, batch).log_probs_BT()[0])
+        return np.asarray(log_probs(model, params, batch)[0])
 
     packed = scored(examples, embeddings)
     alone = [scored(examples[k : k + 1], embeddings[:, k]) for k in (0, 1)]

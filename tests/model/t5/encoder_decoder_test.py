@@ -162,11 +162,10 @@ def test_dropout_acts_in_training_alone_and_on_every_place():
     }
     models = [make(0.0), make(0.5)]
     params = init(models[0])
+    objectives = [jax.jit(language_modelling(model=model)) for model in models]
     losses = {
-        (i, seed): language_modelling(model=model)(
-            params, batch, None if seed is None else jax.random.key(seed)
-        ).sum
-        for i, model in enumerate(models)
+        (i, seed): objective(params, batch, None if seed is None else jax.random.key(seed)).sum
+        for i, objective in enumerate(objectives)
         for seed in (None, 0, 1)
     }
     assert len({float(losses[0, seed]) for seed in (None, 0, 1)} | {float(losses[1, None])}) == 1
@@ -253,11 +252,13 @@ def test_an_int8_cache_has_the_encoders_keys_and_values_too():
     given = {"encoder_tokens_BS": inputs, "encoder_segments_BS": jnp.ones_like(inputs)}
     policy, ones = FullCache(), jnp.ones(2, jnp.int32)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def caches(dtype):
         return prefill(
             model, params, policy, start, ones, room=2, cache_dtype=dtype, encoder=given
         )[1]
 
+    @jax.jit
     def after(caches):
         return model.apply({"params": params}, read(model, params, policy, tokens((2, 1)), jnp.ones((2, 1), jnp.int32), caches).hidden_BTD, method="logits")  # fmt: skip
 

@@ -21,6 +21,7 @@ from espalier.trainers.distillation.objective import Teacher, distillation
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint
 from espalier.trainers.optim import optimizers, schedules
 from espalier.trainers.recipe import Recipe
+from tests.drawn import drawn
 
 B, T, V = 4, 6, 32
 CONFIG = TransformerConfig(
@@ -43,15 +44,10 @@ DIVERGENCES = {
 @functools.cache
 def parameters(model, seed):
     """Parameters far from uniform predictions."""
-
-    @jax.jit
-    def make():
-        params = nn.meta.unbox(initialise.variables(model, jax.random.key(seed))["params"])
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: 8 * x if "embedding" in str(path) else x, params
-        )
-
-    return make()
+    params = nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32), seed=seed))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: 8 * x if "embedding" in str(path) else x, params
+    )
 
 
 def make_batch(rows=B):
@@ -94,8 +90,8 @@ def teacher(model=TEACHER, seed=1):
     return Fixed(model, parameters(model, seed))
 
 
-def evaluate(batch, *, student=STUDENT, taught=None, extras=None, **settings):
-    """The `LossOut` and the gradients of (student, teacher), by one jitted call."""
+def evaluate(batch, *, student=STUDENT, taught=None, extras=None, gradients=True, **settings):
+    """The `LossOut` and the gradients of (student, teacher), or None, by one jitted call."""
     loss = distillation(model=student, num_sources=2, teacher=taught, **settings)
     if extras is None and taught is not None:
         extras = taught.params
@@ -104,9 +100,11 @@ def evaluate(batch, *, student=STUDENT, taught=None, extras=None, **settings):
         out = loss(params, batch, None, extras=extras)
         return out.sum, out
 
+    if not gradients:
+        return jax.jit(total)(parameters(student, 0), extras)[1], None
     grad = jax.value_and_grad(total, argnums=0 if extras is None else (0, 1), has_aux=True)
-    (_, out), gradients = jax.jit(grad)(parameters(student, 0), extras)
-    return out, gradients
+    (_, out), found = jax.jit(grad)(parameters(student, 0), extras)
+    return out, found
 
 
 @functools.cache
@@ -188,11 +186,10 @@ def test_the_gradient_of_forward_kl_is_the_difference_of_probabilities():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), gradient, expected)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_chunks_change_nothing(name):
+def test_chunks_change_nothing():
     batch = make_batch()
     whole, part = (
-        evaluate(batch, taught=teacher(), divergence=DIVERGENCES[name], chunk=chunk)
+        evaluate(batch, taught=teacher(), divergence=DIVERGENCES["jensen_shannon"], chunk=chunk)
         for chunk in (B * T, 5)
     )
     np.testing.assert_allclose(whole[0].sum, part[0].sum, rtol=1e-6)
@@ -247,7 +244,7 @@ def test_all_tokens_stored_are_the_live_teacher(name):
 def test_fewer_tokens_bound_the_divergence_from_below(name):
     batch, settings = make_batch(), {"divergence": DIVERGENCES[name], "temperature": 2.0}
     found = [
-        means(evaluate(stored_batch(batch, k, 2.0), **settings)[0])["divergence"]
+        means(evaluate(stored_batch(batch, k, 2.0), gradients=False, **settings)[0])["divergence"]
         for k in (1, 4, V - 1, V)
     ]
     assert found == sorted(found) and 0 < found[0] < 0.9 * found[-1]
@@ -295,13 +292,12 @@ def test_absent_tokens_are_no_outcomes(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_each_row_learns_from_its_own_teacher(name):
+def test_each_row_learns_from_its_own_teacher():
     """Of several teachers, also with a smaller table: as from that teacher, if it were the only one."""
     small = Transformer(config=dataclasses.replace(CONFIG, vocab_size=V - 3), logit_scale=0.5)
     both = objective.Teachers(teachers=[teacher(), teacher(small, 2)])
     both = types.SimpleNamespace(all=both, params=tuple(one.params for one in both.teachers))
-    settings = {"divergence": DIVERGENCES[name], "temperature": 2.0}
+    settings = {"divergence": DIVERGENCES["jensen_shannon"], "temperature": 2.0}
     index = np.array([1, 0, 0, 1], np.int32)
     batch = make_batch() | {objective.TEACHER_INDEX: jnp.asarray(index)}
     several, (gradient, _) = evaluate(batch, taught=both.all, extras=both.params, **settings)

@@ -235,11 +235,9 @@ def test_sown_losses_are_added_per_token(setup):
     losses = [language_modelling(model=m) for m in (model, plain)]
     out, want = (jax.jit(loss)(params, batch, None) for loss in losses)
     weight = batch["decoder_loss_weights"].sum()
-    _, kept = plain.apply(
-        {"params": params},
-        batch["decoder_input_tokens"],
-        capture_intermediates=lambda module, method: type(module) is Block,
-    )
+    watched = lambda module, method: type(module) is Block  # noqa: E731
+    watching = jax.jit(functools.partial(plain.apply, capture_intermediates=watched))
+    _, kept = watching({"params": params}, batch["decoder_input_tokens"])
     out_LBTD = jax.tree.leaves(kept["intermediates"])[0]
     added = weight * (2 * 0.25 + (np.asarray(out_LBTD) ** 2).mean((1, 2, 3)).sum())
     assert float(out.sum - want.sum) == pytest.approx(added, rel=1e-4)
@@ -291,15 +289,18 @@ def test_sown_metrics_are_means_over_layers_in_training_alone(setup, pattern):
     unrolled = jax.jit(language_modelling(model=plain))(
         layer_stack.unroll(params, config), batch, jax.random.key(0)
     )
-    _, kept = plain.apply(
-        {"params": layer_stack.unroll(params, config)},
-        ids,
-        positions_BT=batch["decoder_positions"],
-        segments_BT=batch["decoder_segment_ids"],
+    watching = functools.partial(
+        plain.apply,
         capture_intermediates=lambda module, method: (
             isinstance(module, _Watched) and method == "__call__"
         ),
         mutable=["intermediates"],
+    )
+    _, kept = jax.jit(watching)(
+        {"params": layer_stack.unroll(params, config)},
+        ids,
+        positions_BT=batch["decoder_positions"],
+        segments_BT=batch["decoder_segment_ids"],
     )
     outs_LBTD = np.stack(jax.tree.leaves(kept["intermediates"]))
     assert len(outs_LBTD) == 2 * 4  # what a call returns, and that of its parent within: the same

@@ -1,6 +1,5 @@
 """The code-mix reproduction: scoring, verdicts and report on hand-made results, and two arms from end to end."""
 
-import functools
 import json
 import pathlib
 
@@ -26,7 +25,7 @@ from espalier.launch.papers.code_mix.scores import (
     copied,
     wins,
 )
-from espalier.launch.papers.shared import claim, criteria
+from espalier.launch.papers.shared import criteria
 from espalier.launch.plots import intervals
 from espalier.launch.sweep import file
 
@@ -183,12 +182,6 @@ def measured(scores=ALL_HOLD, seeds=5):
 
 def verdicts(found):
     return {one.name: one.verdict for one in report.REPORT.judge(found)}
-
-
-@pytest.fixture(autouse=True)
-def few_exchanges(monkeypatch):
-    """Pages with few exchanges of arms, which are tested with the other parts of pages."""
-    monkeypatch.setattr(claim, "exchanges", functools.partial(claim.exchanges, draws=2))
 
 
 def test_claims_hold_where_they_are_clear_and_are_reported_with_their_plots(tmp_path):

@@ -70,7 +70,9 @@ def test_sizes_are_those_of_the_arrays_of_a_fit(tmp_path):
 
     config = TransformerConfig(vocab_size=13, num_layers=2, embed_dim=6, num_heads=1, mlp_dim=9)
     model = Transformer(config=config)
-    params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))[
+        "params"
+    ]
     reader = stages.Reader(model=model, params=params, batch_size=2)
     rows = [Row(context=[0], targets=[3, 4, 5]), Row(context=[0], targets=[1, 2])]
     stages.fit(reader, tmp_path, lambda: rows, stages.FitSettings(blocks=2))

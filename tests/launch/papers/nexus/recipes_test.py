@@ -165,7 +165,7 @@ def test_a_mixture_is_trained_as_it_was_made(sweep, text):
 
 
 def test_twins_differ_in_updates_and_readings_alone_and_all_mixtures_have_one_balance():
-    runs = runs_of("bam", "synthetic")
+    runs, routed = runs_of("bam", "synthetic"), set()
     for arm, twin in runs.items():
         base = runs.get(arm.removesuffix("_cm").removesuffix("_long"))
         if base and base is not twin and not twin.made and arm != bam.DENSE_LONG:
@@ -175,8 +175,11 @@ def test_twins_differ_in_updates_and_readings_alone_and_all_mixtures_have_one_ba
         if not twin.made and (twin.parent or "").partition("/")[0].endswith("_start"):
             values = bound(twin)
             assert (values["BALANCE_LOSS"], values["ROUTER_Z_LOSS"]) == ("0.05", "0.0")
-            balanced = values.get("moa.MixtureOfAttention.balance_loss", "0.05")
-            assert balanced == "0.05" and (balanced in values.values())
+            config = load(twin)
+            if config.macros.get("ATTENTION_TOP_K") is not None:
+                routed.add(arm)
+                assert config.value("moa.MixtureOfAttention.balance_loss") == 0.05
+    assert routed == {"moa_top1_cm", "moa_top2_cm"}
 
 
 @pytest.mark.parametrize(("sweep", "kind"), SMALL)

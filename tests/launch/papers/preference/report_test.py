@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 
@@ -18,7 +17,6 @@ from espalier.launch.papers.preference import (
     topic_language,
 )
 from espalier.launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, Arm, Course
-from espalier.launch.papers.shared import claim as shared_claim
 from espalier.launch.papers.shared import results
 from espalier.launch.sweep import file
 from espalier.trainers.preference.indicators.alarm import StoppingRule
@@ -316,9 +314,7 @@ def test_a_term_is_compared_at_equal_likelihood():
     assert numbers.beside_nll(other) is None
 
 
-def test_the_report_has_every_figure_and_its_numbers(tmp_path, monkeypatch):
-    few = functools.partial(shared_claim.exchanges, draws=2)  # their result has a test of its own
-    monkeypatch.setattr(shared_claim, "exchanges", few)
+def test_the_report_has_every_figure_and_its_numbers(tmp_path):
     measured = rows(seeds=2) | rows(seeds=2, part="large")
     written = report.REPORT.write(measured, tmp_path, FACTS)
     text = (tmp_path / "preference.md").read_text()

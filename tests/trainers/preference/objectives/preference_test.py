@@ -290,8 +290,14 @@ def test_pairs_weigh_by_how_likely_the_policy_samples_them():
     given, beta = pairs(), 0.5
     reference = scored(1)
     batch = batch_of([given[:2], given[2:3], given[3:]], slots=2, length=40, reference=reference)
-    forward = frozen_forward(MODEL, POLICY, batch)
-    logits_XV = np.asarray(forward.hidden_XD, np.float64) @ np.asarray(forward.head_VD()).T
+
+    @jax.jit
+    def factors(params):
+        forward = frozen_forward(MODEL, params, batch)
+        return forward.hidden_XD, forward.head_VD()
+
+    hidden_XD, head_VD = factors(POLICY)
+    logits_XV = np.asarray(hidden_XD, np.float64) @ np.asarray(head_VD).T
     logits_XV *= MODEL.logit_scale
     p_XV = np.exp(logits_XV - logits_XV.max(-1, keepdims=True))
     p_XV /= p_XV.sum(-1, keepdims=True)

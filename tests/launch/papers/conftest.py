@@ -1,0 +1,12 @@
+"""Pages are written with few exchanges of arms; tests/launch/papers/shared/ has tests of their number and result."""
+
+import functools
+
+import pytest
+
+from espalier.launch.papers.shared import claim
+
+
+@pytest.fixture(autouse=True)
+def few_exchanges(monkeypatch):
+    monkeypatch.setattr(claim, "exchanges", functools.partial(claim.exchanges, draws=2))
