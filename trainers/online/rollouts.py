@@ -89,7 +89,8 @@ class Rollouts:
         method = _method(recipe, stream, reference)
         if REFERENCE in method.scores:
             assert reference is not None  # see _method
-            meta = {"vocabulary": stream.summary()["vocabulary"]["digest"]}
+            data = stream.summary()
+            meta = {"vocabulary": data["vocabulary"]["digest"], "start_token": data["start_token"]}
             reference.check(program.mesh, program.rules, meta)
         size = program.mesh.size
         if stream.batch_size % (parts := size // program.batch_sharding.shard_shape((size,))[0]):

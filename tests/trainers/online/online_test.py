@@ -188,7 +188,7 @@ class Reference(FrozenModel):
     """A live reference whose parameters are at hand."""
 
     def check(self, mesh, rules, meta):
-        assert meta == {"vocabulary": "words"}
+        assert meta == {"vocabulary": "words", "start_token": START}
 
     def read(self, mesh, rules):
         return trained(self.model)

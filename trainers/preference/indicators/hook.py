@@ -111,7 +111,8 @@ class PreferenceIndicators(Hook):
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
         program = self.run.program
         if self.reference is not None:
-            meta = {"vocabulary": data.vocabulary}
+            start = next(iter(data.start), None)
+            meta = {"vocabulary": data.vocabulary, "start_token": start}
             self.reference.check(program.mesh, program.rules, meta)
         self._model = model = inference_model(program.recipe.language_model)
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)

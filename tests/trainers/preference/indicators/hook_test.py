@@ -104,7 +104,7 @@ class Reference:
     model = MODEL
 
     def check(self, mesh, rules, meta):
-        assert meta == {"vocabulary": "words"}
+        assert meta == {"vocabulary": "words", "start_token": 0}
 
     def read(self, mesh, rules):
         return parameters(0)
