@@ -86,6 +86,7 @@ class FrozenCheckpoint:
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)
         if record and agreement.is_primary():
+            file.parent.mkdir(parents=True, exist_ok=True)
             content = {**wanted, **dataclasses.asdict(step)}
             step_dir.write_file(file, json.dumps(content, indent=1).encode())
         return step
