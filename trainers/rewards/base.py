@@ -47,10 +47,7 @@ class StoredReward(Protocol):
     ) -> Reward:
         """Returns the reward, to be called within the mesh; raises the errors of reading a checkpoint.
 
-        Args:
-          mesh, rules: mesh and partitioning rules of the run.
-          meta: facts of the run's data that must be those of the checkpoint, see `FrozenCheckpoint.check`.
-          folder: directory of the run that records the checkpoint's step.
+        `meta` has the facts of the run's data for `FrozenCheckpoint.check`; `folder` of the run records the checkpoint's step.
         """
 
 
