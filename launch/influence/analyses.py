@@ -284,6 +284,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
     else:
         omitted.append('Controls need queries with "control", and others of the same kind.')
     if given.layers is not None:
+        result["layers_within"] = given.layers.within
         result["layers"] = {group: given.layers.shares(own) for group, own in groups.items()}
     else:
         omitted.append("Layers need `score --per_layer`.")

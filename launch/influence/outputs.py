@@ -224,12 +224,12 @@ def local_scores(scores: str) -> str:
     return os.fspath(row_files.local(scores, "scores"))
 
 
-def check_stored(tops: Mapping[str, Any], top: int) -> None:
-    """Raises RowFileError if fewer than `top` documents of each query are stored."""
+def check_stored(tops: Mapping[str, Any], top: int, flag: str = "top") -> None:
+    """Raises RowFileError if fewer than `top` documents of each query are stored; `flag` asks for them."""
     stored = min((len(query[end]) for query in tops["queries"] for end in ENDS), default=0)
     if top > stored and stored < tops["documents"]:
         raise RowFileError(
-            f"--top={top}: {stored} documents at each end are stored: run the same `espalier influence score` command with "
+            f"--{flag}={top}: {stored} documents at each end are stored: run the same `espalier influence score` command with "
             f"--top={top}."
         )
 

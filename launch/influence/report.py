@@ -117,6 +117,8 @@ def report(
     if documents is not None:
         outputs.check_same(documents, record["documents"], "documents")
     count = tops["documents"]
+    if within and record["per_layer"]:
+        outputs.check_stored(tops, within, "within")
     within = min(within or analyses.searched(count), count)
     suffix = "" if rank_by == "score" else "_per_norm"
     firsts = [[e["document"] for e in query[f"top{suffix}"][:within]] for query in tops["queries"]]

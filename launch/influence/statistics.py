@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -246,8 +246,9 @@ class LayerSums:
       wanted: documents of each query.
     """
 
-    def __init__(self, wanted: Sequence[Iterable[int]]):
+    def __init__(self, wanted: Sequence[Collection[int]]):
         self._queries: dict[int, list[int]] = {}
+        self.within = max(map(len, wanted), default=0)
         for q, documents in enumerate(wanted):
             for document in documents:
                 self._queries.setdefault(document, []).append(q)

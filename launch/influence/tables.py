@@ -167,8 +167,8 @@ def _layers(analyses: Mapping[str, Any]) -> Table:
         parts |= dict.fromkeys((kind, key) for kind, own in shares.items() for key in own)
     return _table(
         "Layers and matrices",
-        "Shares of the summed scores of the top documents, by layer and by matrix, as means over queries of a kind; a negative "
-        "one pulls against the others.",
+        f"Shares of the summed scores of the first {analyses['layers_within']} documents, by layer and by matrix, as means over "
+        "queries of a kind; a negative one pulls against the others.",
         ["part", *groups],
         [
             [

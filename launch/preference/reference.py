@@ -44,9 +44,8 @@ class Reference(predictions.StoredPredictions):
         step = self.checkpoint.resolve()
         summary = stream.summary()
         vocabulary, start = summary["vocabulary"]["digest"], summary["start_token"]
-        self.checkpoint.check_vocabulary(step, vocabulary)
         meta = {"start_token": start, "add_bos": tasks.add_bos(stream.source_names)}
-        self.checkpoint.check_beginnings(step, meta, "set PROMPT_BOS")
+        self.checkpoint.check(step, {"vocabulary": vocabulary, **meta})
         store = self._opened(step, _FOLDER, {"vocabulary": vocabulary}, shape=(2,))
         wanted, pairs = _wanted(stream, store, steps), stream.pairs()
 

@@ -42,6 +42,7 @@ class ResolvedRun:
       vocabulary, chat_template: of the tasks, which all sources share; None without tasks.
       identity: the facts that a checkpoint and the run that continues from it must agree on.
       notices: (name, text) of messages on the data.
+      of_prompts: whether the policy samples completions of the stream's prompts.
     """
 
     program: Program
@@ -59,6 +60,7 @@ class ResolvedRun:
     chat_template: Any
     identity: Mapping[str, Any]
     notices: Sequence[tuple[str, str]]
+    of_prompts: bool
 
     @functools.cached_property
     def flops_per_unit(self) -> float:
@@ -204,6 +206,7 @@ def resolve(
         vocabulary=registry.vocabulary(first) if summary else None,
         chat_template=registry.chat_template(first) if summary else None,
         identity=identity,
+        of_prompts=of_prompts,
         notices=[
             *(("caps", line) for line in repeats),
             *registry.notices(summary),
@@ -359,7 +362,7 @@ def _at_restored_step(parent: phase.Parent, start: restore.Restored) -> phase.Pa
 
 def check_prompts(run: ResolvedRun, start: restore.Restored) -> None:
     """Raises ValueError unless prompts begin (BOS, start token) like the documents of the parent's training."""
-    if run.loss_per != "pairs" or start.source != "initial":
+    if not (run.of_prompts or run.loss_per == "pairs") or start.source != "initial":
         return
     for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):
         ours = run.identity[key]

@@ -357,8 +357,10 @@ def test_the_documented_preference_run_begins_as_the_imported_model(
     monkeypatch.setattr(reference, "Scorer", unasked)
     for name, value in (("DOCUMENT_START", 0), ("PROMPT_BOS", False)):
         path = folder / f"dpo_{name}"
-        other = start(train, imported, *DPO, path=path, **settings, **{name: value})
-        assert other.status == 2 and f"set {name} = {meta[_KEYS[name]]}" in other.err
+        for live in ((), ("t5x_configs/methods/preference/reference_live.gin",)):
+            other = start(train, imported, *DPO, *live, path=path, **settings, **{name: value})
+            assert other.status == 2 and f"set {name} = {meta[_KEYS[name]]}" in other.err
+            assert "REFERENCE: documents of" in other.err
 
 
 _KEYS = {"DOCUMENT_START": "start_token", "PROMPT_BOS": "add_bos"}

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
@@ -86,6 +86,7 @@ class FrozenCheckpoint:
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)
         if record and agreement.is_primary():
+            file.parent.mkdir(parents=True, exist_ok=True)
             content = {**wanted, **dataclasses.asdict(step)}
             step_dir.write_file(file, json.dumps(content, indent=1).encode())
         return step
@@ -101,20 +102,20 @@ class FrozenCheckpoint:
             )
         return arrays
 
-    def check_vocabulary(self, step: FrozenStep, digest: str) -> None:
-        """Raises ValueError if the checkpoint's vocabulary is another one: the same ids would mean other tokens."""
+    def check(
+        self, step: FrozenStep, meta: Mapping[str, Any], add_bos: str = "set PROMPT_BOS"
+    ) -> None:
+        """Raises ValueError if the checkpoint has another vocabulary, start token or BOS than this run's data in `meta`.
+
+        Facts that are absent are not compared. `add_bos` is the setting of BOS, for the message.
+        """
+        digest = meta.get("vocabulary")
         theirs = step.meta.get("vocabulary", digest)
-        if theirs != digest:
+        if digest is not None and theirs != digest:
             raise ValueError(
                 f"{self.macro}: {step.step} was trained with another vocabulary (digest {theirs[:12]}) than this run's "
                 f"data ({digest[:12]}): use the vocabulary of that checkpoint, or name another {self.macro}."
             )
-
-    def check_beginnings(self, step: FrozenStep, meta: Mapping[str, Any], add_bos: str) -> None:
-        """Raises ValueError if the checkpoint's documents began otherwise (start token, BOS) than this run's, in `meta`.
-
-        `add_bos` is the setting of BOS, for the message.
-        """
         for key, setting in (("start_token", "set DOCUMENT_START"), ("add_bos", add_bos)):
             theirs = step.meta.get(key, meta.get(key))
             if key in meta and theirs != meta[key]:
@@ -143,6 +144,7 @@ class FrozenModel:
 
     model: Any
     checkpoint: FrozenCheckpoint
+    add_bos: ClassVar[str] = "set PROMPT_BOS"  # see FrozenCheckpoint.check
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
         """Returns shapes, dtypes and shardings of the parameters.
@@ -162,7 +164,7 @@ class FrozenModel:
         """Checks the checkpoint without reading its arrays or writing anything; see `StoredExtras.check`.
 
         Raises:
-          ValueError: no undamaged checkpoint, or a checkpoint of another model or with another vocabulary.
+          ValueError: no undamaged checkpoint, or a checkpoint of another model or of other data, see `FrozenCheckpoint.check`.
         """
         macro = self.checkpoint.macro
         try:
@@ -186,8 +188,7 @@ class FrozenModel:
                 f"{macro}_MODEL to the model of that run; run_model.model reads it from the run's model.json "
                 "(docs/extend/add_a_method.md)."
             )
-        if "vocabulary" in meta:
-            self.checkpoint.check_vocabulary(step, meta["vocabulary"])
+        self.checkpoint.check(step, meta, self.add_bos)
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
         """Returns the parameters; raises the errors of `FrozenCheckpoint.resolve` and `restore_params`."""

@@ -70,14 +70,16 @@ class BestAndWorst(Method):
             [(prompt, samples.completions[G * p + g]) for g in order_P2[p].tolist()]
             for p, prompt in enumerate(samples.prompts)
         ]
-        count, chosen_tokens = len(pairs), sum(len(pair[0][1]) for pair in pairs)
+        count, lengths_P = len(pairs), np.array([len(pair[0][1]) for pair in pairs])
         rewards_P2 = np.take_along_axis(samples.rewards_PG, order_P2, axis=1)
         trained_P1 = np.ones((count, 1), np.float32)
         if self.gap is not None:
             trained_P1[:, 0] = rewards_P2[:, 0] - rewards_P2[:, 1] > self.gap
+        # Without a trained pair there is no mean, and no loss that is divided by it.
+        chosen_tokens = max(lengths_P @ trained_P1[:, 0] / max(trained_P1.sum(), 1), 1)
         columns = self.packed(pairs, samples.sources_P) | {
             "pair_weights": trained_P1,
-            "chosen_tokens_per_pair": np.full(count, chosen_tokens / count, np.float32),
+            "chosen_tokens_per_pair": np.full(count, chosen_tokens, np.float32),
             "mean_reward": samples.rewards_PG.mean(axis=1),
             "rewards": rewards_P2,
             "ended": np.take_along_axis(samples.ended_PG, order_P2, axis=1).astype(np.float32),

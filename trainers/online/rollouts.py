@@ -87,9 +87,10 @@ class Rollouts:
     ):
         recipe = program.recipe
         method = _method(recipe, stream, reference)
+        data = stream.summary()
+        meta = {"vocabulary": data["vocabulary"]["digest"], "start_token": data["start_token"]}
         if REFERENCE in method.scores:
             assert reference is not None  # see _method
-            meta = {"vocabulary": stream.summary()["vocabulary"]["digest"]}
             reference.check(program.mesh, program.rules, meta)
         size = program.mesh.size
         if stream.batch_size % (parts := size // program.batch_sharding.shard_shape((size,))[0]):
@@ -108,7 +109,7 @@ class Rollouts:
         )
         self._stream, self._recipe, self._program = stream, recipe, program
         self._method, self._reference = method, reference
-        self._reward = on_mesh(reward, program.mesh, program.rules)
+        self._reward = on_mesh(reward, program.mesh, program.rules, meta=meta, folder=folder)
         self._penalty = missing_end_penalty
         self._folder = pathlib.Path(folder)
         self._sharding = program.batch_sharding

@@ -1,7 +1,8 @@
 """The interface of rewards of completions, for best-of-n, indicators and online methods."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,13 +42,18 @@ class Reward(Protocol):
 class StoredReward(Protocol):
     """A reward whose parameters are restored from disk once the run has a mesh."""
 
-    def on(self, mesh: Mesh, rules: Rules) -> Reward:
-        """Returns the reward, to be called within the mesh; raises the errors of reading a checkpoint."""
+    def on(
+        self, mesh: Mesh, rules: Rules, *, meta: Mapping[str, Any], folder: str | os.PathLike
+    ) -> Reward:
+        """Returns the reward, to be called within the mesh; raises the errors of reading a checkpoint.
+
+        `meta` has the facts of the run's data for `FrozenCheckpoint.check`; `folder` of the run records the checkpoint's step.
+        """
 
 
-def on_mesh(reward: Reward | StoredReward, mesh: Mesh, rules: Rules) -> Reward:
-    """Returns the reward, restored onto the mesh if it is a `StoredReward`."""
-    return reward.on(mesh, rules) if isinstance(reward, StoredReward) else reward
+def on_mesh(reward: Reward | StoredReward, mesh: Mesh, rules: Rules, **run: Any) -> Reward:
+    """Returns the reward, restored onto the mesh if it is a `StoredReward`; `run` is as in `StoredReward.on`."""
+    return reward.on(mesh, rules, **run) if isinstance(reward, StoredReward) else reward
 
 
 def finite_rewards(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from espalier.common.ranges import Count, Size
 from espalier.model.axes import Rules
 from espalier.trainers import initialise, partitioning
-from espalier.trainers.checkpoints import restore_params
 from espalier.trainers.decoding.buckets import in_order
 from espalier.trainers.objectives.forward import frozen_forward
+from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.rewards.base import Completion
 from espalier.trainers.scoring.scoring import Batched, Row, encoded_columns, scored_columns
 
@@ -25,7 +25,7 @@ class CheckpointReward:
 
     Attributes:
       model: a `model.heads.reward_model.RewardModel`.
-      checkpoint: step or run directory of its parameters.
+      checkpoint: step or run directory of its parameters; a run uses the same step at every start.
       vocabulary: its EOS is appended to completions that ended.
       start_token: token before each prompt; None for none.
       batch_size: texts at a time, a multiple of the mesh's parts of a batch.
@@ -37,8 +37,10 @@ class CheckpointReward:
     start_token: Count | None = 0
     batch_size: Size = 32
 
-    def on(self, mesh: Mesh, rules: Rules) -> "ModelReward":
-        """Returns the reward; raises errors of `restore_params`, and ValueError for a batch that the mesh does not divide."""
+    def on(
+        self, mesh: Mesh, rules: Rules, *, meta: Mapping[str, Any], folder: str | os.PathLike
+    ) -> "ModelReward":
+        """Returns the reward; raises errors of `FrozenModel.read`, and ValueError for other data or a batch that the mesh does not divide."""
         partitioning.validate(
             mesh=mesh,
             rules=rules,
@@ -47,11 +49,13 @@ class CheckpointReward:
             length=1,
             boxed_params=initialise.abstract_variables(self.model)["params"],
         )
-        abstract = initialise.abstract_params(self.model, mesh, rules)
+        path, run = os.fspath(self.checkpoint), os.fspath(folder)
+        stored = FrozenCheckpoint(macro="REWARD_CHECKPOINT", path=path, model_dir=run)
+        stored.check(stored.resolve(record=False), {**meta, "start_token": self.start_token})
         end = self.vocabulary.eos_id
         return ModelReward(
             self.model,
-            restore_params.restore_params(self.checkpoint, abstract),
+            FrozenModel(model=self.model, checkpoint=stored).read(mesh, rules),
             start_token=self.start_token,
             end_token=None if end in (None, -1) else end,
             batch_size=self.batch_size,

@@ -145,10 +145,14 @@ def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None
     names = [f"{number}_{_name(run)}" for number, run in enumerate(flags.runs)]
     judge = recipe.judge or recipe.reward
     teachers, by_kind = _teachers(recipe, names, flags.runs), []
-    for kind in (judge, recipe.reward):  # the files of the last one stay
+    for kind in dict.fromkeys((judge, recipe.reward)):  # the files of the last one stay
         asked = _asked(recipe, teachers, recipe.held_out, to, kind, temperature=0.0)
         by_kind.append(arbitrage.write(*asked)["table"])
-    rows = indicators(names, by_kind[1], by_kind[0])
+    rows = indicators(names, by_kind[-1], by_kind[0])
+    judge_text = judge
+    if judge == recipe.reward:  # it cannot rise while it falls
+        judge_text += " (the policy's own reward, which cannot show over-optimisation)"
+        rows = [{**row, "over_optimised": None} for row in rows]
     _, prompts, routed = asked
     answers = routed.all_answers
     compared = [(name, names[0]) for name in names[1:]]
@@ -160,7 +164,7 @@ def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None
     rates = [win_rates.between(a, b, prompts, answers, rewards) for a, b in compared]
     page = _PAGE.format(
         indicators=markdown(rows),
-        judge=judge,
+        judge=judge_text,
         opponent=recipe.opponent or "none",
         unanswered=max((one["unanswered"] for one in rates), default=0),
         win_rates=win_rates.markdown(rates),

@@ -255,20 +255,13 @@ def all_scores(
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Returns scores [N, Q] by method and damping, and the recall of sample documents by their second halves."""
     from espalier.launch.papers.influence import completions
-    from espalier.trainers.influence import conjugate, kronecker, queries, scores
+    from espalier.trainers.influence import conjugate, kronecker, queries, scores, sweep
     from espalier.trainers.influence import fit as stages
     from espalier.trainers.influence import sites as site_list
-    from espalier.trainers.scoring.scoring import Row
 
     reader = stages.Reader(model=model, params=params, batch_size=BATCH)
     sites = site_list.select(model, params)
-    sample = [
-        Row(
-            context=[*row.context, *row.targets[: len(row.targets) // 2]],
-            targets=row.targets[len(row.targets) // 2 :],
-        )
-        for row in rows[:SAMPLE]
-    ]
+    sample = [sweep.halved(row) for row in rows[:SAMPLE]]
     product = conjugate.gauss_newton(model, sites)
     settings = stages.FitSettings(seed=seed)
     with tempfile.TemporaryDirectory() as folder:

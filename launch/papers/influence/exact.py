@@ -288,8 +288,6 @@ _VANISHED = 1e-6  # largest weight
 
 def run(seed: int) -> dict[str, Any]:
     """Returns {"pbrf", "loo", "lds": by method, the mean over queries; "with_gauss_newton": correlations of scores}."""
-    import jax
-
     with jax.enable_x64(True), tempfile.TemporaryDirectory() as folder:
         return _run(seed, Path(folder))
 
@@ -355,8 +353,6 @@ def optimum(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any], np.nda
 def make_problem(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any]]:
     """Returns the problem, and the rows of its documents and queries."""
     import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
 
     from espalier.model.config import TransformerConfig
     from espalier.model.transformer import Transformer

@@ -51,7 +51,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.influence import scorers
+from espalier.launch.influence import outputs, scorers
 from espalier.launch.load.loaded_run import LoadedRun
 from espalier.launch.papers.influence import completions, corpus, statistics
 from espalier.launch.papers.influence.small_corpus import (
@@ -152,7 +152,8 @@ def run(start: Any) -> None:
         "masses": {m: statistics.masses(every[m], nats_Q, asked) for m in GRADIENTS if m in every},
         "methods": {
             method: statistics.of_scores(
-                per_norm(method, every[method], norms_N), texts, asked, holds_NQ
+                outputs.per_norm(every[method], norms_N) if method in GRADIENTS else every[method],
+                *(texts, asked, holds_NQ),
             )
             for method in METHODS
             if method in every
@@ -168,11 +169,6 @@ def run(start: Any) -> None:
         for method, order_N in orders.items():
             kept = corpus.without(texts, removal.chosen(order_N, texts))
             corpus.write_documents(target / f"{without(method, what)}.jsonl", kept)
-
-
-def per_norm(method: str, scores_NQ: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
-    """Returns scores over the norms of the documents' gradients, if they are of gradients."""
-    return scores_NQ / np.maximum(norms_N, 1e-30)[:, None] if method in GRADIENTS else scores_NQ
 
 
 def by_source(values_Q: np.ndarray, asked: Sequence[Query]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from espalier.launch.papers.mov.runs import (
     plain,
 )
 from espalier.launch.papers.shared.claim import Effect, Measure
-from espalier.launch.papers.shared.results import Case, aligned
+from espalier.launch.papers.shared.results import Case
 
 NARROW = next(width for width in WIDTHS if width != MAIN)
 
@@ -69,22 +69,18 @@ def gain_by_width(one: str, other: str) -> Measure:
 
     def measure(runs: Runs, where: str) -> list[Effect]:
         cases: list[Case] = [(arm, width) for width in (MAIN, NARROW) for arm in (one, other)]
-        values = aligned(*(runs.scores(arm, SCORE, width) for arm, width in cases))
-        if not values[0].size:
+        scores = [runs.scores(arm, SCORE, width) for arm, width in cases]
+        wide, narrow = scores[0] - scores[1], scores[2] - scores[3]
+        gaps = (wide - narrow).dropna()
+        if gaps.empty:
             return []
-        seeds = sorted(
-            set.intersection(*(set(runs.scores(arm, SCORE, w).index) for arm, w in cases))
-        )
-        wide, narrow = values[0] - values[1], values[2] - values[3]
         labels = runs.label(one), runs.label(other)
         return [
             Effect(
                 where=where,
                 what=f"{SCORE}, gain of {labels[0]} over {labels[1]} at width {MAIN} minus that at width {NARROW}",
-                by_seed={
-                    int(seed): float(gap) for seed, gap in zip(seeds, wide - narrow, strict=True)
-                },
-                note=f"{wide.mean():.3f} and {narrow.mean():.3f}",
+                by_seed={int(seed): float(gap) for seed, gap in gaps.items()},
+                note=f"{wide[gaps.index].mean():.3f} and {narrow[gaps.index].mean():.3f}",
                 unmet=runs.unmet(SCORE, *cases),
             )
         ]

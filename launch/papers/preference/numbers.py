@@ -398,8 +398,8 @@ def beside_nll(courses: Sequence[Course]) -> float | None:
 
 def length_link(courses: Sequence[Course]) -> float | None:
     """Returns Pearson's correlation of better LLH and the length of outputs within the clip."""
-    from espalier.trainers.preference.indicators import measures
-
-    fall_E, *both = points(courses, "fall", "llh_chosen", "length")
-    r = measures.pearson(*(values[fall_E < CLIP] for values in both))
-    return None if np.isnan(r) else r
+    fall_E, *columns = points(courses, "fall", "llh_chosen", "length")
+    both = [values[fall_E < CLIP] for values in columns]
+    if any(len(np.unique(values)) < 2 for values in both):
+        return None
+    return float(np.corrcoef(both)[0, 1])

@@ -1,12 +1,11 @@
 """The main effect of a paper beside ours, and the word that says how they compare."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.launch.papers.shared import claim
-from espalier.launch.papers.shared.claim import Claim
+from espalier.launch.papers.shared.claim import Claim, Effect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,9 @@ class Headline:
         where it lies within `tie` on either side of zero.
         """
         (one,) = (one for one in judged if one.name == self.claim)
+        seeds = one.seeds or None  # those that judge the claim
         effects = list(self.measure(parts[self.part], place)) if self.part in parts else []
-        seen = effects[0].range() if effects else dict.fromkeys(("value", "low", "high"), math.nan)
+        seen = (effects[0] if effects else Effect(where="", what="")).range(seeds, one.level)
         half, largest = abs(self.paper or 0.0) / 2, max(-seen["low"], seen["high"])
         if one.verdict == claim.HOLDS:
             word = "reproduced"
@@ -61,5 +61,5 @@ class Headline:
             k: getattr(self, k) for k in ("claim", "what", "unit", "paper", "why", "mind", "digits")
         }
         numbers = {key: claim.finite(value) for key, value in seen.items()}
-        seeds = sorted(effects[0].by_seed) if effects else []
-        return {**texts, **numbers, "seeds": seeds, "word": word, "required": one.required}
+        shown = {"seeds": sorted(effects[0].by_seed)[:seeds] if effects else [], "word": word}
+        return {**texts, **numbers, **shown, "required": one.required}

@@ -171,7 +171,7 @@ def _number(one: Mapping[str, Any], digits: int) -> str:
 # The page of one line for each paper.
 
 _ALT = (
-    "The main effect of each paper: the paper's number (black tick), ours (dot) with its 95 % interval, each row in its own unit, "
+    "The main effect of each paper: the paper's number (black tick), ours (dot) with the interval that judges its claim, each row in its own unit, "
     "with no effect at the dashed line"
 )
 

@@ -171,6 +171,29 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     assert where in capsys.readouterr().out
 
 
+def test_layers_are_of_as_many_documents_as_the_report_says(place, capsys):
+    status, out = place.score("--per_layer", "--top=2", out="few.jsonl")
+    assert status == 0
+    report = place.folder / "few"
+    flags = ("influence", "report", f"--scores={out}", f"--out={report}", "--top=2")
+    assert place.command(*flags, "--within=4") == 2
+    said = "--within=4: 2 documents at each end are stored: .* with --top=4"
+    assert re.search(said, capsys.readouterr().err)
+    assert place.command(*flags) == 0  # within the first 6 of 6
+    table = json.loads((report / "report.json").read_text())["analyses"]
+    assert table["within"] == 6
+    assert "summed scores of the first 2 documents" in (report / "report.md").read_text()
+    expected = []
+    for q in range(2):
+        first = sorted(read(out), key=lambda row: -row["scores"][q])[:2]
+        total = sum(row["scores"][q] for row in first)
+        up = sum(own[q] for row in first for path, own in row["layers"].items() if "/up/" in path)
+        expected.append(up / total)
+    shares = table["layers"]["all queries"]["matrices"]
+    (share,) = (value for path, value in shares.items() if "/up/" in path)
+    assert share == pytest.approx(np.mean(expected), rel=1e-4)
+
+
 def test_a_fit_ranks_documents_for_their_own_halves_with_several_dampings(place, capsys):
     assert place.fit("--sweep_documents=3") == 0  # all stages are there
     title, head, *rows = capsys.readouterr().out.splitlines()[-9:]

@@ -5,11 +5,13 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 
 from espalier.launch.load.load import load
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.restore_params import restore_params
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
@@ -86,6 +88,18 @@ def test_a_run_goes_on_from_the_middle_of_a_rollout(train, unrolled_run, tmp_pat
     again = {row["step"]: row for row in read_jsonl(path / "metrics.jsonl")}
     for name in ("reward", "loss", "ratio", "grad_norm"):
         np.testing.assert_array_equal(again[4][name], whole[4][name])
+
+
+@pytest.mark.parametrize(("macro", "beta"), [("INITIAL_CHECKPOINT_PATH", 0.0), ("REFERENCE", 0.1)])
+def test_prompts_begin_as_the_models_documents_did(train, unrolled_run, tmp_path, macro, beta):
+    meta = {**step_dir.read_meta(unrolled_run.path), "start_token": 0}
+    with Checkpointer(tmp_path / "sft" / "checkpoints") as checkpointer:
+        checkpointer.save(3, {"params": unrolled_run.params["raw"]}, meta=meta)
+    settings = {"DOCUMENT_START": 7, "WITH_REFERENCE": beta > 0, "BETA": beta}
+    settings["INITIAL_CHECKPOINT_PATH"] = f"'{tmp_path / 'sft'}'"
+    result = train(*flags_of("grpo", unrolled_run, tmp_path, **settings))
+    assert result.status == 2 and f"{macro}: documents of" in result.err, result.err
+    assert "set DOCUMENT_START = 0" in result.err
 
 
 def test_a_run_of_ppo_is_its_policy_for_what_comes_after(train, unrolled_run, tmp_path):

@@ -27,7 +27,9 @@ class Small(FrozenModel):
 def save(run, step, params=PARAMS):
     state = TrainState(step=jnp.asarray(step), params=params, opt_state={})
     with Checkpointer(run / "checkpoints") as checkpointer:
-        checkpointer.save(step, state, meta={"vocabulary": "our words", "seed": 0})
+        checkpointer.save(
+            step, state, meta={"vocabulary": "our words", "start_token": None, "seed": 0}
+        )
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def model(path, tmp_path, params=PARAMS, **settings):
 def test_what_fits_is_checked_without_a_trace_and_read(teacher, tmp_path):
     fits = model(teacher, tmp_path)
     fits.check(None, None, {})
-    fits.check(None, None, {"vocabulary": "our words"})
+    fits.check(None, None, {"vocabulary": "our words", "start_token": None, "add_bos": True})
     assert not (tmp_path / "teacher.json").exists()
     jax.tree.map(np.testing.assert_array_equal, fits.read(None, None), PARAMS)
     recorded = json.loads((tmp_path / "teacher.json").read_text())
@@ -98,6 +100,11 @@ def test_a_checkpoint_of_another_model_is_refused(teacher, tmp_path, params, dif
 def test_another_vocabulary_of_the_same_size_is_refused(teacher, tmp_path):
     with pytest.raises(ValueError, match="TEACHER: .*another vocabulary .*use the vocabulary"):
         model(teacher, tmp_path).check(None, None, {"vocabulary": "other words"})
+
+
+def test_other_beginnings_of_documents_are_refused(teacher, tmp_path):
+    with pytest.raises(ValueError, match="begin with start_token = None, .*DOCUMENT_START = None"):
+        model(teacher, tmp_path).check(None, None, {"vocabulary": "our words", "start_token": 0})
 
 
 def test_a_missing_moving_average_is_refused(teacher, tmp_path):

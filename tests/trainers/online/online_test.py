@@ -188,7 +188,7 @@ class Reference(FrozenModel):
     """A live reference whose parameters are at hand."""
 
     def check(self, mesh, rules, meta):
-        assert meta == {"vocabulary": "words"}
+        assert meta == {"vocabulary": "words", "start_token": START}
 
     def read(self, mesh, rules):
         return trained(self.model)
@@ -364,9 +364,10 @@ def test_a_pair_is_the_better_and_the_worse_sample():
     assert batch["source_ids"].tolist() == [0, 1, 0]
     np.testing.assert_array_equal(batch["mean_reward"], rewards.mean(1))
     assert batch["pair_weights"].tolist() == [[1.0], [1.0], [1.0]]
-    for gap, weights in ((0.0, [1, 1, 0]), (1.0, [0, 0, 0]), (0.5, [1, 1, 0])):
+    for gap, weights, length in ((0.0, [1, 1, 0], 2), (1.0, [0, 0, 0], 1), (0.5, [1, 1, 0], 2)):
         skipping = dataclasses.replace(method, gap=gap).batch(samples, score)
         assert skipping.pop("pair_weights").ravel().tolist() == weights
+        assert (skipping.pop("chosen_tokens_per_pair") == length).all()  # of (1 + 3) / 2 tokens
         for name, value in skipping.items():
             np.testing.assert_array_equal(value, batch[name])
 

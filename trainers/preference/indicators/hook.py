@@ -110,8 +110,8 @@ class PreferenceIndicators(Hook):
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
         program = self.run.program
+        meta = {"vocabulary": data.vocabulary, "start_token": next(iter(data.start), None)}
         if self.reference is not None:
-            meta = {"vocabulary": data.vocabulary}
             self.reference.check(program.mesh, program.rules, meta)
         self._model = model = inference_model(program.recipe.language_model)
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
@@ -140,7 +140,8 @@ class PreferenceIndicators(Hook):
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
         if self.reward is not None:
-            self._reward = on_mesh(self.reward, program.mesh, program.rules)
+            stored = {"meta": meta, "folder": self.run.path}
+            self._reward = on_mesh(self.reward, program.mesh, program.rules, **stored)
             # The competitor's rewards; None until the first evaluation, whose outputs then compete.
             competing = self._competing()
             self._competing_N = None if competing is None else self._rewards(competing)

@@ -109,10 +109,3 @@ def likelihood_distance(policy_N: np.ndarray, reference_N: np.ndarray) -> float:
     """
     away_N = np.asarray(policy_N, np.float64) - np.asarray(reference_N, np.float64)
     return float(np.sqrt(np.mean(np.square(away_N))))
-
-
-def pearson(x_N: Sequence[float], y_N: Sequence[float]) -> float:
-    """Pearson correlation of two series, such as likelihood and length of outputs; NaN if one of them is constant."""
-    x, y = (np.asarray(values, np.float64) - np.mean(values) for values in (x_N, y_N))
-    norm = math.sqrt(float(np.dot(x, x) * np.dot(y, y)))
-    return float(np.dot(x, y)) / norm if norm else math.nan

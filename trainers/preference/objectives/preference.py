@@ -69,7 +69,7 @@ def preference(
       ld_alpha: weight of the log-probabilities of tokens past the length of the pair's shorter completion, for policy
         and reference: LD-DPO (arXiv 2409.06411); 1 is DPO. Metrics use the same weights.
       on_policy_weights: multiply the losses of a pair by how likely the policy samples its completions: WPO (arXiv
-        2406.11827), see `pairs.weights_on_policy`. Not for losses that sort the pairs of a batch (transport.py).
+        2406.11827), see `pairs.weights_on_policy`. Losses that sort the pairs of a batch (transport.py) are refused.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
     """
     names, factors, of_single = _checked(losses, weights)
@@ -77,6 +77,11 @@ def preference(
         raise ValueError(
             "on_policy_weights weighs pairs, but LOSSES read single completions: set it to False."
         )
+    for name, loss in zip(names, losses, strict=True):
+        if on_policy_weights and " sort[" in str(jax.make_jaxpr(loss)(_pair())):
+            raise ValueError(
+                f"on_policy_weights weighs single pairs, but {name} sorts the pairs of a batch: set it to False."
+            )
     if ld_alpha != 1:
         _check_tails(ld_alpha, losses, live=reference is not None, of_single=of_single)
 

@@ -280,7 +280,10 @@ def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branch
     assert [row["round"] for row in made[:2]] == [f"{i}_{name}" for i, name in enumerate(names)]
     assert {row["language"] for row in made} == {"tr", "uk", "en"}
     assert all(row["reward"] == row["judge"] for row in made)
-    assert {row["over_optimised"] for row in made} == {None, False}
+    assert {row["over_optimised"] for row in made} == {None}
+    assert (
+        "own reward, which cannot show over-optimisation" in (tmp_path / "r/rounds.md").read_text()
+    )
     assert_rates_are_of_the_scores(page["win_rates"], tmp_path / "r", names)
 
 

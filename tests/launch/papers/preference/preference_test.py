@@ -258,7 +258,7 @@ def test_what_cannot_be_is_one_error(train, flags, tmp_path, bindings, said):
 
 def test_prompts_begin_as_the_models_documents_did():
     ours = {"start_token": 0, "add_bos": False}
-    run = types.SimpleNamespace(loss_per="pairs", identity=ours)
+    run = types.SimpleNamespace(loss_per="pairs", of_prompts=False, identity=ours)
 
     def check(source="initial", **theirs):
         start = types.SimpleNamespace(source=source, meta=theirs, path="there")
@@ -273,6 +273,9 @@ def test_prompts_begin_as_the_models_documents_did():
         check(add_bos=True)
     run.loss_per = "tokens"  # another stage of a model may bring documents of another form
     check(start_token=None)
+    run.of_prompts = True
+    with pytest.raises(ValueError, match="set DOCUMENT_START = None"):
+        check(start_token=None)
 
 
 @pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])

@@ -427,6 +427,19 @@ def test_the_word_of_a_headline_follows_from_the_claims_verdict(values, paper, w
     assert scorecard.READING[word]
 
 
+def test_a_headline_has_the_interval_that_judges_its_claim():
+    values = [2.0, 2.1, 1.9, 2.0, -9.0, -9.0, -9.0, -9.0]  # decided by the first four
+    one = made(values, above=0.0, looks=(4, 8))
+    texts = {"what": "gain", "unit": "%", "why": "It is so.", "mind": "More seeds, 3 minutes."}
+    headline = page.Headline(claim="X1", paper=3.0, measure=one.measure, part="p", **texts)
+    recorded = headline.record([one], {"p": None}, "here")
+    level = sequential.levels((4, 8))[0]
+    low, high = stats.t.interval(1 - level, 3, loc=2.0, scale=stats.sem(values[:4]))
+    assert level < 0.05 and recorded["seeds"] == [10, 11, 12, 13]
+    assert (recorded["low"], recorded["high"]) == pytest.approx((low, high), rel=1e-4)
+    assert recorded["word"] == "reproduced"
+
+
 @pytest.mark.parametrize(
     ("values", "word"),
     [

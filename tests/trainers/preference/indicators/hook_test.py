@@ -104,7 +104,7 @@ class Reference:
     model = MODEL
 
     def check(self, mesh, rules, meta):
-        assert meta == {"vocabulary": "words"}
+        assert meta == {"vocabulary": "words", "start_token": 0}
 
     def read(self, mesh, rules):
         return parameters(0)
@@ -374,8 +374,9 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, says):
 
 def test_a_reward_on_disk_is_put_on_the_mesh(tmp_path):
     class Stored:
-        def on(self, mesh, rules):
-            assert (mesh, rules) == (MESH, ())
+        def on(self, mesh, rules, *, meta, folder):
+            assert (mesh, rules, folder) == (MESH, (), tmp_path)
+            assert meta == {"vocabulary": "words", "start_token": 0}
             return vowels
 
     found = hook(tmp_path, reward=Stored())(0, state(0), {})

@@ -123,10 +123,3 @@ def test_divergence_and_distance():
     assert measures.likelihood_distance(np.tile(ours, 9), np.tile(theirs, 9)) == pytest.approx(
         math.sqrt(17 / 2)
     )
-
-
-def test_the_correlation_is_numpys():
-    x, y = np.random.default_rng(0).normal(size=(2, 20))
-    assert measures.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-12)
-    assert measures.pearson(x, -2 * x) == pytest.approx(-1)
-    assert math.isnan(measures.pearson(x, np.ones(20)))

@@ -435,6 +435,9 @@ def test_what_cannot_be_is_said_before_a_step():
         )
     with pytest.raises(ValueError, match="on_policy_weights .* single completions"):
         preference(model=MODEL, losses=[unpaired.kto], on_policy_weights=True)
+    for sorting in (transport.aot, functools.partial(transport.aot_unpaired, beta=0.5)):
+        with pytest.raises(ValueError, match="on_policy_weights .*sorts the pairs of a batch"):
+            preference(model=MODEL, losses=[sigmoid_loss, sorting], on_policy_weights=True)
     with pytest.raises(ValueError, match="REFERENCE is None"):
         FrozenCheckpoint(macro="REFERENCE", path=None, model_dir="/unread")
 

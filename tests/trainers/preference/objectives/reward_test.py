@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from espalier.model.heads.reward_model import RewardModel
 from espalier.model.hf import registry
 from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Transformer
-from espalier.trainers import initialise, inputs
+from espalier.trainers import initialise, inputs, partitioning
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.preference.objectives.reward import bradley_terry
 from espalier.trainers.rewards.base import Completion
-from espalier.trainers.rewards.model_reward import ModelReward
+from espalier.trainers.rewards.model_reward import CheckpointReward, ModelReward
 from espalier.trainers.step import make_train_step
 from espalier.trainers.train_state import TrainState
 from tests.model.hf import arrays
@@ -208,6 +210,42 @@ def test_a_reward_of_an_encoder_decoder_is_of_the_last_token_that_its_decoder_re
         reward([Completion([], [3], ended=True)])
     with pytest.raises(ValueError, match="start_token is None, and the completions"):
         ModelReward(model, params, start_token=None)
+
+
+def test_a_run_has_one_reward_model_of_its_own_data(tmp_path):
+    """A newer checkpoint of the reward model does not change the rewards of a run that goes on."""
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    data = {"vocabulary": "our words", "start_token": 0}
+    completions = [Completion([5, 9], [3, 4], ended=True), Completion([7], [8], ended=False)]
+
+    def save(step, params):
+        with Checkpointer(tmp_path / "rm" / "checkpoints") as checkpointer:
+            checkpointer.save(step, {"params": params}, meta=data)
+
+    def rewards(run, start_token=0, **other):
+        vocabulary = types.SimpleNamespace(eos_id=1)
+        stored = CheckpointReward(
+            model=MODEL,
+            checkpoint=tmp_path / "rm",
+            vocabulary=vocabulary,
+            start_token=start_token,
+            batch_size=2,
+        )
+        rules = partitioning.rules_named("fsdp")
+        return stored.on(mesh, rules, meta=data | other, folder=tmp_path / run)(completions)
+
+    save(1, PARAMS)
+    first = rewards("run")
+    expected = [reward_of([0, 5, 9, 3, 4, 1]), reward_of([0, 7, 8])]
+    np.testing.assert_allclose(first, expected, atol=1e-5)
+    newer = jax.tree.map(lambda x: -x, PARAMS["reward_head"])
+    save(2, {**PARAMS, "reward_head": newer})
+    np.testing.assert_array_equal(rewards("run"), first)
+    np.testing.assert_allclose(rewards("another"), -first, atol=1e-5)
+    with pytest.raises(ValueError, match="REWARD_CHECKPOINT: .*another vocabulary"):
+        rewards("run", vocabulary="other words")
+    with pytest.raises(ValueError, match="REWARD_CHECKPOINT: .*set DOCUMENT_START = 0"):
+        rewards("run", start_token=5)
 
 
 @pytest.mark.parametrize("center", [0.0, 0.1])
