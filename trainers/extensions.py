@@ -53,14 +53,12 @@ class StepExtension:
       like_params: whether the part has an array for each parameter, which is split over devices as the parameter is.
       of_data: whether the part describes the data, and is set to zeros where a new phase begins.
       reads_counts: whether it reads `Update.counts`; layers that count need such an extension.
-      every_step: whether the part is also updated in a step whose update is not applied, with the parameters as they were.
     """
 
     name: ClassVar[str]
     like_params: ClassVar[bool] = False
     of_data: ClassVar[bool] = False
     reads_counts: ClassVar[bool] = False
-    every_step: ClassVar[bool] = False
 
     def init(self, params: Any, mask: Any) -> Any:
         """Returns the part of a new run; `mask` is True where parameters are trained, None for all.
@@ -89,7 +87,7 @@ class StepExtension:
     def gate(self, part: Any, update: Update) -> tuple[jax.Array, Any] | None:
         """Returns whether the update is to be applied, and the part after it either way; None for no opinion.
 
-        An update that is not applied leaves parameters, optimiser, collections and the other parts as they were, without `every_step`.
+        An update that is not applied leaves parameters, optimiser, collections and the other parts as they were.
         """
         del part, update
         return None
@@ -144,7 +142,7 @@ def present_extras(
 
 
 def gated(
-    extensions: Sequence[StepExtension], update: Update, before: TrainState, after: TrainState
+    extensions: Iterable[StepExtension], update: Update, before: TrainState, after: TrainState
 ) -> tuple[TrainState, jax.Array | None]:
     """Returns the state after a step, and whether its update was applied; None if no extension judges updates."""
     verdicts = {
@@ -157,11 +155,4 @@ def gated(
     good = functools.reduce(jnp.logical_and, (good for good, _ in verdicts.values()))
     chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
     judged = {name: part for name, (_, part) in verdicts.items()}
-    trained, frozen = trainable.split(before.params, None)
-    dropped = dataclasses.replace(update, trained=trained, frozen=frozen)
-    for each in extensions:
-        if each.every_step and (part := chosen.part(each.name)) is not None:
-            # A branch of its own leaves the compiled arithmetic of steps that are applied as it is.
-            late = functools.partial(each.update, update=dropped)
-            judged[each.name] = jax.lax.cond(good, lambda part: part, late, part)
     return chosen.replace(step=after.step).with_parts(judged), good

@@ -14,7 +14,7 @@ MOVES = "reference_moves"  # key in TrainState.variables
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MovingReference(StepExtension):
-    """After every `every` steps, reference <- mix * policy + (1 - mix) * reference.
+    """After every `every` updates, reference <- mix * policy + (1 - mix) * reference.
 
     The paper's soft update has a mix below 1, its hard update a mix of 1; the defaults are TRL's.
 
@@ -22,13 +22,12 @@ class MovingReference(StepExtension):
     is resumed has the same reference, and the checkpoint stays the objective's `extras`.
 
     Attributes:
-      every: steps between two moves.
+      every: updates between two moves; an update that is dropped as bad makes no move, due or not.
       mix: share of the policy in a move.
     """
 
     name = MOVES
     like_params = True
-    every_step = True  # a bad step puts no move off
 
     every: Size = 512
     mix: Fraction = 0.6

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.trainers import initialise
-from espalier.trainers.extensions import StepExtension, Update
+from espalier.trainers.extensions import Update
 from espalier.trainers.moving_reference import MOVES, MovingReference
 from espalier.trainers.objectives.base import LossOut, Objective
 from espalier.trainers.step import make_eval_step, make_train_step
@@ -34,9 +34,9 @@ def loss_fn(params, batch, rng, *, variables, extras):
 OBJECTIVE = Objective(loss_fn=loss_fn)
 
 
-def trained(moving, steps, state=None, more=(), **settings):
+def trained(moving, steps, state=None, **settings):
     optimizer = optax.sgd(0.05)
-    extensions = [*([] if moving is None else [moving]), *more]
+    extensions = [] if moving is None else [moving]
     step = jax.jit(
         make_train_step(loss_fn=OBJECTIVE, optimizer=optimizer, extensions=extensions, **settings)
     )
@@ -68,29 +68,6 @@ def test_the_reference_is_mixed_with_the_policy_every_so_many_updates(every, mix
     total, _ = evaluate(state.params, BATCH, state.variables, extras=START)["loss"]
     expected, _ = OBJECTIVE(state.params, BATCH, None, extras=now).metrics["loss"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
-
-
-class Refusing(StepExtension):
-    """Refuses the third update."""
-
-    name = "refusing"
-
-    def gate(self, part, update):
-        return update.step != 3, {}
-
-
-def test_a_refused_update_puts_no_move_off():
-    moving = MovingReference(every=3, mix=0.6)
-    state = trained(moving, 4, more=[Refusing()])
-    policy = reference = np.array([1.0, -2.0, 0.5])
-    for update in range(1, 5):
-        if update != 3:
-            policy = policy - 0.05 * (2 * (policy - 4.0) + 2 * (policy - reference))
-        else:
-            reference = 0.6 * policy + 0.4 * reference
-    np.testing.assert_allclose(state.params["a"], policy, rtol=1e-5)
-    now = moving.objective_extras(START, state.variables[MOVES])
-    np.testing.assert_allclose(now["a"], reference, rtol=1e-5)
 
 
 def test_a_reference_that_is_never_due_is_a_fixed_one():
