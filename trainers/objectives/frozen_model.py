@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
+from espalier.common.storage import paths
 from espalier.model.adapters import adapter
 from espalier.model.axes import Rules
 from espalier.trainers import initialise
@@ -71,10 +71,10 @@ class FrozenCheckpoint:
         """
         assert self.path is not None  # see __post_init__
         name = self.macro.lower()
-        file = pathlib.Path(self.model_dir, f"{name}.json")
+        file = step_dir.absolute(self.model_dir) / f"{name}.json"
         # All processes use what process 0 read.
         recorded = agreement.gather(file.read_text() if file.exists() else None)[0]
-        wanted = {name: os.path.abspath(self.path), "use_ema": self.use_ema}
+        wanted = {name: paths.absolute(self.path), "use_ema": self.use_ema}
         if recorded is not None:
             fields = json.loads(recorded)
             began = {key: fields.pop(key) for key in wanted}
