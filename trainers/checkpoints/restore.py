@@ -322,8 +322,8 @@ def _computed(initial: InitialCheckpoint) -> ComputedCheckpoint | None:
 def _at_phase_start(state: Any, extensions: Sequence[StepExtension]) -> Any:
     """Returns the state with steps and schedules at 0.
 
-    Moments and their counts for bias correction do not change. What extensions have of the data, such as statistics of
-    losses, is reset, because a new phase has other data.
+    Moments and their counts for bias correction do not change. What extensions have of the data or of the objective's extras,
+    such as statistics of losses, is reset, because a new phase has others.
     """
     names = [extension.name for extension in extensions if extension.of_data]
     return _at_step(state.with_parts({name: _filled(state.part(name), 0) for name in names}), 0)
