@@ -66,7 +66,7 @@ class FrozenCheckpoint:
         With `record`, the step is written to this run's directory if it is not recorded yet.
 
         Raises:
-          ValueError: this run began with another checkpoint, or there is no moving average.
+          ValueError: this run began with another checkpoint or with other parameters in it, or there is no moving average.
           DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
         """
         assert self.path is not None  # see __post_init__
@@ -82,6 +82,15 @@ class FrozenCheckpoint:
                 raise ValueError(
                     f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
                     f"{began[name]} (use_ema {began['use_ema']}): give that checkpoint, or start in another MODEL_DIR."
+                )
+            arrays = fields["arrays"]
+            # Its stored values can be read without it.
+            with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
+                arrays = base_step.digest(self.arrays(fields["step"]))
+            if arrays != fields["arrays"]:
+                raise ValueError(
+                    f"{self.macro}: {fields['step']} has other parameters than when this run began: put them back, or start in "
+                    "another MODEL_DIR."
                 )
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)
