@@ -269,7 +269,8 @@ def _rows_of(
 ) -> list[tuple[int, dict[str, float]]]:
     """Returns the metrics that earlier starts of this run wrote for some steps, by step."""
     rows = [(row.pop("step"), row) for row in metric_writers.rows_in_force(folder.metrics)]
-    return [(n, {k: v for k, v in row.items() if k != "time"}) for n, row in rows if n in steps]
+    others = ("time", "rollback_to")  # no rollback is made again
+    return [(n, {k: v for k, v in row.items() if k not in others}) for n, row in rows if n in steps]
 
 
 def _open_writers(
