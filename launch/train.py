@@ -264,9 +264,7 @@ def _last_row(folder: run_dir.RunDir) -> int:
     return max((int(row["step"]) for row in rows), default=0)
 
 
-def _rows_of(
-    folder: run_dir.RunDir, steps: Collection[int]
-) -> list[tuple[int, dict[str, float]]]:
+def _rows_of(folder: run_dir.RunDir, steps: Collection[int]) -> list[tuple[int, dict[str, float]]]:
     """Returns the metrics that earlier starts of this run wrote for some steps, by step."""
     rows = [(row.pop("step"), row) for row in metric_writers.rows_in_force(folder.metrics)]
     others = ("time", "rollback_to")  # no rollback is made again

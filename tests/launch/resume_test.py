@@ -178,7 +178,10 @@ def test_the_best_step_stays_if_a_stop_delayed_its_evaluation(train, tmp_path, m
     monkeypatch.setattr(signals.StopRequest, "requested", lambda self, done: True)
     run(train, tmp_path, *given, status=75)
     monkeypatch.undo()
-    for last in (8, 12):  # at the second of these starts, the evaluation was one of an earlier start
+    for last in (
+        8,
+        12,
+    ):  # at the second of these starts, the evaluation was one of an earlier start
         run(train, tmp_path, *given, f"TRAIN_STEPS={last}")
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", str(last)}
 

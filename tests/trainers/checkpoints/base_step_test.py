@@ -69,7 +69,9 @@ def test_both_tiers_read_the_base_from_its_own_step(base, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(step))
         if not (tmp_path / "moved").exists():
             shutil.move(tmp_path / "base", tmp_path / "moved")
-            (tmp_path / "run" / base_step.FILE).write_text(json.dumps({"path": f"{tmp_path}/moved"}))
+            (tmp_path / "run" / base_step.FILE).write_text(
+                json.dumps({"path": f"{tmp_path}/moved"})
+            )
             continue
         shutil.rmtree(tmp_path / "host", ignore_errors=True)  # next, the shared step is read
 
