@@ -129,9 +129,8 @@ def test_norms_of_bfloat16_parameters_and_gradients_are_float32():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
 
     def linear(params, batch, rng):
-        total = sum(
-            (p * c).sum(dtype=jnp.float32) for p, c in zip(*map(jax.tree.leaves, (params, batch)))
-        )
+        products = jax.tree.map(lambda p, c: (p * c).sum(dtype=jnp.float32), params, batch)
+        total = sum(jax.tree.leaves(products))
         return LossOut(sum=total, weight=jnp.float32(1.0), metrics={})
 
     optimizer = optax.sgd(0.0)
