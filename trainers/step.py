@@ -24,7 +24,6 @@ from espalier.trainers.extensions import (
 )
 from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from espalier.trainers.objectives.gradients import in_parts, make_gradients
-from espalier.trainers.optim import rounding
 from espalier.trainers.train_state import TrainState
 
 # (state, batch, extras of the objective) -> (state, metrics); extras are optional.
@@ -145,7 +144,8 @@ def _scalar(value: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _norm(tree: Any) -> jax.Array:
     """Returns the norm of all arrays of a tree, computed in float32 or wider."""
-    return optax.tree.norm(jax.tree.map(rounding.wide, tree))
+    wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return optax.tree.norm(wide)
 
 
 def _applied(new: jax.Array, old: jax.Array, update: jax.Array) -> jax.Array:
