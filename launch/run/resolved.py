@@ -21,7 +21,6 @@ from espalier.trainers.checkpoints import base_step, restore, step_dir
 from espalier.trainers.checkpoints.initial import InitialCheckpoint
 from espalier.trainers.checkpoints.restore_params import INFERENCE_PART
 from espalier.trainers.evaluate import EvalStream
-from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.optim.schedules import Span, as_schedule
 from espalier.trainers.recipe import Program, Recipe
 from espalier.trainers.telemetry import flops
@@ -217,11 +216,10 @@ def resolve(
 
 def _check_moving_reference(program: Program, parent: phase.Parent) -> None:
     """Checks that moves of the parent's reference are not added to another model, the parent's policy."""
-    extras = program.stored_extras
-    if parent.scope != "state" or program.recipe.moving_reference is None or parent.path is None:
-        return
-    if isinstance(extras, FrozenModel):
-        step = extras.checkpoint.resolve(record=False).step
+    moving = parent.scope == "state" and program.recipe.moving_reference is not None
+    checkpoint = getattr(program.stored_extras, "checkpoint", None)  # see FrozenModel
+    if moving and checkpoint is not None and parent.path is not None:
+        step = checkpoint.resolve(record=False).step
         begun, run = (step_dir.folder_of(epath.Path(path)) for path in (step, parent.path))
         if begun == run:
             raise ValueError(
