@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -157,7 +157,11 @@ def train(
         rows = (
             stack.enter_context(contextlib.closing(_open_rows(folder, start))) if primary else None
         )
-        written = agreement.gather(_rows_of(folder, start.step) if primary else [])[0]
+        steps_of_rows = {start.step, *saver.all_steps()}
+        saved = agreement.gather(_rows_of(folder, steps_of_rows) if primary else [])[0]
+        for step, row in saved:
+            saver.note(step, row)
+        written = [row for step, row in saved if step == start.step]
         writer = _open_writers(folder, start.step, rows, written, writers)
         stack.enter_context(contextlib.closing(writer))
         if life is not None:
@@ -260,10 +264,11 @@ def _last_row(folder: run_dir.RunDir) -> int:
     return max((int(row["step"]) for row in rows), default=0)
 
 
-def _rows_of(folder: run_dir.RunDir, step: int) -> list[dict[str, float]]:
-    """Returns the metrics that earlier starts of this run wrote for a step."""
-    rows = (row for row in metric_writers.rows_in_force(folder.metrics) if row["step"] == step)
-    return [{k: v for k, v in row.items() if k not in ("step", "time")} for row in rows]
+def _rows_of(folder: run_dir.RunDir, steps: Collection[int]) -> list[tuple[int, dict[str, float]]]:
+    """Returns the metrics that earlier starts of this run wrote for some steps, by step."""
+    rows = [(row.pop("step"), row) for row in metric_writers.rows_in_force(folder.metrics)]
+    others = ("time", "rollback_to")  # no rollback is made again
+    return [(n, {k: v for k, v in row.items() if k not in others}) for n, row in rows if n in steps]
 
 
 def _open_writers(

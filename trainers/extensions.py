@@ -51,7 +51,7 @@ class StepExtension:
     Attributes:
       name: of the part, see `TrainState.part`.
       like_params: whether the part has an array for each parameter, which is split over devices as the parameter is.
-      of_data: whether the part describes the data, and is set to zeros where a new phase begins.
+      of_data: whether the part is set to zeros where a new phase begins, such as statistics of the data.
       reads_counts: whether it reads `Update.counts`; layers that count need such an extension.
     """
 

@@ -151,7 +151,10 @@ class Loop:
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             progressed = stack.enter_context(watching(self.schedule.step_timeout))
-            values = self._run_hooks(self._first_hooks())
+            values = self._run_due(first) if (first := self._first_hooks()) else {}
+            self.written = ()
+            if saver is not None:
+                saver.note(self.step, values)
             if self._rolls_back and not (self.interrupted or (saver and saver.all_steps())):
                 self._save(values, "period")  # to go back to before the first checkpoint is due
             total = f"{self.schedule.total_steps:,} updates made"
@@ -195,9 +198,7 @@ class Loop:
                 late = self._late.flush()
             if not self._observe(late):
                 return
-        values = self._run_hooks(due)
-        if self.ended and not self.interrupted:
-            values |= self._run_hooks([hook for hook in self.hooks if hook not in due])
+        values = self._run_due(due)
         if occasion := self._occasion():
             self._save(values, occasion)
         if self.interrupted and not (last or self._ends_window(self.step)):
@@ -240,11 +241,18 @@ class Loop:
     def _first_hooks(self) -> list[Hook]:
         if self._is_new:
             return [hook for hook in self.hooks if hook.at_start]
+        return [h for h in self._due() if not self._has_written(h)] if self._hooks_skipped else []
 
-        def has_written(hook: Hook) -> bool:
-            return bool(hook.prefix) and any(x.startswith(hook.prefix) for x in self.written)
+    def _has_written(self, hook: Hook) -> bool:
+        return bool(hook.prefix) and any(x.startswith(hook.prefix) for x in self.written)
 
-        return [h for h in self._due() if not has_written(h)] if self._hooks_skipped else []
+    def _run_due(self, due: Sequence[Hook]) -> dict[str, float]:
+        """Runs hooks, and if the run ends with them, the others too."""
+        values = self._run_hooks(due)
+        if self.ended and not self.interrupted:
+            others = [hook for hook in self.hooks if hook not in due]
+            values |= self._run_hooks([hook for hook in others if not self._has_written(hook)])
+        return values
 
     def _run_hooks(self, due: Sequence[Hook]) -> dict[str, float]:
         """Runs hooks at this step and writes their metrics; a stop may cut them short."""

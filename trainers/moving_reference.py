@@ -28,6 +28,7 @@ class MovingReference(StepExtension):
 
     name = MOVES
     like_params = True
+    of_data = True
 
     every: Size = 512
     mix: Fraction = 0.6

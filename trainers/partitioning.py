@@ -23,6 +23,9 @@ from espalier.model.protocol import Model, Sizes
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; context: the length of rows and parameters split; tensor: heads and widths split.
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+_MOST_WHOLE = (
+    2**31
+)  # bytes of parameters that may stay whole on every device although a mesh axis splits parameters
 
 
 def make_mesh(
@@ -313,7 +316,6 @@ def validate(
     length: int | None,
     boxed_params: Any = None,
     model: Model | None = None,
-    replicated_limit: int = 2**31,
 ) -> None:
     """Checks mesh, rules, sizes and parameter names against each other.
 
@@ -322,8 +324,6 @@ def validate(
       length: tokens per row; None where rows have no length.
       boxed_params: abstract parameters with their logical names, when available.
       model: model whose attention is checked, when available.
-      replicated_limit: bytes of parameters that may stay whole on every device while a mesh axis
-        meant to split parameters is larger than one.
 
     Raises:
       ValueError: one message that lists every problem.
@@ -355,7 +355,7 @@ def validate(
                 f"{what} = {size} is not a multiple of the {shards} shards of {name!r}{remedy}"
             )
     if boxed_params is not None:
-        problems += _parameter_problems(mesh, targets, boxed_params, replicated_limit)
+        problems += _parameter_problems(mesh, targets, boxed_params)
     if model is not None:
         problems += _attention_problems(mesh, targets, model, length, batch_size)
     if problems:
@@ -413,7 +413,6 @@ def _parameter_problems(
     mesh: Mesh | AbstractMesh,
     targets: Mapping[str, Any],
     boxed_params: Any,
-    replicated_limit: int,
 ) -> list[str]:
     problems, replicated, of_experts = [], 0, set()
     settings = {
@@ -443,7 +442,7 @@ def _parameter_problems(
     # Splitting the experts alone leaves the rest whole on purpose.
     others = (name for name in axes.PARAMETER_AXES if name != axes.EXPERT)
     splits = max(shards_of(mesh, targets.get(name)) for name in others)
-    if splits > 1 and replicated > replicated_limit:
+    if splits > 1 and replicated > _MOST_WHOLE:
         problems.append(
             f"{replicated / 2**30:.1f} GiB of parameters would stay whole on every device; "
             "check their logical names"

@@ -24,7 +24,7 @@ from espalier.trainers.anomaly import Anomaly
 from espalier.trainers.extensions import StepExtension
 from espalier.trainers.inputs import Inputs, rows_of
 from espalier.trainers.objectives import bound_extras
-from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective
+from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective, StoredExtras
 from espalier.trainers.objectives.lm import language_modelling
 from espalier.trainers.optim import averages, schedules
 from espalier.trainers.optim import rounding as rounding_lib
@@ -259,10 +259,14 @@ class Program:
         Args:
           meta: returns the known facts about the data; called only if there are such files.
         """
+        if self.stored_extras is not None:
+            self.stored_extras.check(self.mesh, self.rules, meta())
+
+    @property
+    def stored_extras(self) -> StoredExtras | None:
+        """The objective's files; see `Objective`."""
         recipe = self.recipe
-        objective = Objective.of(recipe.objective(model=recipe.model, num_sources=0))
-        if objective.stored_extras is not None:
-            objective.stored_extras.check(self.mesh, self.rules, meta())
+        return Objective.of(recipe.objective(model=recipe.model, num_sources=0)).stored_extras
 
     @functools.cached_property
     def init(self) -> Callable[[], TrainState]:

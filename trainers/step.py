@@ -79,7 +79,7 @@ def make_train_step(
             opt_state=opt_state,
             extras=extras,
             loss=out.sum / divisor,
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=_norm(grads),
             counts=out.counts,
         )
         update = with_constants(extensions, update)
@@ -98,7 +98,7 @@ def make_train_step(
             **out.metrics,
             "grad_norm": _scalar(update.grad_norm),
             "update_norm": _scalar(applied if good is None else jnp.where(good, applied, 0.0)),
-            "param_norm": _scalar(optax.tree.norm(after.params)),
+            "param_norm": _scalar(_norm(after.params)),
         }
         if good is not None:
             metrics["anomaly"] = _scalar(1.0 - good.astype(jnp.float32))
@@ -140,6 +140,12 @@ def make_eval_step(
 def _scalar(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns a metric of the whole step, with weight one."""
     return value.astype(jnp.float32), jnp.ones((), jnp.float32)
+
+
+def _norm(tree: Any) -> jax.Array:
+    """Returns the norm of all arrays of a tree, computed in float32 or wider."""
+    wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return optax.tree.norm(wide)
 
 
 def _applied(new: jax.Array, old: jax.Array, update: jax.Array) -> jax.Array:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+from etils import epath
 
 from espalier.launch.config import build
 from espalier.launch.processes import hosts
 from espalier.launch.run import phase
 from espalier.model.protocol import adapters_of
 from espalier.trainers.batches import Stream, TrainStream
-from espalier.trainers.checkpoints import base_step, restore
+from espalier.trainers.checkpoints import base_step, restore, step_dir
 from espalier.trainers.checkpoints.initial import InitialCheckpoint
 from espalier.trainers.checkpoints.restore_params import INFERENCE_PART
 from espalier.trainers.evaluate import EvalStream
@@ -151,6 +152,7 @@ def resolve(
         digest = registry.vocabulary_digest().get("vocabulary")
         phase.check_vocabulary(checkpoints, parent, digest)
     program.check_extras(registry.vocabulary_digest)
+    _check_moving_reference(program, parent)
     if tasks and is_text:
         # Before anything is tokenised; the run may use only some of the tasks.
         sizes = [registry.vocabulary(name).vocab_size for name in registry.sources()]
@@ -213,6 +215,20 @@ def resolve(
             *(line for each in (opened, *held_out) for line in each.notices()),
         ],
     )
+
+
+def _check_moving_reference(program: Program, parent: phase.Parent) -> None:
+    """Checks that moves of the parent's reference are not added to another model, the parent's policy."""
+    moving = parent.scope == "state" and program.recipe.moving_reference is not None
+    checkpoint = getattr(program.stored_extras, "checkpoint", None)  # see FrozenModel
+    if moving and checkpoint is not None and parent.path is not None:
+        step = checkpoint.resolve(record=False).step
+        begun, run = (step_dir.folder_of(epath.Path(path)) for path in (step, parent.path))
+        if begun == run:
+            raise ValueError(
+                f"REFERENCE = {step} is of the run that INITIAL_SCOPE = 'state' continues, whose reference has moved from another "
+                f"model: set REFERENCE to the one in {run}/reference.json."
+            )
 
 
 def _check_rows(recipe: Recipe, stream: Stream) -> None:

@@ -170,6 +170,22 @@ def test_a_requested_stop_between_two_checkpoints_goes_on_exactly(
     assert points(tmp_path) == points(whole)
 
 
+def test_the_best_step_stays_if_a_stop_delayed_its_evaluation(train, tmp_path, monkeypatch):
+    best = [f"checkpoint.Checkpointer.keep_{kind}=1" for kind in ("last", "best")]
+    best += ["checkpoint.Checkpointer.best_metric='eval/licence/loss'"]
+    best += ["checkpoint.Checkpointer.best_mode='max'"]  # the first: the loss falls
+    given = ("train.train.eval_tasks=None", "EVAL_PERIOD=4", *best)
+    monkeypatch.setattr(signals.StopRequest, "requested", lambda self, done: True)
+    run(train, tmp_path, *given, status=75)
+    monkeypatch.undo()
+    for last in (
+        8,
+        12,
+    ):  # at the second of these starts, the evaluation was one of an earlier start
+        run(train, tmp_path, *given, f"TRAIN_STEPS={last}")
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", str(last)}
+
+
 def test_damaged_and_half_written_checkpoints_are_passed_over_and_said(
     train, whole, tmp_path, monkeypatch
 ):

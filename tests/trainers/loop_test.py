@@ -22,7 +22,7 @@ from espalier.trainers.checkpoints import checkpoint, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.restore import Restored, restore_state
 from espalier.trainers.evaluate import Evaluation
-from espalier.trainers.hooks import Hook
+from espalier.trainers.hooks import Hook, HookInterruptedError
 from espalier.trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
 from espalier.trainers.objectives.base import LossOut
 from espalier.trainers.optim.averages import MovingAverage
@@ -651,6 +651,35 @@ def test_hooks_skipped_by_a_stop_at_the_end_run_when_the_run_goes_on(tmp_path, s
     assert [step for step, _ in again.outputs.writer.having("eval/held_out/loss")] == [10]
 
 
+def test_an_evaluation_that_a_stop_delays_ranks_its_step(tmp_path):
+    class Stops(Hook):
+        """An evaluation, which a stop ends at step 4 of the first start."""
+
+        every, stopped = 4, False
+
+        def __call__(self, step, state, metrics):
+            if step == 4 and not self.stopped:
+                self.stopped = True
+                raise HookInterruptedError
+            return {"eval/x/loss": float(step)}
+
+    hook = Stops()
+    folder = tmp_path / "checkpoints"
+    best = {"keep_last": 1, "keep_best": 1, "best_metric": "eval/x/loss"}
+    for left_out in (False, True):
+        with Checkpointer(folder, **best) as checkpointer:
+            loop = make_loop(
+                tmp_path,
+                checkpointer=checkpointer,
+                hooks=(hook,),
+                checkpoint_period=4,
+                hooks_left_out=left_out,
+            )
+            loop.run()
+            assert loop.interrupted is not left_out
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "4"]
+
+
 def test_skipped_hooks_that_have_written_their_metrics_are_not_run_again(tmp_path, saver):
     class Counted(Hook):
         def __init__(self, prefix):
@@ -695,6 +724,25 @@ def test_a_hook_ends_a_run_which_is_saved_and_evaluated_as_at_its_last_step(tmp_
     again = make_loop(tmp_path, checkpointer=saver, hooks=(end, rare))
     again.run()
     assert again.step == 6 and saver.all_steps() == [6] and rare.steps == (6,)
+
+
+def test_a_hook_that_ends_a_run_where_it_resumes_is_followed_by_the_others(tmp_path):
+    class Others(Hook):
+        every = 100
+
+        def __init__(self, prefix):
+            self.prefix, self.steps = prefix, []
+
+        def __call__(self, step, state, metrics):
+            self.steps.append(step)
+
+    end, has_written, rare = EndsAt(), Others("eval/"), Others("rare/")
+    hooks = (end, has_written, rare)
+    loop = make_loop(tmp_path, hooks=hooks, hooks_left_out=True, written={"eval/a/loss"})
+    loop.step = 6
+    loop.run()
+    assert loop.ended and loop.step == 6
+    assert has_written.steps == [] and rare.steps == [6]
 
 
 def test_a_skipped_update_is_counted_in_the_rows_that_follow(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.trainers import initialise
+from espalier.trainers.checkpoints import restore
 from espalier.trainers.extensions import Update
 from espalier.trainers.moving_reference import MOVES, MovingReference
 from espalier.trainers.objectives.base import LossOut, Objective
@@ -81,6 +82,15 @@ def test_a_state_is_all_that_a_run_needs_to_go_on():
     parts = trained(moving, 4, trained(moving, 3))
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
     jax.tree.map(np.testing.assert_array_equal, whole.variables, parts.variables)
+
+
+def test_a_new_phase_begins_with_the_reference_that_its_checkpoint_has():
+    moving = MovingReference(every=2)
+    state = trained(moving, 4)
+    assert any(np.any(x) for x in jax.tree.leaves(state.variables[MOVES]))
+    start = restore._at_phase_start(state, [moving])
+    now = moving.objective_extras(state.params, start.variables[MOVES])
+    jax.tree.map(np.testing.assert_array_equal, now, state.params)
 
 
 def test_moves_are_split_over_devices_as_their_parameters_are():

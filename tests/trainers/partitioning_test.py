@@ -139,16 +139,17 @@ def test_where_no_mesh_fits_the_nearest_batches_and_numbers_of_devices_are_named
 def validate(
     mesh, rules, *, boxed=None, batch=ROWS, length=LENGTH, limit=2**31, model=None, **sizes
 ):
-    partitioning.validate(
-        mesh=mesh,
-        rules=partitioning.rules_named(rules) if isinstance(rules, str) else rules,
-        config=TransformerConfig(**{**SIZES, **sizes}),
-        batch_size=batch,
-        length=length,
-        boxed_params=boxed,
-        model=model,
-        replicated_limit=limit,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitioning, "_MOST_WHOLE", limit)
+        partitioning.validate(
+            mesh=mesh,
+            rules=partitioning.rules_named(rules) if isinstance(rules, str) else rules,
+            config=TransformerConfig(**{**SIZES, **sizes}),
+            batch_size=batch,
+            length=length,
+            boxed_params=boxed,
+            model=model,
+        )
 
 
 def boxed_params(**sizes):

@@ -123,6 +123,25 @@ def test_an_average_of_bfloat16_parameters_arrives():
     np.testing.assert_allclose(state.ema_params["w"], params["w"].astype(np.float32), rtol=1e-4)
 
 
+def test_norms_of_bfloat16_parameters_and_gradients_are_float32():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(300, 20)), "b": 0.01 * rng.normal(size=20)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+
+    def linear(params, batch, rng):
+        products = jax.tree.map(lambda p, c: (p * c).sum(dtype=jnp.float32), params, batch)
+        total = sum(jax.tree.leaves(products))
+        return LossOut(sum=total, weight=jnp.float32(1.0), metrics={})
+
+    optimizer = optax.sgd(0.0)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    batch = jax.tree.map(lambda x: 3 * x, params)  # the gradient
+    _, metrics = jax.jit(make_train_step(loss_fn=linear, optimizer=optimizer))(state, batch)
+    for name, tree in (("param_norm", params), ("grad_norm", batch)):
+        want = np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(tree)))
+        assert float(metrics[name][0]) == pytest.approx(want, rel=1e-5)
+
+
 def test_the_average_of_what_does_not_move_is_itself():
     optimizer = optax.sgd(0.1)
     mask = trainable.match(["w"], {"w": 0, "b": 0})

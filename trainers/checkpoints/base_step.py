@@ -101,9 +101,12 @@ def _facts(step: epath.Path, recorded: Manifest, own: Iterable[str]) -> Mapping[
         return {}
 
 
-def base_in(step: epath.Path, meta: Mapping[str, Any]) -> Part | None:
-    """Returns the base's parameters that a step's facts name; None if they name none. Raises the errors of `parts`."""
-    return _base(step, meta[META]) if META in meta else None
+def base_in(step: epath.Path, meta: Mapping[str, Any], run: epath.Path | None) -> Part | None:
+    """Returns the base's parameters that a step's facts name; None if they name none. Raises the errors of `parts`.
+
+    `run` is the directory of the step's run if the step is elsewhere.
+    """
+    return _base(step, meta[META], run) if META in meta else None
 
 
 def named(base: Part) -> dict[str, str]:
@@ -211,8 +214,8 @@ def _without_added(part: Part) -> Part:
     return dataclasses.replace(part, entries=added(meta).base_of(part.entries))
 
 
-def _base(step: epath.Path, record: Mapping[str, Any]) -> Part:
-    file = step_dir.folder_of(step) / FILE
+def _base(step: epath.Path, record: Mapping[str, Any], run: epath.Path | None = None) -> Part:
+    file = (run or step_dir.folder_of(step)) / FILE
     moved = _path_in(file) if file.exists() else record["path"]
     try:
         path = step_dir.resolve(moved)

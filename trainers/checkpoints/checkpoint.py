@@ -122,6 +122,11 @@ class Checkpointer(contextlib.AbstractContextManager):
                 metrics[step] = step_dir.read_record(path)["metrics"]
         return metrics
 
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics that were measured after a step's save, which rank it until this object is closed."""
+        if step in self._metrics:
+            self._metrics[step] = {**metrics, **self._metrics[step]}
+
     def step_path(self, step: int) -> epath.Path:
         """Returns the directory of a step."""
         return self._directory / str(step)

@@ -271,19 +271,28 @@ class LocalSteps:
           CheckpointMismatchError, RunMismatchError: see `restore_state`.
         """
         assert self._folder is not None
-        restored, problem = None, ""
+        problems: list[str] = []  # of all processes
+
+        def read(*arguments: Any) -> state_tree.Flat:
+            arrays = read_local(*arguments)
+            problems.extend(agreement.gather(""))  # before all processes read a base together
+            if any(problems):
+                raise LayoutError
+            return arrays
+
         try:
             restored = restore.read_step(
                 self._folder / str(step),
                 abstract_state,
                 expected_meta=expected_meta,
-                read=read_local,
+                read=read,
+                run=step_dir.folder_of(self._shared / "0"),
             )
         except (DamagedCheckpointError, LayoutError) as error:
-            problem = str(error)
             self._steps.discard(step)
-        problems = list(filter(None, agreement.gather(problem)))
-        return (None, problems[0]) if problems else (restored, "")
+            problems = problems or agreement.gather(str(error))
+            return None, next(filter(None, problems))
+        return restored, ""
 
     def begin(self, last: int | None) -> None:
         """Takes over the steps up to `last` under a new token, and deletes all others. Every process must call it.

@@ -152,13 +152,17 @@ def read_step(
     *,
     expected_meta: Mapping[str, Any] | None,
     read: Callable[[epath.Path, Manifest, state_tree.Flat], state_tree.Flat],
+    run: epath.Path | None = None,
 ) -> Restored:
-    """Returns the state of one step directory; `read` reads its arrays. Otherwise as `restore_state`."""
+    """Returns the state of one step directory; `read` reads its arrays. Otherwise as `restore_state`.
+
+    `run` is the directory of the step's run if the step is elsewhere.
+    """
     recorded = step_dir.read_manifest(step)
     record = step_dir.read_record(step, recorded)
     _check_meta(step, record["meta"], expected_meta or {})
     wanted = state_tree.flatten(abstract_state)
-    base = base_step.base_in(step, record["meta"])
+    base = base_step.base_in(step, record["meta"], run)
     of_base = {} if base is None else {f"params/{name}": x for name, x in base.entries.items()}
     as_read = {
         name: base_step.widened(entry, wanted[name]) if name in wanted else entry
@@ -322,8 +326,8 @@ def _computed(initial: InitialCheckpoint) -> ComputedCheckpoint | None:
 def _at_phase_start(state: Any, extensions: Sequence[StepExtension]) -> Any:
     """Returns the state with steps and schedules at 0.
 
-    Moments and their counts for bias correction do not change. What extensions have of the data, such as statistics of
-    losses, is reset, because a new phase has other data.
+    Moments and their counts for bias correction do not change. What extensions have of the data or of the objective's extras,
+    such as statistics of losses, is reset, because a new phase has others.
     """
     names = [extension.name for extension in extensions if extension.of_data]
     return _at_step(state.with_parts({name: _filled(state.part(name), 0) for name in names}), 0)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.model import layer_groups
 from espalier.trainers.checkpoints import base_step, state_tree, step_dir
-from espalier.trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
+from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Manifest
 
 _log = logging.getLogger(__name__)
@@ -303,7 +303,6 @@ def restore_params(
     *,
     assignment: Assignment = (),
     strict: bool = True,
-    verify: bool = True,
     use_ema: bool = False,
     added: Sequence[str] = (),
     computed: ComputedCheckpoint | None = None,
@@ -319,7 +318,6 @@ def restore_params(
         matching pattern are read from their own path.
       strict: whether every parameter of the model must be saved or assigned, and every saved parameter
         must be in the model.
-      verify: whether to check all files of the step and the restored arrays.
       use_ema: whether to read the moving average instead of the parameters.
       added: patterns of parameters that keep their initial values if the checkpoint lacks them, such as adapters.
       computed: parameters to take instead of those of `path`, which is then only named in messages.
@@ -374,11 +372,8 @@ def restore_params(
             for part in parts:
                 own = {part.root + name: x for name, x in wanted.items() if name in part.entries}
                 if own:
-                    reads = (
-                        read_verified(part.step, part.recorded, own, files=part.step not in checked)
-                        if verify
-                        else read_arrays(part.step, own)
-                    )
+                    files = part.step not in checked
+                    reads = read_verified(part.step, part.recorded, own, files=files)
                     checked.add(part.step)
                     arrays |= {name.removeprefix(part.root): x for name, x in reads.items()}
             return arrays

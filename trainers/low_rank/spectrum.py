@@ -87,7 +87,7 @@ class Spectrum(Hook):
 
         everywhere = NamedSharding(self.run.program.mesh, PartitionSpec())
         self._read = jax.jit(read, out_shardings=everywhere)
-        self._begun = False
+        self._last: int | None = None  # the step of the last reading
 
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]
@@ -103,12 +103,13 @@ class Spectrum(Hook):
 
     def _write(self, step: int, rate: float, layers: Mapping[str, np.ndarray]) -> None:
         path = pathlib.Path(self.run.path, FILE)
-        # The file may have lines after the checkpoint from which the run resumed.
-        if not self._begun and path.exists():
-            lines = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
+        # The file may have readings after the checkpoint from which the run resumed, or to which it has been rolled back.
+        if (self._last is None or step <= self._last) and path.exists():
+            end = min(step, self.run.step + 1) if self._last is None else step
+            lines = [line for line in read(self.run.path) if line["step"] < end]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             files.write(path, text, synced=True)  # the readings are nowhere else
-        self._begun = True
+        self._last = step
         values = {name: rows.tolist() for name, rows in layers.items()}
         line = {"step": step, "learning_rate": rate, "layers": values}
         files.append(path, json.dumps(line) + "\n", synced=False)  # as rows of metrics

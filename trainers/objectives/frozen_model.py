@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
+from espalier.common.storage import paths
 from espalier.model.adapters import adapter
 from espalier.model.axes import Rules
 from espalier.trainers import initialise
@@ -66,15 +66,15 @@ class FrozenCheckpoint:
         With `record`, the step is written to this run's directory if it is not recorded yet.
 
         Raises:
-          ValueError: this run began with another checkpoint, or there is no moving average.
+          ValueError: this run began with another checkpoint or with other parameters in it, or there is no moving average.
           DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
         """
         assert self.path is not None  # see __post_init__
         name = self.macro.lower()
-        file = pathlib.Path(self.model_dir, f"{name}.json")
+        file = step_dir.absolute(self.model_dir) / f"{name}.json"
         # All processes use what process 0 read.
         recorded = agreement.gather(file.read_text() if file.exists() else None)[0]
-        wanted = {name: os.path.abspath(self.path), "use_ema": self.use_ema}
+        wanted = {name: paths.absolute(self.path), "use_ema": self.use_ema}
         if recorded is not None:
             fields = json.loads(recorded)
             began = {key: fields.pop(key) for key in wanted}
@@ -82,6 +82,15 @@ class FrozenCheckpoint:
                 raise ValueError(
                     f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
                     f"{began[name]} (use_ema {began['use_ema']}): give that checkpoint, or start in another MODEL_DIR."
+                )
+            arrays = fields["arrays"]
+            # Its stored values can be read without it.
+            with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
+                arrays = base_step.digest(self.arrays(fields["step"]))
+            if arrays != fields["arrays"]:
+                raise ValueError(
+                    f"{self.macro}: {fields['step']} has other parameters than when this run began: put them back, or start in "
+                    "another MODEL_DIR."
                 )
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)

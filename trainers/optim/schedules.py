@@ -1,7 +1,8 @@
 """Learning rates as functions of the step. Every schedule here is pure; where one is expected, a number is a constant one.
 
 Steps count optimiser updates from 0; update s uses the value at step s. In schedules with total_steps, warmup_steps =
-None is 1 % of the updates. total_steps = None is the length of the run, computed once its data are open (TRAIN_TOKENS).
+None is 1 % of the updates (in `wsd`, of those before the decay). total_steps = None is the length of the run, computed once
+its data are open (TRAIN_TOKENS).
 `linear` with peak = None begins at the rate at which the parent run (INITIAL_CHECKPOINT_PATH) stopped.
 """
 
@@ -205,6 +206,10 @@ def wsd(
     if total_steps is None:
         return _over_the_run(
             wsd, peak=peak, decay_steps=decay_steps, warmup_steps=warmup_steps, final=final
+        )
+    if decay_steps > total_steps:
+        raise ValueError(
+            f"wsd: decay_steps = {decay_steps} is longer than total_steps = {total_steps}: lower it, or raise TRAIN_STEPS."
         )
     warmup_steps = _warmup("wsd", total_steps - decay_steps, warmup_steps)
     stable = constant(peak=peak, warmup_steps=warmup_steps)

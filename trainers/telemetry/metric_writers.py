@@ -237,7 +237,9 @@ def tag(name: str) -> str:
 
 
 class TensorBoardWriter:
-    """Writes event files for TensorBoard; hides the points that earlier files have of `first_step` and later steps.
+    """Writes event files for TensorBoard.
+
+    Hides the points that earlier files have of `first_step` and later steps, and the points that a rollback discards.
 
     Events are written in the calling thread: tensorboardX's thread dies when the disk is full, and the loop would
     wait for it forever.
@@ -249,7 +251,7 @@ class TensorBoardWriter:
             from tensorboardX import RecordWriter
             from tensorboardX.proto import event_pb2
 
-        self._event = event_pb2.Event
+        self._events = event_pb2
         os.makedirs(path, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
@@ -258,16 +260,22 @@ class TensorBoardWriter:
         self._flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
         if first_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(step=first_step, session_log=start)
+            self._hide(first_step)
+
+    def _hide(self, first_step: int) -> None:
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._add(step=first_step, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if "rollback_to" in values:
+            self._hide(int(values["rollback_to"]) + 1)
         scalars = [{"tag": tag(name), "simple_value": float(v)} for name, v in values.items()]
         self._add(step=int(step), summary={"value": scalars})
 
     def _add(self, **fields: Any) -> None:
         with _written(self._path):
-            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            event = self._events.Event(wall_time=time.time(), **fields)
+            self._records.write(event.SerializeToString())
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self._flushed = time.monotonic()
                 self._records.flush()

@@ -4,6 +4,7 @@ Shapes: E prompts, T prompt length, A answer tokens, X = T + A - 1.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from espalier.common.ranges import Fraction, Seed, Size
 from espalier.launch.papers.snapkv import retrieval
 from espalier.trainers.hooks import Hook, RunContext
+from espalier.trainers.telemetry import metric_writers
 from espalier.trainers.train_state import TrainState
 
 
@@ -52,6 +54,12 @@ class UntilAnswered(Hook):
             best_EA = model.apply({"params": params}, tokens_EX)[:, -answer:].argmax(-1)
             return (best_EA == answers_EA).all(1).mean()
 
+        # A finished run that starts again is finished.
+        metrics = os.path.join(self.run.path, "metrics.jsonl")
+        rows = metric_writers.rows_in_force(metrics) if os.path.exists(metrics) else []
+        last = {k: v for row in rows if row["step"] == self.run.step for k, v in row.items()}
+        self.ended = min(last.get(self._name(*kind), -1.0) for kind in self._drawn) >= self.share
+
         # A greedy answer is right exactly if every token of it is, after the right ones before it.
         self._right = jax.jit(right)
 
@@ -63,6 +71,9 @@ class UntilAnswered(Hook):
         for (question, lines), drawn in self._drawn.items():
             tokens_EX = np.concatenate([drawn.tokens_ET, drawn.answers_EA[:, :-1]], axis=1)
             share = self._right(state.released_params, tokens_EX, drawn.answers_EA)
-            shares[f"{self.prefix}{question}_{lines}"] = float(share)
+            shares[self._name(question, lines)] = float(share)
         self.ended = min(shares.values()) >= self.share
         return shares
+
+    def _name(self, question: str, lines: int) -> str:
+        return f"{self.prefix}{question}_{lines}"

@@ -323,14 +323,42 @@ def test_two_processes_use_a_local_step_only_if_both_hold_it_undamaged(two_proce
         with opened() as checkpointer:
             checkpointer.save(6, state(6), occasion="local")
         restored(4, "checkpoints", (P("b"), P("a", "b"), P(("b", "a")), P()))
+
+        # Adapters, whose base all processes read together.
+        from espalier.trainers.checkpoints import base_step, step_dir
+        kernel, adapter = state(0)["w0"], {"adapter_a": {"b": state(0)["w1"]}}
+        with Checkpointer(os.path.join(sys.argv[1], "base")) as checkpointer:
+            checkpointer.save(7, {"params": {"mlp": {"kernel": kernel}}})
+        params = {"mlp": {"kernel": kernel, **adapter}}
+        mask = {"mlp": {"kernel": False, "adapter_a": {"b": True}}}
+        sync_global_devices("base")
+        base = step_dir.resolve(os.path.join(sys.argv[1], "base"))
+        facts = base_step.frozen(base, params, mask, base_step.added({}), use_ema=False)
+        for expected in (None, 2, 1):
+            tier = LocalTier(directory=f"{disk}.adapters", period=1)
+            folder = os.path.join(sys.argv[1], "adapters")
+            with Checkpointer(folder, local=tier) as checkpointer:
+                got = checkpointer.restore_latest({"params": params})
+                assert (got and got.step) == expected, got
+                if got is None:
+                    for step, occasion in ((1, "period"), (2, "local")):
+                        meta = {base_step.META: facts}
+                        checkpointer.save(step, {"params": params}, meta=meta, occasion=occasion)
+            sync_global_devices("adapters")
+            if expected == 2 and index == 1:
+                [path] = glob.glob(f"{disk}.adapters/*/*/2/state/blocks.bin")
+                with open(path, "r+b") as file:
+                    file.truncate(8)
+            sync_global_devices("adapters damaged")
         print("fine", index)
     """
     errors = two_processes(script)
     lines = [line for line in errors[0].splitlines() if "Continuing from" in line]
-    assert len(lines) == 3, lines
+    assert len(lines) == 4, lines
     assert "local step 5 is held by 1 of 2 processes only. Continuing from step 4 of" in lines[0]
     assert "disk0" in lines[1] and "state/blocks.bin does not match its checksum" in lines[1]
     assert "has another mesh's part of w" in lines[2]
+    assert "disk1.adapters" in lines[3] and "Continuing from step 1 of" in lines[3]
     assert "Continuing from" not in errors[1]  # one process speaks
     token = json.loads((tmp_path / "checkpoints" / TOKEN).read_text())["token"]
     for i in range(2):

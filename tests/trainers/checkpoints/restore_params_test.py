@@ -171,14 +171,13 @@ def test_an_initial_value_that_is_needed_must_be_given(run):
         restore_params(run, shapes(make_params()), assignment=[("embed", None)])
 
 
-def test_verification_covers_the_whole_step_and_can_be_left_out(run):
+def test_verification_covers_the_whole_step(run):
     path = run / "checkpoints" / "5" / "meta.json"
     good = path.read_bytes()
     path.write_bytes(good.replace(b"5", b"7", 1))
     try:
         with pytest.raises(DamagedCheckpointError, match="meta.json does not match"):
             restore_params(run, shapes(make_params()))
-        assert_equal(restore_params(run, shapes(make_params()), verify=False), make_params(1))
     finally:
         path.write_bytes(good)
 
@@ -197,8 +196,7 @@ def test_verification_covers_the_whole_step_and_can_be_left_out(run):
         ({"dtype": "float64"}, "float64.* for params/embed, which is stored as float32"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_manifest_unlike_its_arrays_is_one_clear_error(run, change, problem, verify, capfd):
+def test_a_manifest_unlike_its_arrays_is_one_clear_error(run, change, problem, capfd):
     path = run / "checkpoints" / "5" / "manifest.json"
     good = path.read_bytes()
     recorded = Manifest.from_bytes(good)
@@ -210,7 +208,7 @@ def test_a_manifest_unlike_its_arrays_is_one_clear_error(run, change, problem, v
     path.write_bytes(forged.to_bytes())
     try:
         with pytest.raises(DamagedCheckpointError, match=f"manifest.json.*{problem}"):
-            restore_params(run, wanted, verify=verify)
+            restore_params(run, wanted)
     finally:
         path.write_bytes(good)
     assert "Event loop" not in capfd.readouterr().err

@@ -23,6 +23,7 @@ from espalier.trainers.checkpoints.commit import CheckpointSaveError
 from espalier.trainers.checkpoints.local_tier import LocalTier
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from espalier.trainers.checkpoints.restore import restore_state
+from espalier.trainers.objectives.frozen_model import FrozenCheckpoint
 from tests.faults import stores
 from tests.trainers.checkpoints import saver
 
@@ -79,6 +80,19 @@ def test_a_damaged_and_a_missing_object_are_named_and_the_step_before_is_used(st
     with Checkpointer(saved) as checkpointer:
         check(checkpointer.restore_latest(ABSTRACT), 1)
     assert paths.names(saved) == ["1", "2.aside"]
+
+
+def test_a_run_in_a_store_records_its_reference_there(store, saved, tmp_path, monkeypatch):
+    path, model_dir = f"{store.address}/run", f"{store.address}/mine"
+    reference = FrozenCheckpoint(macro="REFERENCE", path=path, model_dir=model_dir)
+    step = reference.resolve()
+    assert step.step == f"{saved}/2"
+    recorded = json.loads(paths.read(f"{model_dir}/reference.json"))
+    assert recorded["reference"] == path and recorded["step"] == step.step
+    with Checkpointer(saved, keep_last=2) as checkpointer:
+        checkpointer.save(3, state(3))
+    monkeypatch.chdir(tmp_path)
+    assert reference.resolve(record=False) == step
 
 
 def test_a_half_written_step_is_not_used_and_is_removed(store, saved):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,15 @@ def test_a_run_goes_on_with_the_step_of_its_first_start(teacher, tmp_path):
     assert model(teacher, tmp_path / "other").checkpoint.resolve().step.endswith("checkpoints/9")
     with pytest.raises(ValueError, match="TEACHER = .*elsewhere .* but this run began with"):
         model(tmp_path / "elsewhere", tmp_path).check(None, None, {})
+
+
+def test_other_parameters_in_the_recorded_step_are_refused(teacher, tmp_path):
+    first = model(teacher, tmp_path).checkpoint.resolve()
+    shutil.rmtree(teacher)
+    assert model(teacher, tmp_path).checkpoint.resolve() == first  # its values may be stored
+    save(teacher, 5, jax.tree.map(lambda x: x + 1, PARAMS))
+    with pytest.raises(ValueError, match="TEACHER: .*/5 has other parameters than when this run"):
+        model(teacher, tmp_path).check(None, None, {})
 
 
 def test_absent_directories_and_those_of_no_run_are_refused(tmp_path):

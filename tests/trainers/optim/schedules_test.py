@@ -91,6 +91,8 @@ def test_phases_restart_their_own_clock():
         lambda: schedules.rsqrt(peak=1.0, warmup_steps=0),
         lambda: schedules.cooldown(before=schedules.constant(peak=1.0), start_step=3, steps=0),
         lambda: schedules.phases(schedules=(), starts=()),
+        lambda: schedules.wsd(1.0, total_steps=100, decay_steps=200, warmup_steps=0),
+        lambda: schedules.wsd(1.0, total_steps=100, decay_steps=200, warmup_steps=None),
     ],
 )
 def test_impossible_schedules_are_refused(make):

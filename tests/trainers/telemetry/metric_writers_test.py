@@ -187,19 +187,39 @@ def test_a_line_that_is_no_row_is_one_clear_error_and_left_out_without_marks(
     assert metric_writers.rows_in_force(path) == [{"step": 1, "loss": 0.5}]
 
 
+def _events(folder):
+    """Yields the events of a folder's one file."""
+    (file,) = folder.iterdir()
+    data = file.read_bytes()
+    while data:  # records: length, its checksum, event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        yield event_pb2.Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def test_tensorboard_hides_what_a_rollback_discards(tmp_path):
+    writer = metric_writers.TensorBoardWriter(str(tmp_path))
+    for step in range(1, 6):
+        writer.write(step, {"loss": float(step)})
+    writer.write(5, {"rollback_to": 2.0})
+    writer.write(3, {"loss": 30.0})
+    writer.close()
+    points = {}
+    for event in _events(tmp_path):
+        if event.HasField("session_log"):  # TensorBoard drops this and later steps
+            points = {step: value for step, value in points.items() if step < event.step}
+        for value in event.summary.value:
+            if value.tag == "train/loss":
+                points[event.step] = value.simple_value
+    assert points == {1: 1.0, 2: 2.0, 3: 30.0}
+
+
 def test_tensorboard_writes_event_files(tmp_path):
     writer = metric_writers.TensorBoardWriter(str(tmp_path), first_step=3)
     written = ("loss", "llh/chosen", "mfu", "tokens_per_second", "time/step", "eval/a/loss")
     writer.write(3, dict.fromkeys(written, 0.25))
     writer.close()
-    (file,) = tmp_path.iterdir()
-    values = {}
-    data = file.read_bytes()
-    while data:  # records: length, its checksum, event, its checksum
-        length = int.from_bytes(data[:8], "little")
-        event = event_pb2.Event.FromString(data[12 : 12 + length])
-        data = data[16 + length :]
-        values.update({v.tag: (event.step, v.simple_value) for v in event.summary.value})
+    values = {v.tag: (e.step, v.simple_value) for e in _events(tmp_path) for v in e.summary.value}
     tags = ["train/loss", "train/llh/chosen", "time/mfu", "time/tokens_per_second"]
     assert values == dict.fromkeys([*tags, "time/step", "eval/a/loss"], (3, 0.25))
 

@@ -142,9 +142,9 @@ class Monitor:
 
     @classmethod
     def recovered(cls, rule: Rule, metrics: str | os.PathLike, step: int) -> "Monitor":
-        """Returns a monitor with the readings in metrics.jsonl up to `step`, where the run resumes; none at step 0."""
+        """Returns a monitor with the readings in metrics.jsonl up to `step`, where the run resumes."""
         path = os.fspath(metrics)
-        if not step or not os.path.exists(path):
+        if not os.path.exists(path):
             return cls(rule)
         by_step = {
             row["step"]: {name.removeprefix(PREFIX): value for name, value in row.items()}

@@ -1,5 +1,6 @@
 """The phases of the retrieval models' training: what ends them, and what they read."""
 
+import json
 import types
 
 import jax
@@ -19,11 +20,16 @@ class Parrot:
         return jax.nn.one_hot(best_EX, retrieval.VOCAB_SIZE)
 
 
-@pytest.fixture
-def hook():
+def hook_at(path, step):
     recipe = types.SimpleNamespace(model=Parrot())
-    run = types.SimpleNamespace(program=types.SimpleNamespace(recipe=recipe))
+    program = types.SimpleNamespace(recipe=recipe)
+    run = types.SimpleNamespace(program=program, path=path, step=step)
     return until_answered.UntilAnswered(run=run, kinds=((3, "last"),), share=0.75, prompts=8)
+
+
+@pytest.fixture
+def hook(tmp_path):
+    return hook_at(tmp_path, 0)
 
 
 def test_a_run_ends_when_enough_prompts_are_answered_exactly(hook):
@@ -42,6 +48,14 @@ def test_a_run_ends_when_enough_prompts_are_answered_exactly(hook):
     assert share() == (0.75, True)
     best_EX[2, -4] = 0  # one wrong token of four
     assert share() == (0.625, False)
+
+
+def test_a_finished_run_ends_at_once_when_it_starts_again(tmp_path):
+    rows = ({"step": 100, "answers/last_3": 0.7}, {"step": 200, "loss": 1.0})
+    rows += ({"step": 200, "answers/last_3": 0.75},)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = {step: hook_at(tmp_path, step).ended for step in (0, 100, 200, 300)}
+    assert ended == {0: False, 100: False, 200: True, 300: False}
 
 
 def test_phases_start_from_each_other_and_read_registered_tasks():

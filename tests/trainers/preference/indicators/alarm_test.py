@@ -1,9 +1,12 @@
 """The stopping rule on made-up series."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
-from espalier.trainers.preference.indicators.alarm import Reading, StoppingRule
+from espalier.trainers.preference.indicators.alarm import PREFIX, Monitor, Reading, StoppingRule
 
 EXACT = StoppingRule(smoothing=0.0)
 
@@ -107,3 +110,21 @@ def test_what_cannot_be_compared_raises_no_alarm():
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         StoppingRule(**setting)
+
+
+@pytest.mark.parametrize("start", [0, 10, 30])
+def test_a_run_that_goes_on_from_any_of_its_steps_has_the_readings_up_to_it(tmp_path, start):
+    readings = series(RISE_AND_FALL)
+    file = tmp_path / "metrics.jsonl"
+    with file.open("w") as rows:
+        for reading in readings:
+            row = {f"{PREFIX}{k}": v for k, v in dataclasses.asdict(reading).items() if k != "step"}
+            rows.write(json.dumps({"step": reading.step, **row}) + "\n")
+    monitor = Monitor.recovered(EXACT, file, start)
+    assert monitor.first_step == 0 and monitor.alarm is None
+    alarms = [
+        monitor.add(reading.step, dataclasses.asdict(reading))
+        for reading in readings
+        if reading.step > start
+    ]
+    assert [alarm for alarm in alarms if alarm] == [EXACT(readings)]
