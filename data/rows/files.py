@@ -1,8 +1,9 @@
 """Sources that read files of rows: with an exact share held out, and with a prompt in each row; and the tokens of their records.
 
-Prompt and completions are tokenised separately, so that no token spans the boundary. With a chat template, the prompt ends with
-the opening of the assistant's turn (the generation prompt). A completion is the text that the template adds to the prompt when
-it also renders the completion's messages. The template writes BOS and ends of turns; no further special tokens are added.
+Prompts and completions that are texts are tokenised separately, so that no token spans the boundary. With a chat template, the
+prompt ends with the opening of the assistant's turn (the generation prompt). A completion is the text that the template adds to the
+prompt when it also renders the completion's messages. It has the tokens that follow the prompt's in the whole conversation, or,
+if a token spans the boundary, is tokenised separately. The template writes BOS and ends of turns; no further special tokens are added.
 """
 
 import abc
@@ -27,7 +28,7 @@ from espalier.data.tokenizers import chat_sandbox, control_tokens
 from espalier.data.tokenizers import chat_template as templates
 
 # Part of the digest of a source: raise it when the same records become other tokens.
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +83,19 @@ class Tokeniser:
         return [self.vocabulary.eos_id] if self.prompt_eos else []
 
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
-        def encode(rendered: chat_sandbox.Rendered) -> list[int]:
-            return control_tokens.encode(self.vocabulary, rendered)[0]
-
         prompt = self.render(record, record.prompt, add_generation_prompt=True)
-        return [*encode(prompt.after(0)), *self._prompt_eos], [
-            encode(self.continued(record, prompt.text, messages).after(len(prompt.text)))
-            for messages in record.completions
-        ]
+        before, size = control_tokens.encode(self.vocabulary, prompt.after(0))[0], len(prompt.text)
+
+        def completed(messages: Sequence[Message]) -> list[int]:
+            whole = self.continued(record, prompt.text, messages)
+            divided = dataclasses.replace(whole, spans=((size, len(whole.text)),))
+            ids, after = control_tokens.encode(self.vocabulary, divided)
+            start = after.index(True) if True in after else len(ids)
+            if ids[:start] == before and not self.prompt_eos:  # a decoder begins its own text
+                return ids[start:]
+            return control_tokens.encode(self.vocabulary, whole.after(size))[0]
+
+        return [*before, *self._prompt_eos], [*map(completed, record.completions)]
 
     def continued(
         self, record: Record, prompt: str, completion: Sequence[Message]
