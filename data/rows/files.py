@@ -3,7 +3,8 @@
 Prompts and completions that are texts are tokenised separately, so that no token spans the boundary. With a chat template, the
 prompt ends with the opening of the assistant's turn (the generation prompt). A completion is the text that the template adds to the
 prompt when it also renders the completion's messages. It has the tokens that follow the prompt's in the whole conversation, or,
-if a token spans the boundary, is tokenised separately. The template writes BOS and ends of turns; no further special tokens are added.
+if a token spans the boundary, is tokenised separately. The template writes BOS and ends of turns; no further special
+tokens are added, but BOS if the vocabulary reads none in texts, as SentencePiece's.
 """
 
 import abc
@@ -38,7 +39,7 @@ class Tokeniser:
     vocabulary: Any  # a SeqIO vocabulary
     # chat template of records with messages; None if all records are texts
     template: templates.ChatTemplate | None
-    add_bos: bool  # begin prompts that are texts with BOS
+    add_bos: bool  # begin prompts that are texts with BOS, and messages if their template cannot write it
     add_eos: bool  # end completions that are texts with EOS
     prompt_eos: bool = False  # end prompts with EOS, as an encoder's inputs
 
@@ -84,12 +85,12 @@ class Tokeniser:
 
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
         prompt = self.render(record, record.prompt, add_generation_prompt=True)
-        before, size = control_tokens.encode(self.vocabulary, prompt.after(0))[0], len(prompt.text)
+        before, size = self.encode_marked(prompt.after(0))[0], len(prompt.text)
 
         def completed(messages: Sequence[Message]) -> list[int]:
             whole = self.continued(record, prompt.text, messages)
             divided = dataclasses.replace(whole, spans=((size, len(whole.text)),))
-            ids, after = control_tokens.encode(self.vocabulary, divided)
+            ids, after = self.encode_marked(divided)
             start = after.index(True) if True in after else len(ids)
             if ids[:start] == before and not self.prompt_eos:  # a decoder begins its own text
                 return ids[start:]
@@ -239,7 +240,8 @@ class PromptedSettings:
         `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
       special_in_contents: whether special tokens that contents of messages spell are special tokens, as in TRL; False
         encodes them as text, as commands that answer do. Those that the template writes always are.
-      add_bos: begin texts, and prompts that are texts, with BOS; a chat template writes its own.
+      add_bos: begin texts, and prompts that are texts, with BOS; a chat template writes its own, or with a SentencePiece
+        vocabulary, which reads none in texts, messages begin with BOS too.
       add_eos: end texts and completions that are texts with EOS.
       prompt_eos: end prompts with EOS, as an encoder reads them.
       columns: key of a row -> the column of the files that it is read from, or several columns whose texts are joined by

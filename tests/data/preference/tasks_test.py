@@ -18,7 +18,7 @@ from espalier.data.rows import files
 from espalier.data.stream import stream as plain_stream
 from espalier.data.tasks import in_seqio
 from espalier.data.text.documents import DataError
-from espalier.data.tokenizers import chat_template, vocabularies
+from espalier.data.tokenizers import chat_template, vocabularies, vocabulary
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens"
 GOLDEN = json.loads((GOLDENS / "preference_pairs.json").read_bytes())
@@ -137,6 +137,19 @@ def test_completions_of_messages_are_tokenised_as_in_the_whole_conversation(spac
     assert [id for id, is_learnt in zip(ids, learnt, strict=True) if is_learnt] == chosen
     encoder = dataclasses.replace(tokeniser, prompt_eos=True)
     assert encoder(record)[1][0] == spaced.encode("Hello there\n")
+
+
+def test_messages_begin_with_bos_if_their_template_cannot_write_it():
+    class Spelled(vocabulary.ByteVocabulary):  # reads no BOS in texts, as SentencePiece
+        bos_id = 300
+
+    template = chat_template.ChatTemplate({"default": ROLES})
+    tokeniser = files.Tokeniser(Spelled(), template, True, True)
+    record = records.parse({"chosen": chat("hi", "a"), "rejected": chat("hi", "b")}, *"ab")
+    prompt, (chosen, _) = tokeniser(record)
+    whole = tokeniser.render(record, chat("hi", "a"))
+    assert prompt + chosen == tokeniser.encode_marked(whole)[0]
+    assert (prompt + chosen).count(300) == 1 == prompt.count(300)
 
 
 def test_features_and_facts_of_a_task(register, byte, tmp_path):
