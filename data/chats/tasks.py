@@ -67,7 +67,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
       DegenerateError: there is nothing to learn: no turn of the assistant, or only empty texts.
     """
     kind = _kind(row, where)
-    for key in (kind, "completion", "tools", "chat_template_kwargs"):
+    for key in (kind, "completion"):
         check_unicode(row.get(key), key, where)
     content = text_of(row[kind], kind, where)
     variables = template_variables(row, where)
