@@ -3,7 +3,8 @@
 `read` reads these files of a directory:
 
     tokenizer.json             the tokenizer, which the library `tokenizers` runs
-    tokenizer_config.json      names of its special tokens, whether texts begin with BOS, chat template
+    tokenizer_config.json      names of its special tokens, whether texts begin with BOS or
+                               spell special tokens, chat template
     special_tokens_map.json    names of special tokens that are missing from tokenizer_config.json
     chat_template.jinja        the chat template, which overrides tokenizer_config.json
     additional_chat_templates/ further chat templates by name
@@ -11,7 +12,8 @@
 
 Ids are the ids of tokenizer.json. The model's embedding table may be larger; its last rows are
 padding. Encoding adds no special tokens; `adds_bos` is True if the model expects BOS before a text.
-Special tokens spelled in a text are encoded as special tokens, unless `special_in_text` is False.
+Special tokens spelled in a text are encoded as special tokens, unless `special_in_text` is False, by
+default if tokenizer_config.json has `split_special_tokens`.
 """
 
 import dataclasses
@@ -64,6 +66,7 @@ class TokenizerFiles:
     tokens: Mapping[str, str]  # name -> special token, such as `bos_token` -> `<s>`
     eos_ids: tuple[int, ...]  # all ids that end a continuation
     adds_bos: bool  # whether the model expects BOS before a text
+    special_in_text: bool  # whether special tokens spelled in a text are special tokens by default
     chat_template: chat_template.ChatTemplate | None  # the chat templates, or None
 
     def id(self, name: str) -> int | None:
@@ -105,21 +108,22 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
         folder / SPECIAL_TOKENS, checkpoint_files.read_json(folder, SPECIAL_TOKENS)
     )
     tokens |= _named_tokens(folder / CONFIG, config)
-    adds_bos = config.get("add_bos_token")
-    if not isinstance(adds_bos, bool | None):
-        raise TokenizerError(f"{folder / CONFIG}: add_bos_token is {adds_bos!r}, not true or false")
+    for key in ("add_bos_token", "split_special_tokens"):
+        if not isinstance(value := config.get(key), bool | None):
+            raise TokenizerError(f"{folder / CONFIG}: {key} is {value!r}, not true or false")
     files = TokenizerFiles(
         path=os.fspath(folder),
         content=content,
         tokens=tokens,
         eos_ids=(),
         adds_bos=False,
+        special_in_text=not config.get("split_special_tokens"),
         chat_template=chat_template.read(folder, config, tokens),
     )
     return dataclasses.replace(
         files,
         eos_ids=_eos_ids(folder, files.id("eos_token")),
-        adds_bos=_adds_bos(tokenizer, adds_bos, files.id("bos_token")),
+        adds_bos=_adds_bos(tokenizer, config.get("add_bos_token"), files.id("bos_token")),
     )
 
 

@@ -160,7 +160,9 @@ def from_file(*, path: str | os.PathLike, extra_ids: Count = 0):
         ) from None
 
 
-def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_text: bool = True):
+def huggingface(
+    *, path: str | os.PathLike, extra_ids: Count = 0, special_in_text: bool | None = None
+):
     """Returns the vocabulary of a Hugging Face checkpoint.
 
     Args:
@@ -169,7 +171,7 @@ def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_tex
         `from_file`.
       extra_ids: see `from_file`.
       special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
-        it to False for texts that must not end a turn.
+        it to False for texts that must not end a turn. None: unless tokenizer_config.json has `split_special_tokens`.
 
     Returns:
       A `data.tokenizers.hf_vocabulary.HFTokenizerVocabulary`, or what `from_file` returns.

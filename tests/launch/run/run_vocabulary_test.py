@@ -508,7 +508,11 @@ def test_a_trained_vocabulary_is_exported_with_the_same_ids(run, tmp_path, algor
     said = run_vocabulary.export_files(folder, to)
     assert said is None if algorithm == "bpe" else "divides some runs of line ends" in said
     assert (to / "tokenizer.model").read_bytes() == path.read_bytes()
-    exported = vocabularies.huggingface(path=to, special_in_text=False)
+    exported = vocabularies.huggingface(path=to)
+    assert exported.encode("</s>") == vocabulary.encode("</s>") != [vocabulary.eos_id]
+    assert not exported.special_in_text
+    run_vocabulary.save_files(tmp_path / "again", to)
+    assert run_vocabulary.load(folder=str(tmp_path / "again")) == exported
     assert exported.vocab_size == vocabulary.vocab_size
     for name in ("pad_id", "eos_id", "unk_id", "bos_id"):
         assert getattr(exported, name) == getattr(vocabulary, name)
