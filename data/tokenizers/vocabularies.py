@@ -178,7 +178,7 @@ def huggingface(
 
     Raises:
       FileNotFoundError: the directory has no tokenizer.
-      ValueError: its files are damaged, or the tokenizer does not allow extra ids.
+      ValueError: its files are damaged, or the tokenizer does not allow extra ids or `special_in_text`.
     """
     path = mirror.local(path, suffixes=checkpoint_files.SUFFIXES)
     folder = pathlib.Path(path)
@@ -188,6 +188,10 @@ def huggingface(
         alone
         and (model := checkpoint_files.read(folder, SENTENCEPIECE, max_bytes=limit)) is not None
     ):
+        if special_in_text is not None:
+            raise ValueError(
+                f"{path}: special_in_text = {special_in_text} needs a tokenizer.json; the directory has {SENTENCEPIECE} only"
+            )
         _try_out(model, folder / SENTENCEPIECE)
         return from_file(path=folder / SENTENCEPIECE, extra_ids=extra_ids)
     return hf_vocabulary.HFTokenizerVocabulary(

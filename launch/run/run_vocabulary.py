@@ -171,6 +171,8 @@ def of(*, path: str, extra_ids: Count | None = None, special_in_text: bool | Non
     """
     more: dict[str, Any] = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     more = {name: value for name, value in more.items() if value is not None}
+    if special_in_text is not None and (path == BYTES or path.endswith(".model")):
+        raise ValueError(f"{path}: special_in_text = {special_in_text} needs a tokenizer.json.")
     if path == BYTES:
         vocabulary = vocabularies.byte(**more)
     elif path.endswith(".model"):

@@ -303,6 +303,8 @@ def test_a_sentencepiece_model_alone_is_read_as_such(tmp_path):
     assert rows.vocabulary_digest(found) == rows.vocabulary_digest(
         vocabularies.from_file(path=model, extra_ids=2)
     )
+    with pytest.raises(ValueError, match="special_in_text = False needs a tokenizer.json"):
+        vocabularies.huggingface(path=tmp_path, special_in_text=False)
 
 
 def test_tasks_are_tokenised_with_it_and_cached(vocabulary, folder, tmp_path):

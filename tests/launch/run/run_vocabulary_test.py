@@ -387,6 +387,12 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
         run_vocabulary.save_files(tmp_path / "run", tmp_path)
 
 
+@pytest.mark.parametrize("path", ["bytes", "x.model"])
+def test_a_vocabulary_without_a_tokenizer_json_spells_no_special_tokens(path):
+    with pytest.raises(ValueError, match=f"{path}: special_in_text = True needs a tokenizer.json"):
+        run_vocabulary.of(path=path, special_in_text=True)
+
+
 def test_messages_are_scored_as_their_tokens(imported, score, ids):
     prompt = [BOS, USER, *ids("hi ")]
     answer = [*ids("yo"), END]  # without the line end after it
