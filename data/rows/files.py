@@ -143,10 +143,13 @@ class Example(Protocol):
     def key(self) -> str: ...
 
 
+Form = tuple[str, str] | None  # see `ExactSplit._form`
+
+
 class _Rows(NamedTuple):
     """What is counted of the rows of a piece."""
 
-    first: Any  # its first example, or None
+    form: Form  # of its first example
     hashes: list[int]  # of the keys of all examples
     dropped: tasks.Tally
 
@@ -182,8 +185,18 @@ class ExactSplit(RowFiles, abc.ABC):
     ) -> Iterator[Any]:
         """Yields each `Example` of a piece in one split, or in all; counts rows from which nothing can be learnt."""
 
-    def _check_form(self, example: Any, first: Any) -> None:
-        """Raises DataError if a row has another form than the first row of its set."""
+    def _form(self, example: Any) -> Form:
+        """Returns the form that all rows of a set must have, in words, and the place of a row; None if all forms may be."""
+        return None
+
+    def _same_form(self, first: Form, form: Form) -> Form:
+        """Returns the form of a set's first row; raises DataError if another row has another form."""
+        if first and form and form[0] != first[0]:
+            raise DataError(
+                f"{form[1]}: the row has {form[0]}, but {first[1]} has {first[0]}. Put rows of different forms into "
+                f"different sets ({self.MACRO} = {{'name': 'files', ...}})"
+            )
+        return first or form
 
     def _split_of(self, text: str, path: str) -> str:
         if not self.validation_fraction:
@@ -196,22 +209,19 @@ class ExactSplit(RowFiles, abc.ABC):
 
     def _count_piece(self, piece: Piece, bad: BadRows) -> _Rows:
         dropped, hashes = tasks.Tally(), []
-        first = None
+        form: Form = None
         for example in self._examples(piece, None, bad, dropped):
-            first = first or example
-            self._check_form(example, first)
+            form = self._same_form(form, self._form(example))
             hashes.append(_hash(example.key))
-        return _Rows(first, hashes, dropped)
+        return _Rows(form, hashes, dropped)
 
     def _total(self, counts: Mapping[Piece, _Rows]) -> dict[str, Any]:
         """Returns the numbers of examples, dropped rows, and the hashes of held-out keys."""
         dropped = tasks.Tally()
         hashes: dict[str, list[int]] = {path: [] for path in self.checksums}
-        first = None
+        form: Form = None
         for piece, rows in counts.items():
-            first = first or rows.first
-            if rows.first:
-                self._check_form(rows.first, first)
+            form = self._same_form(form, rows.form)
             hashes[piece.path] += rows.hashes
             dropped.merge(rows.dropped)
         train = [value for path in self.files["train"] for value in hashes[path]]
