@@ -98,7 +98,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
     if content is None:
         raise FileNotFoundError(_missing(folder))
     try:
-        tokenizer = load(content)
+        load(content)
     except TokenizerError as error:
         raise TokenizerError(
             f"{folder / TOKENIZER} is damaged or not a tokenizer: {error}. Copy it again from the checkpoint"
@@ -123,7 +123,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
     return dataclasses.replace(
         files,
         eos_ids=_eos_ids(folder, files.id("eos_token")),
-        adds_bos=_adds_bos(tokenizer, config.get("add_bos_token"), files.id("bos_token")),
+        adds_bos=_adds_bos(content, config.get("add_bos_token"), files.id("bos_token")),
     )
 
 
@@ -147,7 +147,9 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 @functools.lru_cache(maxsize=8)
 def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> tokenizers.Tokenizer:
-    """Returns the tokenizer in a tokenizer.json, with padding and truncation disabled.
+    """Returns the tokenizer in a tokenizer.json, without padding, truncation and post-processor.
+
+    A post-processor adds special tokens, which vocabularies leave to tasks, and may move offsets to characters outside of a token.
 
     Args:
       content: bytes of the file.
@@ -162,6 +164,7 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
     tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.post_processor = None
     tokenizer.encode_special_tokens = not special_in_text
     sentinels = [f"<extra_id_{number}>" for number in reversed(range(extra_ids))]
     if any(tokenizer.token_to_id(sentinel) is not None for sentinel in sentinels):
@@ -241,10 +244,12 @@ def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
     return () if own is None else (own,)
 
 
-def _adds_bos(tokenizer: tokenizers.Tokenizer, config: bool | None, bos_id: int | None) -> bool:
+def _adds_bos(content: bytes, config: bool | None, bos_id: int | None) -> bool:
     """Returns `add_bos_token` of tokenizer_config.json, else whether the post-processor adds BOS."""
     if bos_id is None:
         return False
     if config is not None:
         return bool(config)
+    tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    tokenizer.no_padding()
     return tokenizer.encode("a").ids[:1] == [bos_id]
