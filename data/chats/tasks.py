@@ -67,7 +67,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
       DegenerateError: there is nothing to learn: no turn of the assistant, or only empty texts.
     """
     kind = _kind(row, where)
-    for key in (kind, "completion", "tools", "chat_template_kwargs"):
+    for key in (kind, "completion"):
         check_unicode(row.get(key), key, where)
     content = text_of(row[kind], kind, where)
     variables = template_variables(row, where)
@@ -270,19 +270,11 @@ class ChatFiles(ExactSplit, PromptedFiles):
         start = len(os.path.commonprefix([before, ids]))
         return ids, [place >= start for place in range(len(ids))]
 
-    def _check_form(self, example: _Example, first: _Example) -> None:
-        if example.kind != first.kind or example.record.is_chat != first.record.is_chat:
-            raise DataError(
-                f"{example.record.where}: the row has {_form(example)}, but {first.record.where} has {_form(first)}. "
-                "Put rows of different forms into different sets (CHATS = {'name': 'files', ...})"
-            )
-
-
-def _form(example: _Example) -> str:
-    if example.kind != "prompt":
-        return repr(example.kind)
-    content = "messages" if example.record.is_chat else "texts"
-    return f"'prompt' and 'completion' with {content}"
+    def _form(self, example: _Example) -> tuple[str, str]:
+        content = "messages" if example.record.is_chat else "texts"
+        prompted = f"'prompt' and 'completion' with {content}"
+        form = prompted if example.kind == "prompt" else repr(example.kind)
+        return form, example.record.where
 
 
 @with_settings(

@@ -73,9 +73,10 @@ class Cleaning:
     threshold: float | None = 0.8
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and not 0 < self.threshold <= 1:
+        if self.threshold is not None and not 0.5 <= self.threshold <= 1:
             raise ValueError(
-                f"near_duplicates is {self.threshold}; it must be in (0, 1], or None to keep them"
+                f"near_duplicates is {self.threshold}; it must be in [0.5, 1], because many pairs with less resemblance are "
+                "not compared, or None to keep them"
             )
 
     def run(self, beam_options: Sequence[str] = ()) -> dict[str, Any]:

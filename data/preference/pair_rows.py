@@ -141,10 +141,9 @@ def read_rows(
         prompt_S = np.repeat(size["prompt"] - read_only, 2) * (not encodes)
         target_S = prompt_S + np.stack([size["chosen"], size["rejected"]], axis=1).ravel()
         size_S = target_S + read_last
-        before_S = np.cumsum(size_S) - size_S
-        first_B = np.flatnonzero(slot_P == 0) * 2  # the first segment of each row
-        place_S = before_S - before_S[first_B][np.repeat(row_P, 2)]
-        at_S = here_B[np.repeat(row_P, 2)] * shape[1] + place_S
+        row_S, first_B = np.repeat(row_P, 2), np.flatnonzero(slot_P == 0) * 2
+        place_S = _places(size_S, first_B, row_S)
+        at_S = here_B[row_S] * shape[1] + place_S
 
         begin_S = np.repeat(columns["prompt"].starts[record_P], 2)
         if not encodes:
@@ -168,7 +167,14 @@ def read_rows(
             inputs.reshape(-1)[at_S] = start_token
 
         if encodes:
-            _read_prompts(encoder, sources[index], here_B, row_P, slot_P, pair_P)
+            read = encoder["encoder_input_tokens"]
+            size_S, length = np.repeat(size["prompt"], 2), read.shape[1]
+            place_S = _places(size_S, first_B, row_S)
+            at_S = here_B[row_S] * length + place_S
+            columns["prompt"].gather(begin_S, size_S, read.reshape(-1), at_S)
+            ids, origins = rows.spread([id_S, place_S], size_S, first_B, length)
+            encoder["encoder_segment_ids"][here_B] = ids
+            encoder["encoder_positions"][here_B] = (np.arange(length) - origins) * (ids > 0)
         pair_weights[here_B[row_P], slot_P] = 1
         if number in columns:
             once_P, to_P = np.ones_like(record_P, np.int64), here_B[row_P] * slots + slot_P
@@ -201,26 +207,7 @@ def _encoder_columns(sources: Sequence[PairSource], count: int) -> dict[str, np.
     return {f"encoder_{name}": np.zeros(shape, np.int32) for name in names}
 
 
-def _read_prompts(
-    encoder: dict[str, np.ndarray],
-    source: PairSource,
-    here_B: np.ndarray,
-    row_P: np.ndarray,
-    slot_P: np.ndarray,
-    pair_P: np.ndarray,
-) -> None:
-    """Writes the prompts of rows `here_B` of a batch, each twice: segments 2k + 1 and 2k + 2 are of pair k."""
-    tokens = encoder["encoder_input_tokens"]
-    length = tokens.shape[1]
-    prompts = source.cache.columns["prompt"]
-    size_S = np.repeat(source.plan.lengths["prompt"][pair_P].astype(np.int64), 2)
+def _places(size_S: np.ndarray, first_B: np.ndarray, row_S: np.ndarray) -> np.ndarray:
+    """Returns the place of each segment in its row, from the first segment of each row."""
     before_S = np.cumsum(size_S) - size_S
-    first_B = np.flatnonzero(slot_P == 0) * 2
-    place_S = before_S - before_S[first_B][np.repeat(row_P, 2)]
-    at_S = here_B[np.repeat(row_P, 2)] * length + place_S
-    begin_S = np.repeat(prompts.starts[source.plan.records[pair_P]], 2)
-    prompts.gather(begin_S, size_S, tokens.reshape(-1), at_S)
-    id_S = np.stack([2 * slot_P + 1, 2 * slot_P + 2], axis=1).ravel()
-    ids, origins = rows.spread([id_S, place_S], size_S, first_B, length)
-    encoder["encoder_segment_ids"][here_B] = ids
-    encoder["encoder_positions"][here_B] = (np.arange(length, dtype=np.int32) - origins) * (ids > 0)
+    return before_S - before_S[first_B][row_S]

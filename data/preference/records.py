@@ -49,7 +49,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
                 f"{where}: no key {name!r}; present are {', '.join(map(repr, row)) or 'none'}. A row is "
                 f"{PAIR} or {EXAMPLE}; rename its keys"
             )
-    for name in ("prompt", *names, "tools", "chat_template_kwargs"):
+    for name in ("prompt", *names):
         check_unicode(row.get(name), name, where)
     completions = tuple(text_of(row[name], name, where) for name in names)
     chat = not isinstance(completions[0], str)

@@ -15,7 +15,7 @@ import numpy as np
 from espalier.data import tasks
 from espalier.data.pieces import Piece
 from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles, PromptedSettings
-from espalier.data.rows.records import Record, check_unicode, text_of
+from espalier.data.rows.records import Record, check_unicode, template_variables, text_of
 from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
@@ -23,7 +23,7 @@ from espalier.data.text.row_files import BadRows, Row
 from espalier.data.tokenizers.vocabulary import PassThroughVocabulary
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
-VERSION = 1
+VERSION = 2
 EXAMPLE = '{"prompt": "...", "answer": "..."}'
 INFO = "info"  # bytes of the whole row as JSON
 
@@ -103,7 +103,8 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
     prompt = text_of(row["prompt"], "prompt", where)
     if not prompt:
         raise DataError(f"{where}: 'prompt' is empty; delete the line")
-    return Record(where=where, id=id, prompt=prompt, completions=())
+    variables = template_variables(row, where)
+    return Record(where, id, prompt, completions=(), template=variables)
 
 
 @with_settings(

@@ -1,8 +1,10 @@
 """Sources that read files of rows: with an exact share held out, and with a prompt in each row; and the tokens of their records.
 
-Prompt and completions are tokenised separately, so that no token spans the boundary. With a chat template, the prompt ends with
-the opening of the assistant's turn (the generation prompt). A completion is the text that the template adds to the prompt when
-it also renders the completion's messages. The template writes BOS and ends of turns; no further special tokens are added.
+Prompts and completions that are texts are tokenised separately, so that no token spans the boundary. With a chat template, the
+prompt ends with the opening of the assistant's turn (the generation prompt). A completion is the text that the template adds to the
+prompt when it also renders the completion's messages. It has the tokens that follow the prompt's in the whole conversation, or,
+if a token spans the boundary, is tokenised separately. The template writes BOS and ends of turns; no further special
+tokens are added, but BOS if the vocabulary reads none in texts, as SentencePiece's.
 """
 
 import abc
@@ -27,7 +29,7 @@ from espalier.data.tokenizers import chat_sandbox, control_tokens
 from espalier.data.tokenizers import chat_template as templates
 
 # Part of the digest of a source: raise it when the same records become other tokens.
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Tokeniser:
     vocabulary: Any  # a SeqIO vocabulary
     # chat template of records with messages; None if all records are texts
     template: templates.ChatTemplate | None
-    add_bos: bool  # begin prompts that are texts with BOS
+    add_bos: bool  # begin prompts that are texts with BOS, and messages if their template cannot write it
     add_eos: bool  # end completions that are texts with EOS
     prompt_eos: bool = False  # end prompts with EOS, as an encoder's inputs
 
@@ -82,14 +84,19 @@ class Tokeniser:
         return [self.vocabulary.eos_id] if self.prompt_eos else []
 
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
-        def encode(rendered: chat_sandbox.Rendered) -> list[int]:
-            return control_tokens.encode(self.vocabulary, rendered)[0]
-
         prompt = self.render(record, record.prompt, add_generation_prompt=True)
-        return [*encode(prompt.after(0)), *self._prompt_eos], [
-            encode(self.continued(record, prompt.text, messages).after(len(prompt.text)))
-            for messages in record.completions
-        ]
+        before, size = self.encode_marked(prompt.after(0))[0], len(prompt.text)
+
+        def completed(messages: Sequence[Message]) -> list[int]:
+            whole = self.continued(record, prompt.text, messages)
+            divided = dataclasses.replace(whole, spans=((size, len(whole.text)),))
+            ids, after = self.encode_marked(divided)
+            start = after.index(True) if True in after else len(ids)
+            if ids[:start] == before and not self.prompt_eos:  # a decoder begins its own text
+                return ids[start:]
+            return control_tokens.encode(self.vocabulary, whole.after(size))[0]
+
+        return [*before, *self._prompt_eos], [*map(completed, record.completions)]
 
     def continued(
         self, record: Record, prompt: str, completion: Sequence[Message]
@@ -136,10 +143,13 @@ class Example(Protocol):
     def key(self) -> str: ...
 
 
+Form = tuple[str, str] | None  # see `ExactSplit._form`
+
+
 class _Rows(NamedTuple):
     """What is counted of the rows of a piece."""
 
-    first: Any  # its first example, or None
+    form: Form  # of its first example
     hashes: list[int]  # of the keys of all examples
     dropped: tasks.Tally
 
@@ -175,8 +185,18 @@ class ExactSplit(RowFiles, abc.ABC):
     ) -> Iterator[Any]:
         """Yields each `Example` of a piece in one split, or in all; counts rows from which nothing can be learnt."""
 
-    def _check_form(self, example: Any, first: Any) -> None:
-        """Raises DataError if a row has another form than the first row of its set."""
+    def _form(self, example: Any) -> Form:
+        """Returns the form that all rows of a set must have, in words, and the place of a row; None if all forms may be."""
+        return None
+
+    def _same_form(self, first: Form, form: Form) -> Form:
+        """Returns the form of a set's first row; raises DataError if another row has another form."""
+        if first and form and form[0] != first[0]:
+            raise DataError(
+                f"{form[1]}: the row has {form[0]}, but {first[1]} has {first[0]}. Put rows of different forms into "
+                f"different sets ({self.MACRO} = {{'name': 'files', ...}})"
+            )
+        return first or form
 
     def _split_of(self, text: str, path: str) -> str:
         if not self.validation_fraction:
@@ -189,22 +209,19 @@ class ExactSplit(RowFiles, abc.ABC):
 
     def _count_piece(self, piece: Piece, bad: BadRows) -> _Rows:
         dropped, hashes = tasks.Tally(), []
-        first = None
+        form: Form = None
         for example in self._examples(piece, None, bad, dropped):
-            first = first or example
-            self._check_form(example, first)
+            form = self._same_form(form, self._form(example))
             hashes.append(_hash(example.key))
-        return _Rows(first, hashes, dropped)
+        return _Rows(form, hashes, dropped)
 
     def _total(self, counts: Mapping[Piece, _Rows]) -> dict[str, Any]:
         """Returns the numbers of examples, dropped rows, and the hashes of held-out keys."""
         dropped = tasks.Tally()
         hashes: dict[str, list[int]] = {path: [] for path in self.checksums}
-        first = None
+        form: Form = None
         for piece, rows in counts.items():
-            first = first or rows.first
-            if rows.first:
-                self._check_form(rows.first, first)
+            form = self._same_form(form, rows.form)
             hashes[piece.path] += rows.hashes
             dropped.merge(rows.dropped)
         train = [value for path in self.files["train"] for value in hashes[path]]
@@ -233,7 +250,8 @@ class PromptedSettings:
         `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
       special_in_contents: whether special tokens that contents of messages spell are special tokens, as in TRL; False
         encodes them as text, as commands that answer do. Those that the template writes always are.
-      add_bos: begin texts, and prompts that are texts, with BOS; a chat template writes its own.
+      add_bos: begin texts, and prompts that are texts, with BOS; a chat template writes its own, or with a SentencePiece
+        vocabulary, which reads none in texts, messages begin with BOS too.
       add_eos: end texts and completions that are texts with EOS.
       prompt_eos: end prompts with EOS, as an encoder reads them.
       columns: key of a row -> the column of the files that it is read from, or several columns whose texts are joined by

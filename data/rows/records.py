@@ -218,6 +218,8 @@ class Record:
 
 def template_variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the variables of the chat template besides the messages: the row's "tools" and "chat_template_kwargs"."""
+    for key in ("tools", "chat_template_kwargs"):
+        check_unicode(row.get(key), key, where)
     tools, variables = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):  # typed columns of data sets hold tools as JSON
         try:

@@ -15,14 +15,14 @@ import numpy as np
 from espalier.common.ranges import Count, Seed, Size
 from espalier.data import tasks
 from espalier.data.cache import store
-from espalier.data.stream import order
+from espalier.data.stream import order, row_stream
 from espalier.data.stream.rows import Notice
 from espalier.data.t5.noise import Denoising, SpanCorruption
 
 SPAN_CORRUPTION = SpanCorruption()
 
 
-class DenoisingStream:
+class DenoisingStream(row_stream.Iterable):
     """A stream of inputs and targets. Attributes that are not here are those of the stream of texts.
 
     Args:
@@ -47,7 +47,7 @@ class DenoisingStream:
         self._sentinel = first_sentinel
         if first_sentinel is None:
             self._sentinel = texts.summary()["vocabulary"]["size"] - 1
-        self.length = sum(lengths.values())
+        self.length, self.targets_length = sum(lengths.values()), lengths["targets"]
         settings = [denoising.record(), self._lengths, self._sentinel, end_token, seed]
         self.fingerprint = store.digest(["denoising", texts.fingerprint, settings])
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from espalier.common import spelling
 from espalier.common.bars import Bar
-from espalier.common.ranges import Amount, Count, Fraction
+from espalier.common.ranges import Amount, Count, Fraction, Resemblance
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.text import documents
@@ -122,7 +122,7 @@ def assemble(
     validation_fraction: Fraction = 0.05,
     min_document_bytes: Count = 100,
     max_document_bytes: Amount = 300_000,
-    near_duplicate_threshold: Fraction = 0.8,
+    near_duplicate_threshold: Resemblance = 0.8,
     containment_threshold: Fraction = 0.2,
     cache_dir: str | os.PathLike | None = None,
     env: environment.Environment | None = None,
@@ -136,7 +136,7 @@ def assemble(
         taken whole, in the order of the hashes of their ids. None takes everything.
       validation_fraction: share of each source's bytes to hold out.
       min_document_bytes, max_document_bytes: shorter and longer documents are dropped.
-      near_duplicate_threshold: minimum resemblance at which the later of two documents is dropped.
+      near_duplicate_threshold: minimum resemblance at which the later of two documents is dropped, at least 0.5.
       containment_threshold: a document is not held out if more than this share of its text also
         occurs in training documents.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.

@@ -1,7 +1,7 @@
 """Detects documents with text of evaluation sets, by runs of 13 words (2005.14165, appendix C).
 
-Words are sequences of letters, digits and underscores, in lower case; all other characters separate
-them. A run is hashed to 64 bits, so an index takes 8 bytes per distinct run. Texts with fewer words
+Words are sequences of letters, digits and underscores, in lower case, and single Chinese or Japanese
+characters; all other characters separate them. A run is hashed to 64 bits, so an index takes 8 bytes per distinct run. Texts with fewer words
 than a run have no run, and cannot be detected.
 """
 
@@ -21,7 +21,10 @@ from espalier.data.text.document_filters import DocumentFilter
 from espalier.data.text.documents import DataError
 
 WORDS = 13
-_WORD = re.compile(r"\w+")
+_CHARACTERS = r"\u3040-\u30ff\u3400-\u9fff"  # of scripts without spaces
+_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
+# Part of the digest of a filter: raise it when the same texts have other runs.
+VERSION = 2
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
 
@@ -73,7 +76,7 @@ class Overlap(DocumentFilter):
 
     Raises:
       ProblemsError: HumanEval's package is not installed.
-      DataError: the file or a key does not exist (raised at the first document).
+      DataError: the file or a key does not exist, or no text has a run (raised at the first document).
     """
 
     evaluation_set: str  # `humaneval` (its prompts and solutions), or a file of JSON lines
@@ -97,10 +100,17 @@ class Overlap(DocumentFilter):
     @functools.cached_property
     def index(self) -> Index:
         """The index of the evaluation set, which is read once."""
-        return Index.of(evaluation_texts(self.evaluation_set, self.text_keys), self.words)
+        index = Index.of(evaluation_texts(self.evaluation_set, self.text_keys), self.words)
+        if not len(index.runs):
+            raise DataError(
+                f"{self.evaluation_set}: no text has {self.words} words in a row, so the filter would drop nothing. Lower "
+                "Overlap.words"
+            )
+        return index
 
     def settings(self) -> dict[str, Any]:
         return {
+            "version": VERSION,
             "words": self.words,
             "most": self.most,
             "runs": hashlib.sha256(self.index.runs.tobytes()).hexdigest(),

@@ -32,11 +32,14 @@ class PreTokenizer:
     split: str | None = None  # regular expression of words; None for GPT-2's
     digits: bool = False  # first split off every digit as a word
     nfc: bool = False  # normalise texts to NFC before splitting
+    llama3: bool = False  # take words that are tokens without merging, and begin texts with BOS
 
 
 _GPT2 = PreTokenizer()
 _DIGITS = PreTokenizer(digits=True)
-_LLAMA3 = PreTokenizer(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}")
+_LLAMA3 = PreTokenizer(
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}", llama3=True
+)
 _QWEN2 = PreTokenizer(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}", nfc=True)
 PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
@@ -88,7 +91,9 @@ def _convert(values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str,
     tokenizer = build(values)
     ids = {name: values.get(f"{_PREFIX}{key}_token_id") for name, key in _NAMES.items()}
     ids = {name: int(id) for name, id in ids.items() if id is not None}
-    adds_bos = bool(values.get(f"{_PREFIX}add_bos_token", kind == "llama")) and "bos" in ids
+    known = PRE_TOKENIZERS.get(values.get(f"{_PREFIX}pre", ""), _GPT2)
+    default = kind == "llama" or known.llama3
+    adds_bos = bool(values.get(f"{_PREFIX}add_bos_token", default)) and "bos" in ids
     if adds_bos:
         bos = tokens[ids["bos"]]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -117,7 +122,7 @@ def _needed(values: Mapping[str, Any], key: str) -> Any:
 
 def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns a byte-level BPE tokenizer, whose pieces represent bytes as in GPT-2."""
-    name = values.get(f"{_PREFIX}pre", "gpt-2")
+    name: Any = values.get(f"{_PREFIX}pre")
     if name not in PRE_TOKENIZERS:
         raise hf_tokenizer.TokenizerError(
             f"the GGUF file's pre-tokenizer is {name!r} ({_PREFIX}pre); supported are "
@@ -126,8 +131,8 @@ def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     tokens = _needed(values, "tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in _needed(values, "merges")]
     vocabulary = {token: id for id, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     known = PRE_TOKENIZERS[name]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=known.llama3))
     if known.nfc:
         tokenizer.normalizer = normalizers.NFC()
     steps: list[pre_tokenizers.PreTokenizer] = []

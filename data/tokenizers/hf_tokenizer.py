@@ -3,7 +3,8 @@
 `read` reads these files of a directory:
 
     tokenizer.json             the tokenizer, which the library `tokenizers` runs
-    tokenizer_config.json      names of its special tokens, whether texts begin with BOS, chat template
+    tokenizer_config.json      names of its special tokens, whether texts begin with BOS or
+                               spell special tokens, chat template
     special_tokens_map.json    names of special tokens that are missing from tokenizer_config.json
     chat_template.jinja        the chat template, which overrides tokenizer_config.json
     additional_chat_templates/ further chat templates by name
@@ -11,7 +12,8 @@
 
 Ids are the ids of tokenizer.json. The model's embedding table may be larger; its last rows are
 padding. Encoding adds no special tokens; `adds_bos` is True if the model expects BOS before a text.
-Special tokens spelled in a text are encoded as special tokens, unless `special_in_text` is False.
+Special tokens spelled in a text are encoded as special tokens, unless `special_in_text` is False, by
+default if tokenizer_config.json has `split_special_tokens`.
 """
 
 import dataclasses
@@ -64,6 +66,7 @@ class TokenizerFiles:
     tokens: Mapping[str, str]  # name -> special token, such as `bos_token` -> `<s>`
     eos_ids: tuple[int, ...]  # all ids that end a continuation
     adds_bos: bool  # whether the model expects BOS before a text
+    special_in_text: bool  # whether special tokens spelled in a text are special tokens by default
     chat_template: chat_template.ChatTemplate | None  # the chat templates, or None
 
     def id(self, name: str) -> int | None:
@@ -95,7 +98,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
     if content is None:
         raise FileNotFoundError(_missing(folder))
     try:
-        tokenizer = load(content)
+        load(content)
     except TokenizerError as error:
         raise TokenizerError(
             f"{folder / TOKENIZER} is damaged or not a tokenizer: {error}. Copy it again from the checkpoint"
@@ -105,21 +108,22 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
         folder / SPECIAL_TOKENS, checkpoint_files.read_json(folder, SPECIAL_TOKENS)
     )
     tokens |= _named_tokens(folder / CONFIG, config)
-    adds_bos = config.get("add_bos_token")
-    if not isinstance(adds_bos, bool | None):
-        raise TokenizerError(f"{folder / CONFIG}: add_bos_token is {adds_bos!r}, not true or false")
+    for key in ("add_bos_token", "split_special_tokens"):
+        if not isinstance(value := config.get(key), bool | None):
+            raise TokenizerError(f"{folder / CONFIG}: {key} is {value!r}, not true or false")
     files = TokenizerFiles(
         path=os.fspath(folder),
         content=content,
         tokens=tokens,
         eos_ids=(),
         adds_bos=False,
+        special_in_text=not config.get("split_special_tokens"),
         chat_template=chat_template.read(folder, config, tokens),
     )
     return dataclasses.replace(
         files,
         eos_ids=_eos_ids(folder, files.id("eos_token")),
-        adds_bos=_adds_bos(tokenizer, adds_bos, files.id("bos_token")),
+        adds_bos=_adds_bos(content, config.get("add_bos_token"), files.id("bos_token")),
     )
 
 
@@ -143,7 +147,9 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 @functools.lru_cache(maxsize=8)
 def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> tokenizers.Tokenizer:
-    """Returns the tokenizer in a tokenizer.json, with padding and truncation disabled.
+    """Returns the tokenizer in a tokenizer.json, without padding, truncation and post-processor.
+
+    A post-processor adds special tokens, which vocabularies leave to tasks, and may move offsets to characters outside of a token.
 
     Args:
       content: bytes of the file.
@@ -158,6 +164,7 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
     tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.post_processor = None
     tokenizer.encode_special_tokens = not special_in_text
     sentinels = [f"<extra_id_{number}>" for number in reversed(range(extra_ids))]
     if any(tokenizer.token_to_id(sentinel) is not None for sentinel in sentinels):
@@ -237,10 +244,12 @@ def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
     return () if own is None else (own,)
 
 
-def _adds_bos(tokenizer: tokenizers.Tokenizer, config: bool | None, bos_id: int | None) -> bool:
+def _adds_bos(content: bytes, config: bool | None, bos_id: int | None) -> bool:
     """Returns `add_bos_token` of tokenizer_config.json, else whether the post-processor adds BOS."""
     if bos_id is None:
         return False
     if config is not None:
         return bool(config)
+    tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    tokenizer.no_padding()
     return tokenizer.encode("a").ids[:1] == [bos_id]

@@ -31,12 +31,13 @@ class HFTokenizerVocabulary(Vocabulary):
     library = "tokenizers"
 
     def __init__(
-        self, path: str | os.PathLike, *, extra_ids: int = 0, special_in_text: bool = True
+        self, path: str | os.PathLike, *, extra_ids: int = 0, special_in_text: bool | None = None
     ):
         """Reads the files in a directory; raises what `hf_tokenizer.read` and `load` raise."""
         super().__init__(extra_ids)
         self.files = hf_tokenizer.read(path)
-        self.special_in_text = special_in_text
+        default = self.files.special_in_text
+        self.special_in_text = default if special_in_text is None else special_in_text
         self._size = hf_tokenizer.num_ids(hf_tokenizer.load(self.files.content))
         self._ids = {name: self.files.id(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
         self._tokenizer()  # raises now, not at the first text, if the extra ids do not fit

@@ -160,7 +160,9 @@ def from_file(*, path: str | os.PathLike, extra_ids: Count = 0):
         ) from None
 
 
-def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_text: bool = True):
+def huggingface(
+    *, path: str | os.PathLike, extra_ids: Count = 0, special_in_text: bool | None = None
+):
     """Returns the vocabulary of a Hugging Face checkpoint.
 
     Args:
@@ -169,14 +171,14 @@ def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_tex
         `from_file`.
       extra_ids: see `from_file`.
       special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
-        it to False for texts that must not end a turn.
+        it to False for texts that must not end a turn. None: unless tokenizer_config.json has `split_special_tokens`.
 
     Returns:
       A `data.tokenizers.hf_vocabulary.HFTokenizerVocabulary`, or what `from_file` returns.
 
     Raises:
       FileNotFoundError: the directory has no tokenizer.
-      ValueError: its files are damaged, or the tokenizer does not allow extra ids.
+      ValueError: its files are damaged, or the tokenizer does not allow extra ids or `special_in_text`.
     """
     path = mirror.local(path, suffixes=checkpoint_files.SUFFIXES)
     folder = pathlib.Path(path)
@@ -186,6 +188,10 @@ def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_tex
         alone
         and (model := checkpoint_files.read(folder, SENTENCEPIECE, max_bytes=limit)) is not None
     ):
+        if special_in_text is not None:
+            raise ValueError(
+                f"{path}: special_in_text = {special_in_text} needs a tokenizer.json; the directory has {SENTENCEPIECE} only"
+            )
         _try_out(model, folder / SENTENCEPIECE)
         return from_file(path=folder / SENTENCEPIECE, extra_ids=extra_ids)
     return hf_vocabulary.HFTokenizerVocabulary(

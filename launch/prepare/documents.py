@@ -26,7 +26,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from espalier.common.ranges import Fraction
+from espalier.common.ranges import Resemblance
 from espalier.common.storage import paths
 from espalier.data.clean import documents
 from espalier.data.clean.documents import Cleaning
@@ -43,7 +43,7 @@ def prepare_documents(
     files: Patterns,
     output: str,
     filters: Sequence[DocumentFilter] = (),
-    near_duplicates: Fraction | None = 0.8,
+    near_duplicates: Resemblance | None = 0.8,
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",
@@ -58,7 +58,7 @@ def prepare_documents(
       files: one or several globs; the order of the files, by name, decides which of several near-duplicates comes first.
       output: folder or address of the shards; empty, or of the same command.
       filters: applied in order; each keeps or drops a document by text and metadata.
-      near_duplicates: share of shingles from which on two documents are near-duplicates (`data.text.dedup`); the first is kept.
+      near_duplicates: share of shingles from which on two documents are near-duplicates (`data.text.dedup`), at least 0.5; the first is kept.
         None keeps them.
       text_key, id_key, document_per: see `data.text.documents.Format`.
       on_bad_row: what a row is that cannot be used: an 'error', or left out, counted and listed in bad_rows.jsonl ('skip').

@@ -96,7 +96,7 @@ def save_files(
     hf_dir: str | os.PathLike,
     *,
     extra_ids: int = 0,
-    special_in_text: bool = True,
+    special_in_text: bool | None = None,
     template: ChatTemplate | None = None,
 ) -> str:
     """Copies the tokenizer of a Hugging Face checkpoint into a run's directory, and returns its digest.
@@ -119,6 +119,7 @@ def save_files(
         return digest
     if _intact_digest(folder) == digest:
         return digest
+    options["special_in_text"] = vocabulary.special_in_text
     partial = pathlib.Path(folder, f".{TOKENIZER}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -170,6 +171,8 @@ def of(*, path: str, extra_ids: Count | None = None, special_in_text: bool | Non
     """
     more: dict[str, Any] = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     more = {name: value for name, value in more.items() if value is not None}
+    if special_in_text is not None and (path == BYTES or path.endswith(".model")):
+        raise ValueError(f"{path}: special_in_text = {special_in_text} needs a tokenizer.json.")
     if path == BYTES:
         vocabulary = vocabularies.byte(**more)
     elif path.endswith(".model"):

@@ -1,22 +1,26 @@
 """Token caches that Apache Beam builds, against those of this process, byte for byte (`make test-beam`)."""
 
+import datetime
 import json
 from collections import Counter
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from espalier.common.pipelines import PipelineError
 from espalier.common.storage import paths
 from espalier.data import by_beam, counting, pieces, tasks
 from espalier.data.cache import pool, task_cache
+from espalier.data.chats import tasks as chats
 from espalier.data.rows import files as row_counts
-from espalier.data.rows.records import Record
 from espalier.data.stream import mixing
 from espalier.data.text import user_data
 from espalier.data.text.row_files import BadRow
 from espalier.data.tokenizers import vocabularies
 from tests.common.pipelines_test import PROCESSES, job_server  # noqa: F401
+from tests.data import task_kinds
 from tests.data.clean.documents_test import KilledAt
 
 LAST = "the last document of all"
@@ -63,10 +67,28 @@ def test_without_options_nothing_is_changed(files, tmp_path):
     assert sum(name.endswith("targets.bin") for name in found) >= 4
 
 
+def test_the_counts_of_every_kind_of_rows_are_sent(tmp_path):
+    names = task_kinds.register(tmp_path / "kinds", vocabularies.byte())
+    path, when = str(tmp_path / "dated.parquet"), [datetime.datetime(2024, 1, 1)] * 2
+    columns = {"prompt": ["a", "b"], "completion": ["x", "y"], "when": when}
+    parquet.write_table(pyarrow.table({**columns, "sentence_embedding": [[0.5]] * 2}), path)
+    chats.register_chats(
+        name="dated", files=path, vocabulary=vocabularies.byte(), with_sentences=True
+    )
+    counted = []
+    for source in (tasks.find(name).source for name in [*names, "dated"]):
+        if hasattr(source, "_count_piece"):
+            piece = source.pieces(next(iter(source.files)))[0]
+            read = source._count_piece(piece, source._bad_rows())
+            assert by_beam.from_json(json.loads(json.dumps(by_beam.to_json(read)))) == read
+            counted.append(source.name)
+    assert {"chats", "pairs", "prompts", "examples", "dated"} <= {*counted}
+    tasks.clear()
+
+
 def test_results_are_sent_as_json_that_runs_no_code():
-    record = Record("w", "i", ({"role": "user", "content": "é"},), ("a",), template={"tools": [1]})
     dropped = tasks.Tally(no_answer={"rows": 2, "first": "a:1"})
-    rows = row_counts._Rows(record, [2**70, 0], dropped)
+    rows = row_counts._Rows(("é", "w"), [2**70, 0], dropped)
     read = counting._Read([(rows, [BadRow("p", 1, None, "r")]), (Counter(train=1), None)])
     sent = json.dumps(by_beam.to_json(read))
     found = by_beam.from_json(json.loads(sent))

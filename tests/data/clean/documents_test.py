@@ -215,8 +215,11 @@ def test_an_output_of_something_else_is_refused(folder):
             cleaning(folder, "out").run()
     with pytest.raises(OutputMismatchError, match=r"is not empty \(0.jsonl is there\)"):
         cleaning(folder, "source").run()
-    with pytest.raises(ValueError, match="near_duplicates is 80"):
-        cleaning(folder, "out", threshold=80)
+    for threshold in (80, 0.49):
+        with pytest.raises(
+            ValueError, match=f"near_duplicates is {threshold}; .* are not compared"
+        ):
+            cleaning(folder, "out", threshold=threshold)
 
 
 def test_an_output_of_other_bytes_with_the_same_times_and_of_other_code_is_refused(

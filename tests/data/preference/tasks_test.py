@@ -1,21 +1,24 @@
 """Tasks of preference files: tokens as TRL makes them, what is dropped and counted, splits, mixtures."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
 
 from espalier.data import tasks
 from espalier.data.cache import task_cache
+from espalier.data.chats.tasks import rendered_turns
 from espalier.data.preference import records, stream
 from espalier.data.preference import tasks as preference_tasks
 from espalier.data.rows import files
 from espalier.data.stream import stream as plain_stream
 from espalier.data.tasks import in_seqio
 from espalier.data.text.documents import DataError
-from espalier.data.tokenizers import chat_template, vocabularies
+from espalier.data.tokenizers import chat_template, vocabularies, vocabulary
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens"
 GOLDEN = json.loads((GOLDENS / "preference_pairs.json").read_bytes())
@@ -87,6 +90,66 @@ def test_nothing_merges_across_the_join(hf):
     assert prompt == [hf.bos_id, *hf.encode(text[:8])]
     assert chosen == [*hf.encode(text[8:]), hf.eos_id]
     assert prompt[1:] + chosen[:-1] != hf.encode(text)  # which has one token for " is"
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    """A vocabulary that begins every text with a space, as that of Llama 2 does."""
+    merges = [
+        "h e",
+        "he r",
+        "her e",
+        "t here",
+        "▁ there",
+        "H e",
+        "He l",
+        "Hel l",
+        "Hell o",
+        "▁ Hello",
+    ]
+    pieces = ["<s>", *"\n:Habehilnorstu▁", *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    model = tokenizers.models.BPE(vocabulary, [tuple(merge.split()) for merge in merges])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    folder = tmp_path_factory.mktemp("spaced")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<s>"}')
+    return vocabularies.huggingface(path=folder)
+
+
+ROLES = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def test_completions_of_messages_are_tokenised_as_in_the_whole_conversation(spaced):
+    template = chat_template.ChatTemplate({"default": ROLES})
+    tokeniser = files.Tokeniser(spaced, template, False, True)
+    record = records.parse(
+        {"chosen": chat("hi", "Hello there"), "rejected": chat("hi", "b")}, *"ab"
+    )
+    prompt, (chosen, rejected) = tokeniser(record)
+    assert chosen == [spaced._tokenizer().token_to_id(t) for t in ("Hello", "▁there", "\n")]
+    assert prompt + chosen == spaced.encode("user:hi\nassistant:Hello there\n")
+    rows = dataclasses.replace(record, prompt=chat("hi", "Hello there"), completions=())
+    ids, learnt = tokeniser.encode_marked(rendered_turns(tokeniser, rows, "all"))
+    assert [id for id, is_learnt in zip(ids, learnt, strict=True) if is_learnt] == chosen
+    encoder = dataclasses.replace(tokeniser, prompt_eos=True)
+    assert encoder(record)[1][0] == spaced.encode("Hello there\n")
+
+
+def test_messages_begin_with_bos_if_their_template_cannot_write_it():
+    class Spelled(vocabulary.ByteVocabulary):  # reads no BOS in texts, as SentencePiece
+        bos_id = 300
+
+    template = chat_template.ChatTemplate({"default": ROLES})
+    tokeniser = files.Tokeniser(Spelled(), template, True, True)
+    record = records.parse({"chosen": chat("hi", "a"), "rejected": chat("hi", "b")}, *"ab")
+    prompt, (chosen, _) = tokeniser(record)
+    whole = tokeniser.render(record, chat("hi", "a"))
+    assert prompt + chosen == tokeniser.encode_marked(whole)[0]
+    assert (prompt + chosen).count(300) == 1 == prompt.count(300)
 
 
 def test_features_and_facts_of_a_task(register, byte, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from espalier.data import tasks
 from espalier.data.cache import in_place
+from espalier.data.preference import records
 from espalier.data.prompts import stream
 from espalier.data.prompts import tasks as prompt_tasks
 from espalier.data.tasks import in_seqio
@@ -69,6 +70,26 @@ def test_every_prompt_comes_once_an_epoch_with_its_row(tmp_path, register, byte,
     for epoch in range(4):
         assert len(set(seen[7 * epoch : 7 * epoch + 7])) == 7
     assert found.epochs(7) == {"prompts": 4.0}
+
+
+def test_a_prompt_of_messages_has_the_ids_that_it_has_in_a_pair(tmp_path, register, byte):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ tools | tojson }}{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    user = {"role": "user", "content": "hi"}
+    chosen, rejected = ([user, {"role": "assistant", "content": text}] for text in "ab")
+    more = {"tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "glad"}}
+    register([{"prompt": [user], **more}], chat_template=str(template))
+    (read,) = tasks.find("prompts").records("train")
+    assert byte.decode(read["prompt"].tolist()) == '[{"name": "f"}]gladhi'
+    record = records.parse({"chosen": chosen, "rejected": rejected, **more}, "row", "row")
+    tokeniser = tasks.find("prompts").source.tokeniser
+    assert read["prompt"].tolist() == tokeniser(record)[0]
+    for tools, message in (("{", "a text that is not JSON"), (["\ud800"], "not valid Unicode")):
+        register([{"prompt": [user], "tools": tools}], name="bad", chat_template=str(template))
+        with pytest.raises(DataError, match=f"'tools' is {message}"):
+            list(tasks.find("bad").records("train"))
 
 
 def test_several_updates_read_the_same_prompts(tmp_path, register):

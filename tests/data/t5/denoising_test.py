@@ -144,6 +144,15 @@ def test_batches_are_a_function_of_seed_and_step(caches, split):
     assert whole.steps_for_tokens(count) == pytest.approx(20, abs=3)
 
 
+def test_it_is_iterated_over_like_other_streams(caches):
+    stream = make(caches)
+    whole = stream.batch(0, 0, stream.batch_size)
+    assert whole["decoder_target_tokens"].shape[1] == stream.targets_length == LENGTHS["targets"]
+    for batch in (next(iter(stream)), stream[0]):
+        assert batch.keys() == whole.keys()
+        assert all(np.array_equal(batch[name], whole[name]) for name in whole)
+
+
 def test_a_row_is_split_otherwise_in_every_epoch_and_keeps_its_text(caches):
     stream = make(caches)
     seen = {}

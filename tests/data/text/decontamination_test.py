@@ -99,6 +99,20 @@ def test_fields_of_a_file(evaluation):
         Overlap(evaluation_set=evaluation, words=0)
 
 
+def test_a_set_of_short_texts_is_refused_and_characters_of_chinese_are_words(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"q": "Who wrote Hamlet?"}\n{"q": "What is 2+2?"}\n')
+    with pytest.raises(DataError, match="no text has 13 words in a row.* Lower Overlap.words"):
+        Overlap(evaluation_set=str(path))({"text": "Who wrote Hamlet?"})
+    assert not Overlap(evaluation_set=str(path), words=3)({"text": "Who wrote Hamlet?"})
+    question = "地球是太阳系中的第三颗行星，也是"  # 15 characters
+    path.write_text(json.dumps({"q": question}))
+    chinese = Overlap(evaluation_set=str(path))
+    assert len(chinese.index.runs) == 3
+    assert not chinese({"text": f"title{question}end"})
+    assert chinese({"text": question[3:]})
+
+
 def test_a_document_may_share_so_many_runs(evaluation):
     text = " ".join(WORDS[:15])
     assert [Overlap(evaluation_set=evaluation, most=n)({"text": text}) for n in (2, 3)] == [

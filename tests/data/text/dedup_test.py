@@ -5,7 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from espalier.data.text import dedup
+from espalier.data.text import corpus, dedup
+from espalier.launch.config import parameters
+from espalier.launch.prepare import documents
 
 
 def _text(seed: int, words: int = 400) -> str:
@@ -94,3 +96,19 @@ def test_containment_does_not_count_boilerplate():
     assert dedup.containment([document], samples)[0] < 0.02
     assert dedup.containment([document], samples[:-1])[0] > 0.4  # one fewer: it counts again
     assert dedup.containment([document], [])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (corpus.assemble, "near_duplicate_threshold"),
+        (documents.prepare_documents, "near_duplicates"),
+    ],
+)
+def test_thresholds_are_those_that_bands_serve(function, argument):
+    assert parameters.mismatch(function, argument, 0.4) and parameters.mismatch(
+        function, argument, 1.1
+    )
+    assert not parameters.mismatch(function, argument, 0.5)
+    least = 1 - (1 - 0.5 ** (dedup.SKETCH // dedup.BANDS)) ** dedup.BANDS
+    assert 0.86 < least < 0.88  # share of pairs of resemblance 0.5 that are compared

@@ -105,10 +105,27 @@ def test_pre_tokenizers_divide_as_their_models_do(tmp_path, pre, digits, accent)
     assert tokenizer.encode("1234", add_special_tokens=False).tokens == digits
     assert tokenizer.encode("e\u0301", add_special_tokens=False).tokens == accent
     found = tokenizer.encode("a<think> a</s>")
-    assert found.tokens == ["<s>", "a", "<think>", "Ġa", "</s>"]
+    assert found.tokens == ["a", "<think>", "Ġa", "</s>"]
+    whole = tokenizers.Tokenizer.from_str(files.content.decode())
+    assert whole.encode("a").tokens == ["<s>", "a"]
     assert files.adds_bos and files.eos_ids == (1, 3)
     text = "  1234\n\n it's\tnaïve 日本 🙂 \r\n x"
     assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_words_of_llama_3_that_are_tokens_are_not_merged(tmp_path):
+    for pre in ("llama-bpe", "llama3", "llama-v3", "gpt-2"):
+        values = byte_level(pre)
+        values["tokenizer.ggml.tokens"].append("Ġwhole")  # no merges make it
+        values["tokenizer.ggml.token_type"].append(1)
+        gguf_tokenizer.write(values, tmp_path / pre)
+        files = hf_tokenizer.read(tmp_path / pre)
+        tokens = hf_tokenizer.load(files.content).encode(" whole").tokens
+        known = pre != "gpt-2"
+        assert tokens == (["Ġwhole"] if known else ["Ġ", *"whole"])
+        assert files.adds_bos == known
+    gguf_tokenizer.write(byte_level("llama3", add_bos_token=False), tmp_path)
+    assert not hf_tokenizer.read(tmp_path).adds_bos
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +187,7 @@ def test_sentencepiece_metadata_gives_the_ids_of_sentencepiece(llama, tmp_path):
     [
         ({"model": "bert"}, "tokenizer is 'bert'.*gpt2 and llama"),
         ({"pre": "new"}, "pre-tokenizer is 'new'.*smollm"),
+        ({"pre": None}, "pre-tokenizer is None .*ggml.pre.*smollm"),
         ({"merges": None}, "has no tokenizer.ggml.merges"),
         ({"tokens": None}, "has no tokenizer.ggml.tokens"),
         ({"tokens": ["a", 3]}, "tokenizer is damaged"),

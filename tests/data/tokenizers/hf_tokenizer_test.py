@@ -206,6 +206,20 @@ def test_the_tokens_of_spans_are_marked(vocabulary):
             assert ids[len(before) :] == vocabulary.encode("beings")
 
 
+def test_a_post_processor_that_trims_offsets_changes_no_marks(copy, vocabulary):
+    record = json.loads(vocabulary.files.content)
+    text, marks = "A: 7 U", []
+    for trim in (False, True):
+        record["post_processor"] = {"type": "ByteLevel", "trim_offsets": trim, "use_regex": True}
+        record["post_processor"]["add_prefix_space"] = False
+        record["model"]["merges"] = []  # so that spaces are tokens
+        made = vocabularies.huggingface(path=copy(tokenizer=json.dumps(record)))
+        ids, marked = made.encode_marked(Rendered(text, ((3, 5),)))
+        assert [made.decode_all([id]) for id in ids] == list(text)
+        marks.append(marked)
+    assert marks == [[place in (3, 4) for place in range(6)]] * 2
+
+
 def test_extra_ids_follow_the_entries_the_last_first(folder, vocabulary):
     found = vocabularies.huggingface(path=folder, extra_ids=3)
     assert (found.vocab_size, found.extra_ids) == (SIZE + 3, 3)
@@ -303,6 +317,8 @@ def test_a_sentencepiece_model_alone_is_read_as_such(tmp_path):
     assert rows.vocabulary_digest(found) == rows.vocabulary_digest(
         vocabularies.from_file(path=model, extra_ids=2)
     )
+    with pytest.raises(ValueError, match="special_in_text = False needs a tokenizer.json"):
+        vocabularies.huggingface(path=tmp_path, special_in_text=False)
 
 
 def test_tasks_are_tokenised_with_it_and_cached(vocabulary, folder, tmp_path):

@@ -387,6 +387,12 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
         run_vocabulary.save_files(tmp_path / "run", tmp_path)
 
 
+@pytest.mark.parametrize("path", ["bytes", "x.model"])
+def test_a_vocabulary_without_a_tokenizer_json_spells_no_special_tokens(path):
+    with pytest.raises(ValueError, match=f"{path}: special_in_text = True needs a tokenizer.json"):
+        run_vocabulary.of(path=path, special_in_text=True)
+
+
 def test_messages_are_scored_as_their_tokens(imported, score, ids):
     prompt = [BOS, USER, *ids("hi ")]
     answer = [*ids("yo"), END]  # without the line end after it
@@ -508,7 +514,11 @@ def test_a_trained_vocabulary_is_exported_with_the_same_ids(run, tmp_path, algor
     said = run_vocabulary.export_files(folder, to)
     assert said is None if algorithm == "bpe" else "divides some runs of line ends" in said
     assert (to / "tokenizer.model").read_bytes() == path.read_bytes()
-    exported = vocabularies.huggingface(path=to, special_in_text=False)
+    exported = vocabularies.huggingface(path=to)
+    assert exported.encode("</s>") == vocabulary.encode("</s>") != [vocabulary.eos_id]
+    assert not exported.special_in_text
+    run_vocabulary.save_files(tmp_path / "again", to)
+    assert run_vocabulary.load(folder=str(tmp_path / "again")) == exported
     assert exported.vocab_size == vocabulary.vocab_size
     for name in ("pad_id", "eos_id", "unk_id", "bos_id"):
         assert getattr(exported, name) == getattr(vocabulary, name)
