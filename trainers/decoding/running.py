@@ -289,10 +289,14 @@ class RunningBatch:
         """Returns the shapes of the slots in which a prompt of so many tokens is read; none of an encoder."""
         if self._model.row.encodes:
             return []
-        length = _power(tokens)
+        length = self._room(tokens)
         if length not in self._shapes:
             self._shapes[length] = jax.eval_shape(lambda: self._row(length))
         return self._shapes[length]
+
+    def _room(self, tokens: int) -> int:
+        """Returns the number of slots in which a prompt of so many tokens is read."""
+        return min(_power(tokens), self._model.max_length or _power(tokens))
 
     def _read(self, prompt: Sequence[int], between: Callable[[], None]) -> Any:
         """Returns (logits_PV, caches, context) after a prompt, which is in every row."""
@@ -305,7 +309,7 @@ class RunningBatch:
         if whole:
             return found
         at = min(at, len(prompt) - 1)  # reading the last token gives the logits
-        length = _power(len(prompt))
+        length = self._room(len(prompt))
         if at:
             caches = self._programs["take prefix"](found[1], np.int32(at), length)
         else:

@@ -10,9 +10,12 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.model.attention import Attention
+from espalier.model.embed import Positions
 from espalier.model.kv_cache import slots
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.transformer import Block
 from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.prefill import TooLargeError
 from espalier.trainers.decoding.prefixes import Prefixes
@@ -197,6 +200,20 @@ def test_on_two_devices_as_on_one(model, params, alone):
     with jax.set_mesh(mesh):
         found = continued(make_batch(model, placed, sharding=rows, sizes=(2, 4)))
     check(found, alone())
+
+
+def test_a_prompt_that_fits_the_learned_positions_is_read():
+    """18 tokens would be padded to 32, more than the table has."""
+    model = make(
+        num_layers=1,
+        position_embed=functools.partial(Positions, num_positions=24),
+        block=functools.partial(Block, attention=functools.partial(Attention, rope=None)),
+    )
+    params, prompt = init(model), [*range(4, 22)]
+    settings = dataclasses.replace(SETTINGS, max_new_tokens=6)
+    want = Decoder(model, params, settings, batch_size=1)([prompt])
+    batch = make_batch(model, params, sizes=(1,), longest=24, prefill_chunk=None)
+    check(continued(batch, [(prompt, 6, 0.0)]), [(want[0], 6)])
 
 
 def test_an_encoder_decoder_reads_inputs_of_every_length():
