@@ -20,7 +20,7 @@ from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.prefill import TooLargeError
 from espalier.trainers.decoding.prefixes import Prefixes
 from espalier.trainers.decoding.running import RunningBatch
-from espalier.trainers.decoding.settings import Draw, Sampling, Settings
+from espalier.trainers.decoding.settings import Beams, Draw, Sampling, Settings
 from tests.trainers.decoding.decode_test import PROMPTS, V, init, make
 
 SETTINGS = Settings(max_new_tokens=12, eos_ids=(3,))
@@ -236,6 +236,19 @@ def test_what_a_running_batch_cannot_do_is_refused_by_name(model, params):
         make_batch(model, params, prefix_bytes=-1)
     with pytest.raises(ValueError, match="prefill_chunk = 0"):
         make_batch(model, params, prefill_chunk=0)
+    for own in ({"sampling": Sampling()}, {"beams": Beams(num_beams=2)}):
+        with pytest.raises(ValueError, match="has no effect in a running batch"):
+            RunningBatch(model, params, Settings(**own), sizes=(1,), longest=8)
+
+
+def test_a_row_has_no_more_new_tokens_at_a_time_than_there_is_room_for(batch):
+    def tokens(*counts):
+        batch.join("a", PROMPTS[1], Draw(seed=0, temperature=0.0), 40)
+        news = [batch.advance(count)["a"].tokens for count in counts]
+        batch.leave("a")
+        return news
+
+    assert tokens(19, 16) == tokens(16, 16)
 
 
 def test_a_row_that_has_no_memory_leaves_the_others_as_they_are(batch, monkeypatch):
