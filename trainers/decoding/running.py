@@ -159,11 +159,6 @@ class RunningBatch:
         self.prompt_tokens_read = 0
 
     @property
-    def compiled(self) -> int:
-        """The number of programs that have been compiled."""
-        return sum(program._cache_size() for program in self._programs.values())
-
-    @property
     def most_bytes(self) -> tuple[int, int, int]:
         """The maximum bytes of keys and values of the rows, of the prompt that is read, and of earlier prompts.
 
@@ -244,7 +239,11 @@ class RunningBatch:
                 self._fit(len(self._needs) + (self._reading is not None), 0)
         free_R = np.array([key is None for key in self._keys])
         self._rows, made = self._programs["advance"](
-            self._params, self._rows, free_R, np.int32(min(count, self._most_steps)), np.bool_(leave)
+            self._params,
+            self._rows,
+            free_R,
+            np.int32(min(count, self._most_steps)),
+            np.bool_(leave),
         )
         tokens_RC, log_probs_RC, counts_R, done_R = jax.device_get(made)
         news = {}
