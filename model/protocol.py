@@ -52,6 +52,7 @@ class MlpSettings:
       gated: whether the MLP, or each expert, is down(act(gate) * up).
       experts: E, 0 without a router.
       top_k: number of experts that a token uses.
+      router: the router of the experts, as a module that is not bound to parameters; None without experts.
       adapters: the factory of its adapters (model/adapters/adapter.py), or None.
     """
 
@@ -59,6 +60,7 @@ class MlpSettings:
     gated: bool
     experts: int = 0
     top_k: int = 1
+    router: Any = dataclasses.field(default=None, compare=False)
     adapters: Any = None
 
 

@@ -111,17 +111,26 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
             f"{options.moe} was not made by espalier upcycle, so its experts have no names: give another --moe."
         )
     mixture = _mixture(config.model, moe, record)
+    levelled = getattr(_first_mixture(config.model).mlp.router, "levelled", None)
     if options.add:
+        if levelled and not options.level:
+            raise TransformError(
+                f"{moe.path} brings all experts after the first {levelled} to their level (LEVELLED), and the new one would be "
+                "too: give --level."
+            )
+        levelled = levelled or (mixture.experts if options.level else None)
         change = _addition(options, options.add, moe, record, mixture)
     else:
         change = _removal(config.model, str(options.remove), moe, record, mixture)
+        if levelled and options.remove in record["experts"][:levelled]:
+            levelled -= 1
     recipes = transformed_run.write(
         options.to,
         change.transform,
         change.sources,
         config=[
             f"EXPERTS = {len(change.record['experts'])}",
-            *([f"LEVELLED = {mixture.experts}"] if options.level else []),
+            *([] if levelled is None else [f"LEVELLED = {levelled or None}"]),
         ],
         gin_files=flags.gin_file,
         whole_config=flags.trust_config,

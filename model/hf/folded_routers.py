@@ -21,7 +21,7 @@ import numpy as np
 from espalier.model import layer_groups
 from espalier.model.hf.description import native_shapes
 from espalier.model.linear import Dense
-from espalier.model.moe import routing
+from espalier.model.protocol import MlpSettings
 from espalier.model.transformer import Transformer
 
 
@@ -52,8 +52,8 @@ def folded(model: Any) -> tuple[Any, dict[str, FoldedRouter]]:
     """Returns the model with each router that equals a linear one replaced by it, and {path of its kernel: that router}."""
     if not isinstance(model, Transformer):
         return model, {}
-    foldable = {i: _foldable(_mlp(model, i)) for i in range(model.config.num_layers)}
-    if not any(foldable.values()):
+    foldable = [_foldable(layer.mlp) for layer in model.layer_settings()]
+    if not any(foldable):
         return model, {}
     linear = model.clone(block=functools.partial(_block_with_linear_router, model.block))
     before, routers = native_shapes(model), {}
@@ -70,16 +70,9 @@ def folded(model: Any) -> tuple[Any, dict[str, FoldedRouter]]:
     return linear, routers
 
 
-def _mlp(model: Transformer, layer: int) -> Any:
-    kind = model.config.layer_kind(layer)
-    block: Any = model.block(config=model.config, kind=kind, name=f"block_{layer}")
-    return block.mlp(config=model.config, kind=kind, name="mlp")
-
-
-def _foldable(mlp: Any) -> Any:
+def _foldable(mlp: MlpSettings) -> Any:
     """Returns the router of an MLP if its class says that it amounts to a linear one; None otherwise."""
-    router = routing.router_of(mlp, parent=None) if hasattr(mlp, "router") else None
-    return router if getattr(router, "linear", False) else None
+    return mlp.router if getattr(mlp.router, "linear", False) else None
 
 
 def _block_with_linear_router(factory: Callable[..., Any], *, name: str, **passed: Any) -> Any:
@@ -90,4 +83,4 @@ def _block_with_linear_router(factory: Callable[..., Any], *, name: str, **passe
 
 def _mlp_with_linear_router(factory: Callable[..., Any], *, name: str, **passed: Any) -> Any:
     mlp = factory(**passed, name=None)
-    return mlp.copy(name=name, **({"router": Dense} if _foldable(mlp) else {}))
+    return mlp.copy(name=name, **({"router": Dense} if _foldable(mlp.settings) else {}))

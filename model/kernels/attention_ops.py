@@ -73,7 +73,7 @@ def dot_product_attention(
     Raises:
       ValueError: contradictory arguments, or an implementation that cannot express them.
     """
-    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, causal, window, implementation)
+    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, bias, causal, window, implementation)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
     if q_segments_BT is not None and kv_segments_BS is None:
         kv_segments_BS = q_segments_BT
@@ -259,13 +259,15 @@ def _same(q_segments_BT, kv_segments_BS) -> jax.Array | None:
     return (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
 
 
-def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> None:
+def _check(q, k, q_positions, kv_positions, bias, causal, window, implementation) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown attention implementation {implementation!r}: choose from {IMPLEMENTATIONS}."
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads.")
+    if bias is not None and bias.shape[1] != q.shape[2]:
+        raise ValueError(f"A bias of {bias.shape[1]} heads does not fit {q.shape[2]} query heads.")
     if (q_positions is None) != (kv_positions is None):
         raise ValueError("Give q_positions_BT and kv_positions_BS together or not at all.")
     if window is not None and window < 1:

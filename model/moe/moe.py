@@ -188,6 +188,7 @@ class MoeMlp(Counted):
             gated=True,
             experts=self.num_experts,
             top_k=self.top_k,
+            router=routing.router_of(self, parent=None),
             adapters=self.adapters,
         )
 

@@ -19,7 +19,7 @@ from espalier.model import rows
 from espalier.model.adapters.adapter import AdapterError
 
 COLUMN = "sentence_embeddings"  # of a batch
-_OF_INPUTS = re.compile(r"encoder/.*|.*/cross_attention/(key|value)")
+_OF_INPUTS = re.compile(r"(.*/)?encoder/.*|.*/cross_attention/(key|value)")
 
 
 class OfTokens(NamedTuple):

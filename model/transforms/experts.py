@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from espalier.model import layer_groups
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError
 
@@ -124,7 +125,7 @@ class Mixture:
 
     def slices(self, path: str) -> Literal["layers", "whole"]:
         """Returns the slices of an experts' array's recipe: "layers" if layers are stacked. See base.Recipe."""
-        return "layers" if self.scanned and path.startswith("layers/") else "whole"
+        return "layers" if self.scanned and layer_groups.BLOCK.fullmatch(path) else "whole"
 
 
 def expert_axis(path: str, shape: Sequence[int], mixture: Mixture) -> ExpertAxis | None:

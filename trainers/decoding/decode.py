@@ -72,7 +72,16 @@ def decode(
     keys_B: jax.Array,
     settings: Settings,
 ) -> tuple[Decoded, Any]:
-    """Runs `begin` and `advance` without a repetition penalty; returns new tokens and caches."""
+    """Runs `begin` and `advance`; returns new tokens and caches.
+
+    Raises:
+      ValueError: settings with beams or a repetition penalty, which only `Decoder` has.
+    """
+    if settings.beams or settings.sampling.repetition_penalty != 1:
+        raise ValueError(
+            "These continuations are made without beams and without a repetition penalty: remove Settings.beams and "
+            "Sampling.repetition_penalty."
+        )
     loop = begin(logits_BV, caches, lengths_B, active_B, keys_B, None, settings)
     until = jnp.int32(settings.max_new_tokens)
     loop = advance(model, params, policy, loop, until, jnp.zeros_like(active_B), settings)

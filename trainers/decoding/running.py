@@ -81,7 +81,7 @@ class RunningBatch:
 
     Args:
       model: a language model, layers scanned or unrolled. An encoder-decoder reads prompts as its inputs, each whole.
-      settings: `eos_ids` and `num_ids` are used, and `max_new_tokens` as the most of any row.
+      settings: `eos_ids` and `num_ids` are used; `join` has each row's own draw and number of tokens.
       sizes: numbers of rows that the batch may have, ascending; a prompt is read in the first.
       longest: maximum number of tokens of a prompt and its continuation together.
       decoder_start, sharding, cache_dtype: see `Decoder`.
@@ -89,10 +89,10 @@ class RunningBatch:
       prefill_chunk: tokens of a prompt that are read at a time; None for READ_AT_ONCE.
       prefix_bytes: bytes for keys and values of earlier prompts, so that what a prompt begins with is not read again; 0 for
         none. None for PREFIX_BYTES, or for none of an encoder-decoder.
-      most_steps: maximum of `advance`'s `count`.
+      most_steps: maximum of new tokens of a row in one `advance`.
 
     Raises:
-      ValueError: another policy, or an option that an encoder-decoder cannot obey.
+      ValueError: another policy, settings that are each row's own, or an option that an encoder-decoder cannot obey.
     """
 
     def __init__(
@@ -116,6 +116,12 @@ class RunningBatch:
                 f"The cache policy {type(policy).__name__} compresses each prompt for itself, and rows that join others keep "
                 "all tokens: remove cache_policy."
             )
+        defaults = Settings()
+        for name in ("sampling", "num_samples", "beams"):
+            if getattr(settings, name) != getattr(defaults, name):
+                raise ValueError(
+                    f"Settings.{name} has no effect in a running batch, whose rows have draws of their own: remove it."
+                )
         if model.row.encodes and (prefix_bytes or prefill_chunk is not None):
             raise ValueError(
                 "An encoder reads each prompt whole, and all of its tokens see one another: remove prefix_cache_bytes and "
@@ -151,11 +157,6 @@ class RunningBatch:
             "advance": jax.jit(self._advanced, donate_argnums=1),
         }
         self.prompt_tokens_read = 0
-
-    @property
-    def compiled(self) -> int:
-        """The number of programs that have been compiled."""
-        return sum(program._cache_size() for program in self._programs.values())
 
     @property
     def most_bytes(self) -> tuple[int, int, int]:
@@ -229,7 +230,7 @@ class RunningBatch:
             self._reading = None
 
     def advance(self, count: int, *, leave: bool = False) -> Mapping[Hashable, News]:
-        """Continues all rows by up to `count` tokens; with `leave`, only until the first ends. Returns what is new of each."""
+        """Continues all rows by up to `count` tokens, `most_steps` at most; with `leave`, only until the first ends. Returns what is new of each."""
         if not self._needs:
             return {}
         if not leave:
@@ -238,7 +239,11 @@ class RunningBatch:
                 self._fit(len(self._needs) + (self._reading is not None), 0)
         free_R = np.array([key is None for key in self._keys])
         self._rows, made = self._programs["advance"](
-            self._params, self._rows, free_R, np.int32(count), np.bool_(leave)
+            self._params,
+            self._rows,
+            free_R,
+            np.int32(min(count, self._most_steps)),
+            np.bool_(leave),
         )
         tokens_RC, log_probs_RC, counts_R, done_R = jax.device_get(made)
         news = {}
@@ -289,10 +294,14 @@ class RunningBatch:
         """Returns the shapes of the slots in which a prompt of so many tokens is read; none of an encoder."""
         if self._model.row.encodes:
             return []
-        length = _power(tokens)
+        length = self._room(tokens)
         if length not in self._shapes:
             self._shapes[length] = jax.eval_shape(lambda: self._row(length))
         return self._shapes[length]
+
+    def _room(self, tokens: int) -> int:
+        """Returns the number of slots in which a prompt of so many tokens is read."""
+        return min(_power(tokens), self._model.max_length or _power(tokens))
 
     def _read(self, prompt: Sequence[int], between: Callable[[], None]) -> Any:
         """Returns (logits_PV, caches, context) after a prompt, which is in every row."""
@@ -305,7 +314,7 @@ class RunningBatch:
         if whole:
             return found
         at = min(at, len(prompt) - 1)  # reading the last token gives the logits
-        length = _power(len(prompt))
+        length = self._room(len(prompt))
         if at:
             caches = self._programs["take prefix"](found[1], np.int32(at), length)
         else:

@@ -305,7 +305,8 @@ class LikelihoodScorer:
         (count, tail_length, length), size = program
         # Almost always enough for all targets, so that their number does not change the program.
         room = size * program.shape.tokens
-        length = length if self._max_length is None else min(length, self._max_length)
+        if self._max_length is not None:
+            length, tail_length = (min(x, self._max_length) for x in (length, tail_length))
         arrays = [*padded([reading.tokens for reading in batch], size, length)]
         if count:
             tails = [r.tails[k] if k < len(r.tails) else () for r in batch for k in range(count)]

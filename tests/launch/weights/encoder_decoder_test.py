@@ -110,3 +110,10 @@ def test_a_mixture_generates_what_it_scores(made, command, tmp_path, capsys):
     flags = [f"--checkpoint={run}", f"--to={merged}"]
     assert command("upcycle merge", *flags) == 2
     assert re.search("3 experts depend on the token", capsys.readouterr().err)
+
+
+def test_attention_experts_refuse_a_bias_of_positions(made, command, tmp_path, capsys):
+    flags = ["--method=bam", f"--experts={made()}", "--copies=2", f"--to={tmp_path / 'bam'}"]
+    assert command("upcycle", *flags) == 2
+    error = capsys.readouterr().err
+    assert "MixtureOfAttention supports no bias of positions" in error and "Traceback" not in error

@@ -434,6 +434,20 @@ def test_dropped_units_are_drawn_as_they_were_spread_and_all_others_stay():
         assert new.std() == pytest.approx(deviation, rel=0.05)
 
 
+def test_each_layer_of_an_encoder_drops_units_of_its_own():
+    path, kernel = "encoder/layers/block_0/mlp/up/kernel", np.zeros((3, 4, 8), np.float32)
+    kernel += np.arange(4, dtype=np.float32)[:, None]  # what is redrawn differs
+    mixture = Mixture(experts=2, scanned=True, drop_ratio=0.5)
+    sources = [Source(name, {path: kernel.shape}) for name in "ab"]
+    (recipe,) = base.plan(Upcycle(mixture), sources, {path: (3, 2, 4, 8)})
+    assert recipe.slices == "layers"
+    made = base.apply([recipe], lambda name, path: kernel)[path]
+    dropped_LEF = (made != kernel[:, None]).any(-2)
+    assert (dropped_LEF.sum(-1) == 4).all()
+    assert len({tuple(dropped_F) for dropped_F in dropped_LEF.reshape(6, 8)}) > 3
+    assert experts.expert_axis(path, kernel.shape, mixture) is None  # of a dense model
+
+
 def test_experts_of_a_sequential_model_go_to_mixtrals_layout(make, tmp_path):
     with np.load(GOLDENS / "mistral_0.npz") as case:
         config = json.loads(str(case["config"]))

@@ -459,3 +459,12 @@ def test_contradictions_are_errors(options, message):
         dot_product_attention(q, k, v, **options)
     with pytest.raises(ValueError, match="do not divide"):
         dot_product_attention(q[:, :, :3], k, v)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "xla", "blocked"])
+def test_a_bias_of_too_few_heads_is_refused(implementation):
+    q, k, v, _ = arrays(N=8, K=4)
+    with pytest.raises(ValueError, match="A bias of 4 heads does not fit 8 query heads"):
+        dot_product_attention(
+            q, k, v, bias=jnp.zeros((1, 4, 13, 13)), implementation=implementation
+        )

@@ -13,6 +13,7 @@ from espalier.model.adapters import adapter
 from espalier.model.adapters.adapter import AdapterError
 from espalier.model.attention import Attention, CrossAttention
 from espalier.model.config import TransformerConfig
+from espalier.model.heads.actor_critic import ActorCritic
 from espalier.model.mlp import GatedMlp
 from espalier.model.mov import sentence
 from espalier.model.mov.mov import Mov
@@ -87,6 +88,15 @@ def test_a_packed_example_is_routed_by_its_own_inputs(made):
     for token in (*found.inputs[0, :3], *found.targets[0, :2]):
         np.testing.assert_allclose(token, mean, rtol=1e-5, atol=1e-6)
     assert np.abs(found.targets[0, 2] - mean).max() > 0.01
+
+
+def test_an_encoder_below_another_head_is_routed_by_its_inputs_too(made):
+    """Inputs and targets have one length, and their examples begin at different places."""
+    model, params = made
+    batch = batch_of(([3, 4, 5], [6, 7]), ([8, 9], [12, 13, 14]))
+    want = frozen_forward(model, params, batch).log_probs_BT()
+    found = frozen_forward(ActorCritic(backbone=model), {"backbone": params}, batch)
+    np.testing.assert_allclose(found.log_probs_BT(), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("beams", [None, Beams(num_beams=2)])

@@ -2,13 +2,14 @@
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.trainers.decoding import policy_sampler
 from espalier.trainers.decoding.buckets import padded
 from espalier.trainers.decoding.policy_sampler import PolicySampler
 from espalier.trainers.decoding.sampling import Sampling
-from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.decoding.settings import Beams, Settings
 from tests.trainers.decoding.decode_test import PROMPTS, init, make
 
 SAMPLES = 4
@@ -42,3 +43,19 @@ def test_a_prompt_is_read_once_for_all_samples_of_its_group(monkeypatch):
     assert read == [len(prompts), len(prompts) * SAMPLES]
     assert shared == each and len({tuple(row) for row in shared}) > len(prompts)
     assert all(np.size(row) for row in shared)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(sampling=Sampling(repetition_penalty=1.3)),
+        Settings(beams=Beams(num_beams=2), max_new_tokens=2),
+    ],
+)
+def test_what_a_sampler_does_not_obey_is_refused(settings):
+    model = make()
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sampler = PolicySampler(model, settings, sharding=sharding, seed=3)
+    with pytest.raises(ValueError, match="remove Settings.beams and Sampling.repetition_penalty"):
+        sampler(init(model), *padded(PROMPTS[1:2], 1, 8), number=0)

@@ -10,14 +10,17 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.model.attention import Attention
+from espalier.model.embed import Positions
 from espalier.model.kv_cache import slots
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.transformer import Block
 from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.prefill import TooLargeError
 from espalier.trainers.decoding.prefixes import Prefixes
 from espalier.trainers.decoding.running import RunningBatch
-from espalier.trainers.decoding.settings import Draw, Sampling, Settings
+from espalier.trainers.decoding.settings import Beams, Draw, Sampling, Settings
 from tests.trainers.decoding.decode_test import PROMPTS, V, init, make
 
 SETTINGS = Settings(max_new_tokens=12, eos_ids=(3,))
@@ -69,6 +72,11 @@ def continued(batch, requests=REQUESTS, *, at_once=3, steps=2):
     while batch.keys:
         add(batch.advance(16))
     return [made[i] for i in range(len(requests))]
+
+
+def compiled(batch):
+    """The number of compiled programs."""
+    return sum(program._cache_size() for program in batch._programs.values())
 
 
 def check(found, want):
@@ -161,9 +169,9 @@ def test_nothing_is_compiled_once_the_shapes_are_known(batch):
             continued(batch, requests[::-1], steps=3 + seed)
 
     work(0)
-    before = batch.compiled
+    before = compiled(batch)
     work(1)
-    assert batch.compiled == before
+    assert compiled(batch) == before
     # A program for one row and one for three, of 64 slots.
     assert batch._programs["advance"]._cache_size() == 2
 
@@ -199,6 +207,20 @@ def test_on_two_devices_as_on_one(model, params, alone):
     check(found, alone())
 
 
+def test_a_prompt_that_fits_the_learned_positions_is_read():
+    """18 tokens would be padded to 32, more than the table has."""
+    model = make(
+        num_layers=1,
+        position_embed=functools.partial(Positions, num_positions=24),
+        block=functools.partial(Block, attention=functools.partial(Attention, rope=None)),
+    )
+    params, prompt = init(model), [*range(4, 22)]
+    settings = dataclasses.replace(SETTINGS, max_new_tokens=6)
+    want = Decoder(model, params, settings, batch_size=1)([prompt])
+    batch = make_batch(model, params, sizes=(1,), longest=24, prefill_chunk=None)
+    check(continued(batch, [(prompt, 6, 0.0)]), [(want[0], 6)])
+
+
 def test_an_encoder_decoder_reads_inputs_of_every_length():
     model = EncoderDecoder(config=dataclasses.replace(make().config, layer_pattern=("full",)))
     tokens = jnp.zeros((1, 4), jnp.int32)
@@ -219,6 +241,19 @@ def test_what_a_running_batch_cannot_do_is_refused_by_name(model, params):
         make_batch(model, params, prefix_bytes=-1)
     with pytest.raises(ValueError, match="prefill_chunk = 0"):
         make_batch(model, params, prefill_chunk=0)
+    for own in ({"sampling": Sampling()}, {"beams": Beams(num_beams=2)}):
+        with pytest.raises(ValueError, match="has no effect in a running batch"):
+            RunningBatch(model, params, Settings(**own), sizes=(1,), longest=8)
+
+
+def test_a_row_has_no_more_new_tokens_at_a_time_than_there_is_room_for(batch):
+    def tokens(*counts):
+        batch.join("a", PROMPTS[1], Draw(seed=0, temperature=0.0), 40)
+        news = [batch.advance(count)["a"].tokens for count in counts]
+        batch.leave("a")
+        return news
+
+    assert tokens(19, 16) == tokens(16, 16)
 
 
 def test_a_row_that_has_no_memory_leaves_the_others_as_they_are(batch, monkeypatch):

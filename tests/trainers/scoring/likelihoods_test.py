@@ -1,5 +1,6 @@
 """Log-likelihoods against a log-softmax in float64, whatever shares a batch or a row."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
 from espalier.model.transformer import Transformer
 from espalier.trainers.scoring import likelihoods
 from espalier.trainers.scoring.likelihoods import LikelihoodScorer
@@ -86,6 +88,21 @@ def test_likelihoods_equal_a_log_softmax_in_float64(
         assert found[i].log_prob == pytest.approx(log_prob, abs=1e-5)
         assert found[i].greedy is greedy
     assert any(found[i].greedy for i in found) and not all(found[i].greedy for i in found)
+
+
+def test_continuations_that_fit_the_learned_positions_are_read_after_their_context(
+    model, monkeypatch
+):
+    """17 tokens that follow 3 others are rounded to 24, more than the table has."""
+    limited = model.clone(position_embed=functools.partial(Positions, num_positions=20))
+    init = jax.jit(lambda key: limited.init(key, jnp.zeros((1, 4), jnp.int32)))
+    params = nn.meta.unbox(init(jax.random.key(0)))["params"]
+    rows = [Row(context=[3, 9, 1], targets=[*range(n, n + 18)]) for n in (4, 5)]
+    whole = dict(LikelihoodScorer(limited, params, batch_tokens=64).stream(rows))
+    monkeypatch.setattr(likelihoods, "_WORTH_SHARING", 3)
+    shared = dict(LikelihoodScorer(limited, params, batch_tokens=64).stream(rows))
+    for i in (0, 1):
+        assert shared[i].log_prob == pytest.approx(whole[i].log_prob, abs=1e-5)
 
 
 def test_what_reads_the_same_is_read_once(rows):

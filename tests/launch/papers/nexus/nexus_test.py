@@ -35,11 +35,10 @@ EVERYTHING = ("--attention_experts", "--shared_kv", "--expert_scale=2", "--drop_
 
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory):
-    """A file of embeddings of three domains."""
+    """A file of embeddings of five domains."""
     rng = np.random.default_rng(0)
-    raws = {
-        name: domain_embeddings.Raw(rng.normal(size=M), 1, None) for name in ("code", "law", "math")
-    }
+    names = ("code", "law", "math", "art", "news")
+    raws = {name: domain_embeddings.Raw(rng.normal(size=M), 1, None) for name in names}
     path = tmp_path_factory.mktemp("domains") / "domains.json"
     domain_embeddings.write(domain_embeddings.create(path, {"kind": "random", "dim": M}, raws))
     return str(path)
@@ -326,6 +325,32 @@ def test_a_levelled_expert_has_the_same_parameters_and_another_logit(
     assert extend(linear, "--add", math, "--level", to="linear3") == 2
     assert "is no projection: remove --level" in capsys.readouterr().err
     assert extend(plain, "--remove", "math", "--level", to="without") == 2
+
+
+def expert_vectors(run):
+    """The vectors [E, D] of the first layer's experts, levelled as the run says."""
+    model, params = loaded(run)
+    own = jax.tree.map(lambda x: x[0], params["layers"]["block_0"]["mlp"]["router"])
+    router = model.layer_settings()[0].mlp.router
+    return np.asarray(router.apply({"params": own}, jnp.eye(16))).T
+
+
+def test_levelled_experts_stay_levelled_where_others_come_and_go(make, extend, branches, capsys):
+    seed, *_, math = branches.folders
+    three = make(names=("code", "law", "math"))
+    four = extend(three, "--add", f"art={seed}", "--level", to="nexus4")
+    five = extend(four, "--add", f"news={math}", "--level", to="nexus5")
+    want = expert_vectors(five)
+    np.testing.assert_allclose(want[:4], expert_vectors(four), rtol=0, atol=1e-6)
+    later = expert_vectors(extend(five, "--remove", "news", to="later"))
+    np.testing.assert_allclose(later, want[:4], rtol=0, atol=1e-6)
+    # A vector that is as far from the mean of two others as they are, and on their line, is one of them.
+    early = expert_vectors(extend(five, "--remove", "code", to="early"))
+    np.testing.assert_allclose(early[:2], want[1:3], rtol=0, atol=1e-6)
+    apart = np.abs(early[2:, None] - early[None, :2]).max(-1).min(-1)
+    np.testing.assert_allclose(apart, 0, atol=1e-5)
+    assert extend(four, "--add", f"news={math}", to="raw") == 2
+    assert "the new one would be too: give --level" in capsys.readouterr().err
 
 
 def test_an_expert_that_no_token_chooses_changes_nothing_and_taken_away_leaves_what_was(
