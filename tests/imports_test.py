@@ -20,18 +20,18 @@ PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # How large the house may be. A number that falls is lowered here; one that has to rise needs a reason in its commit.
 # Files and lines of the project that an import of the module reads, itself included.
 CLOSURES = {
-    "trainers.step": (7, 769),
-    "trainers.recipe": (41, 5_688),
-    "model.transformer": (27, 4_468),
-    "launch.train": (92, 17_486),
+    "trainers.step": (7, 775),
+    "trainers.recipe": (41, 5_707),
+    "model.transformer": (27, 4_475),
+    "launch.train": (92, 17_561),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
-    "espalier": (14, 1_965),
-    "model": (103, 17_628),
-    "trainers": (115, 19_894),
-    "data": (133, 25_989),
-    "launch": (314, 68_895),
+    "espalier": (14, 1_968),
+    "model": (103, 17_637),
+    "trainers": (115, 19_989),
+    "data": (133, 26_021),
+    "launch": (314, 68_996),
 }
 # Files of a folder, without __init__.py: of any, and of these.
 FOLDER = 15
