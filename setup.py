@@ -118,13 +118,11 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3.1",
         "pytest-xdist>=3.6.1",
-        "zstandard>=0.23",
         "ruff>=0.12",
         "mypy>=1.15",
         "pre-commit>=4",
         "detect-secrets>=1.5",
         "codespell>=2.4",
-        "psutil>=6",
         "kubernetes-validate>=1.35",
         *TEXT,
         *EVAL,
@@ -143,16 +141,6 @@ EXTRAS = {
         "flask>=3",  # of moto's server
         "flask-cors>=6",
         "gcp-storage-emulator>=2026.7",
-    ],
-    # Reference implementations, for goldens and benchmarks only; never imported by the project.
-    "peers": [
-        "torch>=2.4",
-        "transformers>=5.0",
-        "kronfluence>=1.0.1",
-        "bergson>=2.5",
-        "datasets>=5.2",
-        "datatrove>=0.10",
-        "orjson>=3.10",  # of datatrove's reader
     ],
 }
 

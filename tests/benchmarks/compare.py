@@ -219,7 +219,10 @@ def contended(reports: Mapping[str, Sequence[Report]]) -> bool:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """Returns the median of numerator / denominator over pairs, with a 95 % bootstrap interval."""
+    """Returns the median of numerator / denominator over pairs, with a 95 % bootstrap interval.
+
+    Of up to five pairs the interval is their range, which has the true median in it with a probability of 1 - 2^(1-n).
+    """
     ratios = np.asarray(numerators, np.float64) / np.asarray(denominators, np.float64)
     draws = np.random.default_rng(0).choice(ratios, (10_000, ratios.size))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])

@@ -1,6 +1,6 @@
 """TRL's side of the benchmarks `dpo` and `sft`; runs under .venv-peers, never imported by the project.
 
-  .venv-peers/bin/python -P tests/benchmarks/torch/trl_torch.py dpo|sft FOLDER STEPS
+  .venv-peers/bin/python -P tests/benchmarks/torch/trl_torch.py dpo|sft FOLDER STEPS [PACKING]
 
 Reads FOLDER, written by dpo.py or sft.py, and prints one line of JSON.
 """
@@ -49,10 +49,14 @@ def dpo(case: dict, options: dict, **parts):
     return trainer
 
 
-def sft(case: dict, options: dict, **parts):
+def sft(case: dict, options: dict, packing: str, **parts):
     """Returns the trainer of conversations, which are packed."""
     arguments = trl.SFTConfig(
-        **options, max_length=case["length"], packing=True, assistant_only_loss=True
+        **options,
+        max_length=case["length"],
+        packing=True,
+        packing_strategy=packing,
+        assistant_only_loss=True,
     )
     return trl.SFTTrainer(args=arguments, **parts)
 
@@ -60,7 +64,7 @@ def sft(case: dict, options: dict, **parts):
 TRAINERS = {"dpo": (dpo, "pairs.jsonl"), "sft": (sft, "chats.jsonl")}
 
 
-def main(method: str, folder: str, steps: int) -> None:
+def main(method: str, folder: str, steps: int, *packing: str) -> None:
     make, name = TRAINERS[method]
     with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
         case = json.load(file)
@@ -91,7 +95,7 @@ def main(method: str, folder: str, steps: int) -> None:
             "dataloader_pin_memory": False,
         }
         parts = {"model": model, "train_dataset": rows, "processing_class": tokenizer}
-        trainer = make(case, options, **parts)
+        trainer = make(case, options, *packing, **parts)
         trainer.add_callback(recorder)
         set_up = time.perf_counter() - began
         trainer.train()
@@ -109,4 +113,4 @@ def main(method: str, folder: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
