@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -164,6 +165,55 @@ def test_a_copy_is_read_again_only_if_its_object_changed(store):
     assert pathlib.Path(copy, "sub", "b").read_bytes() == b"3"
     with pytest.raises(FileNotFoundError, match="no such object or folder"):
         mirror.local(f"{store.address}/nothing")
+
+
+def test_a_copy_of_some_files_leaves_the_copies_of_the_others(store):
+    base = f"{store.address}/model"
+    for name in ("config.json", "model.safetensors", "more/x.safetensors"):
+        paths.write(f"{base}/{name}", name.encode())
+    copy = mirror.local(base)
+    store.requests.clear()
+    mirror.local(base, without=("more",), suffixes=(".json",))
+    mirror.local(base)
+    assert not [path for _, path in store.requests if path.endswith(("config.json", "safetensors"))]
+    assert pathlib.Path(copy, "more", "x.safetensors").read_bytes() == b"more/x.safetensors"
+    paths.delete(f"{base}/model.safetensors", f"{base}/more/x.safetensors")
+    mirror.local(base, suffixes=(".json",))
+    assert [name for _, _, names in os.walk(copy) for name in names] == ["config.json"]
+
+
+class _SlowClient:
+    """A client whose first reader of an object waits until `go_on`."""
+
+    def __init__(self):
+        self.started, self.go_on = threading.Event(), threading.Event()
+
+    def get_file(self, address, target):
+        if not self.started.is_set():
+            self.started.set()
+            assert self.go_on.wait(30)
+        pathlib.Path(target).write_bytes(b"{}")
+
+
+def test_processes_that_copy_the_same_files_at_once_all_succeed(tmp_path, monkeypatch):
+    monkeypatch.setenv(mirror.COPIES, str(tmp_path))
+    client = _SlowClient()
+    monkeypatch.setattr(paths, "entries", lambda *_: {"tokenizer.json": paths.Entry(2, "1")})
+    monkeypatch.setattr(paths, "exists", lambda _: False)
+    monkeypatch.setattr(paths, "filesystem", lambda _: client)
+    left = tmp_path / "copies" / "gs" / "bucket" / "model" / "x.0123.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"{")
+    os.utime(left, (0, 0))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(mirror.local, "gs://bucket/model")
+        assert client.started.wait(30)
+        try:
+            copy = mirror.local("gs://bucket/model")
+        finally:
+            client.go_on.set()
+        assert first.result() == copy
+    assert os.listdir(copy) == ["tokenizer.json"]  # not the half copy of a process that was killed
 
 
 def test_an_object_that_is_replaced_after_it_was_listed_is_copied(store, monkeypatch):
