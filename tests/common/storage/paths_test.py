@@ -145,6 +145,36 @@ def test_the_lock_of_a_dead_process_of_another_host_is_taken_and_the_old_one_not
     new.close()
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_lock_that_was_taken_and_given_back_is_lost(store, again):
+    address = f"{store.address}/run"
+    old = lock.StoreLock(address, beat_seconds=3600)  # like a process that is suspended
+    lock.StoreLock(address, beat_seconds=0.1, stale_seconds=0.2).close()
+    new = lock.StoreLock(address, beat_seconds=3600) if again else None
+    old._beat_seconds = 0.0
+    threading.Thread(target=old._beat, daemon=True).start()
+    until = time.monotonic() + 30
+    while old._lost is None and time.monotonic() < until:
+        time.sleep(0.01)
+    with pytest.raises(lock.LostLockError, match="has taken this run"):
+        old.check()
+    old.close()
+    assert paths.names(address) == ([".lock.1"] if again else [])
+    if new is not None:
+        assert new._is_held()
+        new.close()
+
+
+def test_the_lock_of_another_process_is_not_given_back(store):
+    address = f"{store.address}/run"
+    old = lock.StoreLock(address, beat_seconds=3600)
+    lock.StoreLock(address, beat_seconds=0.1, stale_seconds=0.2).close()
+    new = lock.StoreLock(address, beat_seconds=3600)
+    old.close()
+    assert paths.names(address) == [".lock.1"]
+    new.close()
+
+
 def test_a_copy_is_read_again_only_if_its_object_changed(store):
     base = f"{store.address}/set"
     paths.write(f"{base}/a", b"1")
