@@ -107,6 +107,33 @@ def test_a_store_that_refuses_says_so_and_shows_no_secret(store):
         assert "hush" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Cannot connect to host; GET gs://b/runs/a/checkpoints/4030/params",
+        "GET https://h/b/o/runs%2F403/permission-credentials timed out",
+        "Timeout of b/runs/403/params",
+        "Timeout of runs/a-401",
+    ],
+)
+def test_words_and_numbers_in_keys_are_no_refusal(message):
+    error = paths._error("gs://b/runs/403", ConnectionError(message))
+    assert "the store failed or cannot be reached" in str(error) and message in str(error)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "403, message='', url='http://h/b/x'",
+        "An error occurred (403) when calling the HeadObject operation",
+        "Error reading gs://b/x: HTTP response code: 401.",
+        "<Error xmlns='http://h/2006-03-01'><Code>AccessDenied</Code>",
+    ],
+)
+def test_a_refusal_is_recognised(message):
+    assert "the store refuses" in str(paths._error("gs://b/x", OSError(message)))
+
+
 def test_requests_that_fail_now_and_then_are_tried_again(store):
     numbers = itertools.count()
     store.fault = lambda method, path: 503 if next(numbers) % 3 == 0 else None
