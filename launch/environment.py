@@ -1,5 +1,6 @@
 """The process environment, the same for all commands, which is set before jax starts; and the record of a process."""
 
+import contextlib
 import datetime
 import glob
 import importlib.util
@@ -129,12 +130,15 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """Returns the repository's commit and whether files differ from it; None outside of git."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+    """Returns the commit of Espalier's repository and whether files differ from it; None if ROOT is not its root.
+
+    A package that is installed in a folder of another repository is outside of git.
+    """
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        root, _, commit = _git("rev-parse", "--show-toplevel", "HEAD").rpartition("\n")
+        if os.path.realpath(root) == ROOT:
+            return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+    return {"commit": None, "dirty": None}
 
 
 def _git(*arguments: str) -> str:

@@ -2,7 +2,8 @@
 
 The lock is an object, `<address>/.lock.<number>`, which is created only if it is not there. Its holder writes it again every
 few seconds. A lock that does not change for a while is of a process that was killed: the next one creates the following
-number. A holder that finds a higher number has lost the lock (it was cut off for longer than that) and must not write.
+number. A holder that finds a higher number, or its own object gone, has lost the lock (it was cut off for longer than that)
+and must not write.
 Clocks of hosts are not compared: whoever waits measures with its own.
 """
 
@@ -81,11 +82,11 @@ class StoreLock:
         """Gives the lock back."""
         self._closed.set()
         self._thread.join()
-        if self._lost is None:
-            try:
+        try:
+            if self._lost is None and self._is_held():
                 paths.delete(self._name(self._number))
-            except paths.StoreError as error:
-                _log.warning("%s The lock counts as left after %.0f s.", error, STALE_SECONDS)
+        except paths.StoreError as error:
+            _log.warning("%s The lock counts as left after %.0f s.", error, STALE_SECONDS)
 
     def _name(self, number: int) -> str:
         return paths.join(self._address, f".lock.{number}")
@@ -125,11 +126,17 @@ class StoreLock:
             time.sleep(min(1.0, self._beat_seconds))
         return set(numbers)
 
+    def _is_held(self) -> bool:
+        """Returns whether no other process has taken the lock, also one that has given it back since; notes the holder."""
+        last = self._read(max([self._number, *self._numbers()]))
+        if last.get("token") != self._content["token"]:
+            self._lost = _holder(last)
+        return self._lost is None
+
     def _beat(self) -> None:
         while not self._closed.wait(self._beat_seconds):
             try:
-                if above := [number for number in self._numbers() if number > self._number]:
-                    self._lost = _holder(self._read(max(above)))
+                if not self._is_held():
                     return
                 paths.write(self._name(self._number), self._next())
             except (

@@ -12,7 +12,8 @@ import pathlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 
 from espalier.common import files
 from espalier.common.storage import paths
@@ -21,6 +22,7 @@ COPIES = "ESPALIER_COPIES"
 _CACHE = "ESPALIER_CACHE"  # data/cache/cache_dir.py; an address there is not a folder
 _THREADS = 8
 _TRIES = 5  # of copying one object
+_LEFT_SECONDS = 86_400.0  # after which a half copy that does not grow is of a killed process
 
 
 def folder() -> str:
@@ -59,24 +61,24 @@ def local(
     target = place(address)
     if paths.split(address)[2] and paths.exists(address):
         parent, name = address.rpartition("/")[::2]
-        _pull(parent, os.path.dirname(target), {name: paths.entry(address)}, prune=False)
+        _pull(parent, os.path.dirname(target), {name: paths.entry(address)})
         return target
-    objects = _wanted(address, without)
-    objects = {name: entry for name, entry in objects.items() if name.endswith(suffixes)}
+    stored = paths.entries(address)
+    wanted = _wanted(stored, without)
+    objects = {name: entry for name, entry in wanted.items() if name.endswith(suffixes)}
     if not objects:
         raise FileNotFoundError(f"{address}: there is no such object or folder.")
-    _pull(address, target, objects, prune=True)
+    _pull(address, target, objects, kept=stored)  # what others have asked for stays
     return target
 
 
 def copy_to(address: str, target: str) -> None:
     """Copies all objects below an address into a new local folder; raises StoreError."""
-    _pull(paths.absolute(address), target, _wanted(address, ()), prune=False)
+    _pull(paths.absolute(address), target, _wanted(paths.entries(address), ()))
     os.unlink(_index_path(target))
 
 
-def _wanted(address: str, without: Sequence[str], beginning: str = "") -> dict[str, paths.Entry]:
-    objects = paths.entries(address, beginning)
+def _wanted(objects: dict[str, paths.Entry], without: Sequence[str]) -> dict[str, paths.Entry]:
     return {
         name: entry
         for name, entry in objects.items()
@@ -102,9 +104,21 @@ def _state(path: str) -> list[int]:
 
 
 def _pull(
-    address: str, target: str, objects: dict[str, paths.Entry], *, prune: bool
+    address: str,
+    target: str,
+    objects: dict[str, paths.Entry],
+    *,
+    kept: Collection[str] | None = None,
 ) -> dict[str, list]:
-    """Copies changed objects into a folder; returns {name: [version, size, time]} of its files."""
+    """Copies changed objects into a folder; returns {name: [version, size, time]} of these.
+
+    Args:
+      address: where the objects are.
+      target: the folder.
+      objects: those that are copied, by their names.
+      kept: the names of the files that stay in the folder, with half copies that other processes may be writing; by default
+        all files stay.
+    """
     index = _read_index(target)
 
     def copy(item: tuple[str, paths.Entry]) -> tuple[str, list]:
@@ -119,14 +133,21 @@ def _pull(
     os.makedirs(target, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         copied = dict(pool.map(copy, objects.items()))
-    if prune:
+    if kept is not None:
         for path in list(_files(target)):
-            if os.path.relpath(path, target) not in objects:
-                os.unlink(path)
-    text = json.dumps({**({} if prune else index), **copied})
+            with contextlib.suppress(FileNotFoundError):  # another process deletes the same files
+                if os.path.relpath(path, target) not in kept and not _is_growing(path):
+                    os.unlink(path)
+        index = {name: state for name, state in index.items() if name in kept}
+    text = json.dumps({**index, **copied})
     # Without an index everything is copied again.
     files.write(_index_path(target), text, synced=False, shared=True)
     return copied
+
+
+def _is_growing(path: str) -> bool:
+    """Returns whether a file is a half copy that a process may be writing."""
+    return path.endswith(".partial") and time.time() - os.stat(path).st_mtime < _LEFT_SECONDS
 
 
 def _get(address: str, path: str, size: int) -> None:
@@ -205,6 +226,8 @@ class Mirror:
     ):
         """Makes the folder, with the files that are below the address now, and no others.
 
+        Half copies that a killed process left within the last day stay; they are never pushed.
+
         Args:
           address: where the files are.
           writer: whether this process writes.
@@ -218,8 +241,8 @@ class Mirror:
         self._lock = threading.Lock()
         if not writer:
             shutil.rmtree(self.path, ignore_errors=True)
-        wanted = _wanted(self.address, without, beginning)
-        pulled = _pull(self.address, self.path, wanted, prune=True)
+        wanted = _wanted(paths.entries(self.address, beginning), without)
+        pulled = _pull(self.address, self.path, wanted, kept=wanted)
         self._copied = {name: state[1:] for name, state in pulled.items()}
 
     def push_file(self, name: str) -> None:

@@ -34,10 +34,9 @@ _REFUSED = (
     "forbidden",
     "invalidaccesskeyid",
     "signaturedoesnotmatch",
-    "401",
-    "403",
     "permission",
 )
+_REFUSED_STATUS = r"(?<![\w/.-])40[13](?![\w/-])"  # of HTTP; not a part of a key
 _NO_CREDENTIALS = ("credentials", "reauthentication")
 _REMEDIES = {
     "gs": "gcloud auth application-default login, GOOGLE_APPLICATION_CREDENTIALS=FILE, or the machine's service account",
@@ -168,12 +167,12 @@ def _error(address: str, error: Exception) -> StoreError:
     # The addresses in messages may have signatures in their parameters.
     text = re.sub(r"\?\S+", "?...", (str(error).splitlines() or [""])[0])[:200]
     reason = f"{type(error).__name__}: {text}".rstrip(": ")
-    lower = reason.lower()
+    lower = re.sub(r"\w+://[^\s<>'\"]+", "", reason.lower())  # keys may hold any words
     if any(word in lower for word in _NO_CREDENTIALS):
         return StoreError(
             f"{address}: there are no credentials ({reason}). Give them by {_REMEDIES[scheme]}."
         )
-    if any(word in lower for word in _REFUSED):
+    if any(word in lower for word in _REFUSED) or re.search(_REFUSED_STATUS, lower):
         return StoreError(
             f"{address}: the store refuses ({reason}). Let these credentials list, read, write and delete in the bucket, or "
             f"use others: {_REMEDIES[scheme]}."

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -106,6 +107,33 @@ def test_a_store_that_refuses_says_so_and_shows_no_secret(store):
         assert "hush" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Cannot connect to host; GET gs://b/runs/a/checkpoints/4030/params",
+        "GET https://h/b/o/runs%2F403/permission-credentials timed out",
+        "Timeout of b/runs/403/params",
+        "Timeout of runs/a-401",
+    ],
+)
+def test_words_and_numbers_in_keys_are_no_refusal(message):
+    error = paths._error("gs://b/runs/403", ConnectionError(message))
+    assert "the store failed or cannot be reached" in str(error) and message in str(error)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "403, message='', url='http://h/b/x'",
+        "An error occurred (403) when calling the HeadObject operation",
+        "Error reading gs://b/x: HTTP response code: 401.",
+        "<Error xmlns='http://h/2006-03-01'><Code>AccessDenied</Code>",
+    ],
+)
+def test_a_refusal_is_recognised(message):
+    assert "the store refuses" in str(paths._error("gs://b/x", OSError(message)))
+
+
 def test_requests_that_fail_now_and_then_are_tried_again(store):
     numbers = itertools.count()
     store.fault = lambda method, path: 503 if next(numbers) % 3 == 0 else None
@@ -144,6 +172,36 @@ def test_the_lock_of_a_dead_process_of_another_host_is_taken_and_the_old_one_not
     new.close()
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_lock_that_was_taken_and_given_back_is_lost(store, again):
+    address = f"{store.address}/run"
+    old = lock.StoreLock(address, beat_seconds=3600)  # like a process that is suspended
+    lock.StoreLock(address, beat_seconds=0.1, stale_seconds=0.2).close()
+    new = lock.StoreLock(address, beat_seconds=3600) if again else None
+    old._beat_seconds = 0.0
+    threading.Thread(target=old._beat, daemon=True).start()
+    until = time.monotonic() + 30
+    while old._lost is None and time.monotonic() < until:
+        time.sleep(0.01)
+    with pytest.raises(lock.LostLockError, match="has taken this run"):
+        old.check()
+    old.close()
+    assert paths.names(address) == ([".lock.1"] if again else [])
+    if new is not None:
+        assert new._is_held()
+        new.close()
+
+
+def test_the_lock_of_another_process_is_not_given_back(store):
+    address = f"{store.address}/run"
+    old = lock.StoreLock(address, beat_seconds=3600)
+    lock.StoreLock(address, beat_seconds=0.1, stale_seconds=0.2).close()
+    new = lock.StoreLock(address, beat_seconds=3600)
+    old.close()
+    assert paths.names(address) == [".lock.1"]
+    new.close()
+
+
 def test_a_copy_is_read_again_only_if_its_object_changed(store):
     base = f"{store.address}/set"
     paths.write(f"{base}/a", b"1")
@@ -164,6 +222,55 @@ def test_a_copy_is_read_again_only_if_its_object_changed(store):
     assert pathlib.Path(copy, "sub", "b").read_bytes() == b"3"
     with pytest.raises(FileNotFoundError, match="no such object or folder"):
         mirror.local(f"{store.address}/nothing")
+
+
+def test_a_copy_of_some_files_leaves_the_copies_of_the_others(store):
+    base = f"{store.address}/model"
+    for name in ("config.json", "model.safetensors", "more/x.safetensors"):
+        paths.write(f"{base}/{name}", name.encode())
+    copy = mirror.local(base)
+    store.requests.clear()
+    mirror.local(base, without=("more",), suffixes=(".json",))
+    mirror.local(base)
+    assert not [path for _, path in store.requests if path.endswith(("config.json", "safetensors"))]
+    assert pathlib.Path(copy, "more", "x.safetensors").read_bytes() == b"more/x.safetensors"
+    paths.delete(f"{base}/model.safetensors", f"{base}/more/x.safetensors")
+    mirror.local(base, suffixes=(".json",))
+    assert [name for _, _, names in os.walk(copy) for name in names] == ["config.json"]
+
+
+class _SlowClient:
+    """A client whose first reader of an object waits until `go_on`."""
+
+    def __init__(self):
+        self.started, self.go_on = threading.Event(), threading.Event()
+
+    def get_file(self, address, target):
+        if not self.started.is_set():
+            self.started.set()
+            assert self.go_on.wait(30)
+        pathlib.Path(target).write_bytes(b"{}")
+
+
+def test_processes_that_copy_the_same_files_at_once_all_succeed(tmp_path, monkeypatch):
+    monkeypatch.setenv(mirror.COPIES, str(tmp_path))
+    client = _SlowClient()
+    monkeypatch.setattr(paths, "entries", lambda *_: {"tokenizer.json": paths.Entry(2, "1")})
+    monkeypatch.setattr(paths, "exists", lambda _: False)
+    monkeypatch.setattr(paths, "filesystem", lambda _: client)
+    left = tmp_path / "copies" / "gs" / "bucket" / "model" / "x.0123.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"{")
+    os.utime(left, (0, 0))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(mirror.local, "gs://bucket/model")
+        assert client.started.wait(30)
+        try:
+            copy = mirror.local("gs://bucket/model")
+        finally:
+            client.go_on.set()
+        assert first.result() == copy
+    assert os.listdir(copy) == ["tokenizer.json"]  # not the half copy of a process that was killed
 
 
 def test_an_object_that_is_replaced_after_it_was_listed_is_copied(store, monkeypatch):
