@@ -5,12 +5,15 @@
 # make faults:     the faults of docs/evidence/reliability.md, made again; ARGS=--sample makes a few of each row.
 # make docs:       the documentation as a site, build/docs/html/index.html; a warning is an error.
 # Other versions: PYTHON=python3.13, VENV=.venv-new, CONSTRAINTS=constraints/minimum.txt (or empty, for the newest).
-PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
+# INSTALLED, and PYTHON, CONSTRAINTS and EXTRAS as they were: a variable that is not given keeps its value.
+-include $(VENV)/.settings
+PYTHON ?= python3
+CONSTRAINTS ?= constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 3
 EXTRAS ?= test,test_stores
+ASKED := $(PYTHON) $(CONSTRAINTS) $(EXTRAS)
 RECORDED := (/goldens/|^docs/reproductions/|\.(svg|png|json|jsonl)$$)
 
 .PHONY: help venv quickstart test smoke wheel test-tpu test-pretrained beam test-beam bench bench-smoke faults docs docs-packages lint audit peers peers-kvpress peers-lm-eval xmanager clean
@@ -23,13 +26,24 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py $(wildcard $(CONSTRAINTS))
 	$(call install,$(EXTRAS))
+	@printf '%s\n' 'INSTALLED := $(ASKED)' 'PYTHON ?= $(PYTHON)' 'CONSTRAINTS ?= $(CONSTRAINTS)' 'EXTRAS ?= $(EXTRAS)' >$(VENV)/.settings
+
+# Asked for with other values than it has; an environment without .settings is the user's own.
+ifneq ($(or $(INSTALLED),$(ASKED)),$(ASKED))
+.PHONY: $(VENV)/.installed
+endif
 
 # What the quickstart needs, if nothing is installed yet.
 $(VENV)/.quickstart: setup.py $(wildcard $(CONSTRAINTS))
 	$(call install,data)
 
+# `-m venv` leaves the links to another Python as they are.
+WHICH := import sys; print(sys.base_prefix, sys.version)
+
 define install
 	@$(PYTHON) -c 'import sys; sys.exit("Espalier needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	@test ! -e $(BIN)/python || test "$$($(BIN)/python -c '$(WHICH)')" = "$$($(PYTHON) -c '$(WHICH)')" || \
+	  { echo "$(VENV) has another Python than $(PYTHON): remove it, or give another VENV."; exit 1; }
 	@echo "Installing into $(VENV): some minutes, most of them for downloads."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip

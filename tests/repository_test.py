@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -119,6 +120,53 @@ def test_the_supported_versions_are_those_that_are_tested(packaging):
         names = ("jax", "flax", "orbax-checkpoint", "numpy", "tensorflow")
         cells = " | ".join([python, *(versions[name] for name in names)])
         assert f"| {cells} |" in page, cells
+
+
+# `python -m venv FOLDER`, with a pip that only writes what it is asked for; else this Python.
+PYTHON = """#!/bin/sh
+[ "$1" = -m ] || exec {python} "$@"
+mkdir -p "$3/bin" && ln -sf {python} "$3/bin/python"
+echo '#!/bin/sh' >"$3/bin/pip" && echo 'echo "$@" >>pip.log' >>"$3/bin/pip" && chmod +x "$3/bin/pip"
+"""
+
+
+def test_make_installs_again_what_is_asked_for_and_only_then(tmp_path):
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
+    python, other = tmp_path / "python", tmp_path / "other"
+    python.write_text(PYTHON.format(python=sys.executable))
+    other.write_text("#!/bin/sh\ncase $2 in *version_info*) exit 0;; *) echo another;; esac\n")
+    for file in (python, other):
+        file.chmod(0o755)
+    own = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "EXTRAS", "CONSTRAINTS")}
+
+    def make(*words):
+        """What make says, and what pip is asked to install."""
+        log = tmp_path / "pip.log"
+        log.unlink(missing_ok=True)
+        done = subprocess.run(
+            ["make", *words], cwd=tmp_path, env=own, capture_output=True, text=True, timeout=120
+        )
+        asked = log.read_text().splitlines()[1:] if log.exists() else []
+        return done.stdout + done.stderr, asked
+
+    pinned = f"install -c constraints/py{sys.version_info[0]}{sys.version_info[1]}.txt -e "
+    assert make("venv", f"PYTHON={python}")[1] == [f"{pinned}.[test,test_stores]"]
+    assert make("venv")[1] == make("venv", f"PYTHON={python}", "EXTRAS=test,test_stores")[1] == []
+    assert make("venv", "EXTRAS=docs")[1] == [f"{pinned}.[docs]"]
+    assert make("venv", "EXTRAS=docs")[1] == make("venv")[1] == []
+    assert make("venv", "CONSTRAINTS=")[1] == ["install -e .[docs]"]
+    assert make("venv", "CONSTRAINTS=")[1] == make("venv")[1] == []
+    assert "install" not in make("-n", "test")[0]
+    os.utime(tmp_path / "setup.py")  # a newer setup.py: with the values that it has
+    assert make("venv")[1] == ["install -e .[docs]"]
+    said, asked = make("venv", f"PYTHON={other}")
+    assert f".venv has another Python than {other}: remove it" in said and asked == []
+    assert make("venv")[1] == []
+    # An environment of the user's own, which counts as installed.
+    (tmp_path / ".venv/.settings").unlink()
+    assert make("venv", f"PYTHON={other}")[1] == make("venv", "EXTRAS=docs")[1] == []
 
 
 def test_the_container_installs_the_locked_environment():

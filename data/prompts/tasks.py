@@ -103,7 +103,8 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
     prompt = text_of(row["prompt"], "prompt", where)
     if not prompt:
         raise DataError(f"{where}: 'prompt' is empty; delete the line")
-    variables = template_variables(row, where)
+    # No template renders a text, whose row may have columns of these names for its rewards.
+    variables = {} if isinstance(prompt, str) else template_variables(row, where)
     return Record(where, id, prompt, completions=(), template=variables)
 
 

@@ -302,9 +302,11 @@ def _prompt(working: CheckpointTeacher, answer: _Answer) -> Prompt:
     for prompt in answer.prompts():
         if teachers.key_of(working, prompt) == answer.row["key"]:
             return prompt
+    imported = ", or run espalier prepare arbitrage again, whose earlier versions imported it"
     raise DataError(
         f"{answer.where}: the teacher {working.teacher.name!r} of {_MACRO} did not write this answer to this prompt: its path, weights, "
         "chat template or settings are others, or the answer is a fusion or a translation. Give the pool of the arbitrage, unchanged"
+        + (imported if working.teacher.kind == "hf" else "")
     )
 
 

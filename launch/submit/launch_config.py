@@ -148,9 +148,12 @@ class Launch:
         return importlib.import_module(BACKENDS[self.BACKEND]).submitter(self)
 
     def changed(self, before: Mapping[str, Any]) -> list[str]:
-        """Returns the names of settings that differ from those of an earlier submission, as JSON has kept them."""
+        """Returns the names of settings that differ from those of an earlier submission, as JSON has kept them.
+
+        A setting that the submission did not keep, because an earlier version made it, does not count as changed.
+        """
         now = json.loads(json.dumps(dataclasses.asdict(self)))
-        return [name for name in now if now[name] != before.get(name)]
+        return [name for name in now if now[name] != before.get(name, now[name])]
 
     def at_least(self, low: int, *names: str) -> None:
         """Raises SubmitError for a number that is too small."""

@@ -23,6 +23,8 @@ _WAITING = (
     *("SPECIAL_EXIT", "SIGNALING", "PREEMPTED"),
 )
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING")
+# Settings that may differ between a job that is queued and the driver that takes it over.
+_OF_THE_DRIVER = {"at_once", "poll_seconds"}
 # Seconds until the status file of a job that has ended must be visible on a network file system.
 _VISIBLE_SECONDS = 30.0
 # Jobs of an array: a cluster's MaxArraySize is 1001 unless it says otherwise.
@@ -125,7 +127,7 @@ class SlurmSubmitter:
                 job = Job(name=record["name"], command=tuple(record["command"]), log=handle)
                 self._entries[handle] = _Entry(job, record["id"])
             elif alive.get(record["id"], ("",))[0] in _WAITING + _RUNNING:
-                other = set(self._settings.changed(record.get("settings", {}))) - {"poll_seconds"}
+                other = set(self._settings.changed(record.get("settings", {}))) - _OF_THE_DRIVER
                 if list(entry.job.command) != record["command"]:
                     other.add("command")
                 if other:

@@ -55,7 +55,7 @@ class Settings(Launch):
       time_limit: such as '24:00:00' or '2-00:00:00'; empty for the partition's.
       signal_seconds: seconds before the time limit at which a run saves and ends with status 75.
       requeues: times that a job is queued again after status 75 or a preemption.
-      at_once: jobs of an array that run at once; 0 for no limit.
+      at_once: jobs of an array that run at once; 0 for no limit. An array that is queued already keeps its own.
       sbatch_flags: further options, each '--name' or '--name=value'.
       srun_flags: further options of srun, such as '--container-image=IMAGE'.
       logs: folder of the logs; empty for MODEL_DIR/logs.

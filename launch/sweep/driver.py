@@ -148,7 +148,8 @@ def drive(
     open_jobs = submit(folder, plan, submitter, wanted, command)
     for name in open_jobs:
         folder.directory(name).mkdir(parents=True, exist_ok=True)
-    stopping, closed = 0.0, False
+    stopping, closed = 0.0, 0.0  # when jobs were told to stop, and were last ended
+    heard = 1  # signals that have been acted on
     known: list[Progress] = []
     write_results(folder, plan)
     try:
@@ -162,7 +163,7 @@ def drive(
                     if status.state is State.ENDED:
                         # A signal may reach a run before it can save, for example during its start.
                         killed = not 0 <= (status.exit_status or 0) <= 128
-                        _record(folder, plan, name, status, closed or bool(stopping) and killed)
+                        _record(folder, plan, name, status, bool(closed or (stopping and killed)))
                 submitted = {name: statuses[handle] for name, handle in open_jobs.items()}
                 known = progress(folder, chosen, submitted, known)
                 watch(known)
@@ -172,12 +173,11 @@ def drive(
                     stopping = now
                     for handle in open_jobs.values():
                         submitter.cancel(handle)
-                elif (
-                    stopping
-                    and not closed
-                    and (len(signals) > 1 or now - stopping > _GRACE_SECONDS)
+                elif stopping and (
+                    len(signals) > heard or now - (closed or stopping) > _GRACE_SECONDS
                 ):
-                    closed = True
+                    # Again at a further signal or after as long: a scheduler may have given no answer.
+                    closed, heard = now, max(len(signals), 1)
                     submitter.close()
                 elif open_jobs:
                     time.sleep(_POLL_SECONDS)

@@ -92,6 +92,14 @@ def test_a_prompt_of_messages_has_the_ids_that_it_has_in_a_pair(tmp_path, regist
             list(tasks.find("bad").records("train"))
 
 
+def test_a_text_may_have_columns_with_the_names_of_a_templates_variables(register, byte):
+    row = {"prompt": "2+2=", "answer": "4", "tools": "calculator", "chat_template_kwargs": 1}
+    register([row])
+    (read,) = tasks.find("prompts").records("train")
+    assert byte.decode(read["prompt"].tolist()) == row["prompt"]
+    assert json.loads(bytes(read["info"].astype(np.uint8))) == row
+
+
 def test_several_updates_read_the_same_prompts(tmp_path, register):
     register(ROWS)
     once, thrice = opened(tmp_path), opened(tmp_path, updates=3)

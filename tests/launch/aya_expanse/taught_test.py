@@ -24,6 +24,7 @@ from espalier.launch.load.loaded_run import LoadedRun, LoadError
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 from espalier.trainers.telemetry.metric_writers import read_jsonl
+from tests.launch.load import hf_checkpoint_test
 
 K, LENGTH = 5, 40
 END = "<end>"
@@ -231,10 +232,19 @@ def changed(pool, path, **teacher):
             "line \\d+: the teacher 'one' is an endpoint, and gives no log-probabilities",
         ),
         ({"name": "third"}, "the teacher 'one' is not in the pool"),
-        ({"chat_template": "command"}, "the teacher 'one' of TEACHER_POOL did not write this"),
+        (
+            {"chat_template": "command"},
+            "the teacher 'one' of TEACHER_POOL did not write this.* unchanged$",
+        ),
+        (
+            {"checkpoint": None, "hf": None},
+            "'one' .* did not write this.* unchanged, or run espalier prepare arbitrage again",
+        ),
     ],
 )
 def test_a_teacher_that_did_not_write_its_rows_is_refused(pool, read, tmp_path, teacher, message):
+    if "hf" in teacher:
+        teacher = {**teacher, "hf": str(hf_checkpoint_test.write_llama(tmp_path / "hf"))}
     path = changed(pool, tmp_path / "changed.yaml", **teacher)
     with pytest.raises(DataError, match=message):
         read(vocabularies.byte(), path=path)

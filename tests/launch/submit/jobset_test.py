@@ -235,6 +235,15 @@ def test_states_and_kubernetes_own_words(tmp_path, monkeypatch):
     again.statuses([handle])
     calls = (tmp_path / "calls").read_text()
     assert (calls.count("create"), calls.count("delete")) == (2, 1)
+    # An earlier version kept no settings in the JobSet.
+    annotations = created["metadata"].pop("annotations")
+    answers.write_text(json.dumps(created))
+    again = settings.submitter()
+    again.submit(JOB)
+    assert again.statuses([handle])[handle].state is State.WAITING
+    assert (tmp_path / "calls").read_text().count("create") == 2
+    created["metadata"]["annotations"] = annotations
+    answers.write_text(json.dumps(created))
     waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}
     pods.write_text(
         json.dumps({"items": [{"status": {"containerStatuses": [{"state": waiting}]}}]})

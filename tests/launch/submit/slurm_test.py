@@ -186,6 +186,14 @@ def test_arrays_orders_failures_and_the_taking_over_of_jobs(slurm, tmp_path):
     with pytest.raises(SubmitError, match="first0/log: job .* with another time_limit: cancel it"):
         longer = settings(folder=str(tmp_path), time_limit="9:00", poll_seconds=0.3).submitter()
         longer.statuses([longer.submit(job(tmp_path, "first0", f"{sleeps}; echo 0"))])
+    # A job is taken over with another limit of arrays, and if an earlier version kept no settings or not all.
+    later = settings(folder=str(tmp_path), at_once=1).submitter()
+    for log, kept in zip(first, ({}, {"nodes": 1}), strict=True):
+        record = json.loads(pathlib.Path(f"{log}.job").read_text())
+        pathlib.Path(f"{log}.job").write_text(json.dumps({**record, "settings": kept}))
+        name = pathlib.Path(log).parent.name
+        assert later.submit(job(tmp_path, name, f"{sleeps}; echo {name[-1]}")) == log
+    wait(later, first, State.RUNNING)
     (tmp_path / "go").touch()
     statuses = wait(queue, every, *ENDED)
     assert [status.exit_status for status in statuses] == [0, 0, 3, 0, None]
