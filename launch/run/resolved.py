@@ -383,7 +383,9 @@ def check_prompts(run: ResolvedRun, start: restore.Restored) -> None:
     for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):
         ours = run.identity[key]
         theirs = start.meta.get(key, ours)
-        if theirs != ours:
+        # As in FrozenCheckpoint.check.
+        unrecorded = run.model.row.encodes and key == "start_token" and theirs is None
+        if theirs != ours and not unrecorded:
             raise ValueError(
                 f"INITIAL_CHECKPOINT_PATH: documents of {start.path} begin otherwise ({key} {theirs}) than this "
                 f"run's prompts ({ours}): set {macro} = {theirs}."

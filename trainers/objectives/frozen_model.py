@@ -112,11 +112,17 @@ class FrozenCheckpoint:
         return arrays
 
     def check(
-        self, step: FrozenStep, meta: Mapping[str, Any], add_bos: str = "set PROMPT_BOS"
+        self,
+        step: FrozenStep,
+        meta: Mapping[str, Any],
+        add_bos: str = "set PROMPT_BOS",
+        *,
+        encodes: bool,
     ) -> None:
         """Raises ValueError if the checkpoint has another vocabulary, start token or BOS than this run's data in `meta`.
 
-        Facts that are absent are not compared. `add_bos` is the setting of BOS, for the message.
+        Facts that are absent are not compared, nor is a start token of None that an encoder-decoder records (`encodes`): its
+        targets follow one in any case. `add_bos` is the setting of BOS, for the message.
         """
         digest = meta.get("vocabulary")
         theirs = step.meta.get("vocabulary", digest)
@@ -127,7 +133,8 @@ class FrozenCheckpoint:
             )
         for key, setting in (("start_token", "set DOCUMENT_START"), ("add_bos", add_bos)):
             theirs = step.meta.get(key, meta.get(key))
-            if key in meta and theirs != meta[key]:
+            unrecorded = encodes and key == "start_token" and theirs is None
+            if key in meta and theirs != meta[key] and not unrecorded:
                 raise ValueError(
                     f"{self.macro}: documents of {step.step} begin with {key} = {theirs}, but this run's with "
                     f"{meta[key]}: {setting} = {theirs}."
@@ -197,7 +204,7 @@ class FrozenModel:
                 f"{macro}_MODEL to the model of that run; run_model.model reads it from the run's model.json "
                 "(docs/extend/add_a_method.md)."
             )
-        self.checkpoint.check(step, meta, self.add_bos)
+        self.checkpoint.check(step, meta, self.add_bos, encodes=self.model.row.encodes)
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
         """Returns the parameters; raises the errors of `FrozenCheckpoint.resolve` and `restore_params`."""

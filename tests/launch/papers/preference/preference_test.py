@@ -15,6 +15,7 @@ from espalier.launch import predictions
 from espalier.launch.config import gin_config
 from espalier.launch.preference import reference
 from espalier.launch.run import resolved
+from espalier.model.rows import INPUTS_AND_TARGETS, TOKENS
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
@@ -266,7 +267,9 @@ def test_what_cannot_be_is_one_error(train, flags, tmp_path, bindings, said):
 
 def test_prompts_begin_as_the_models_documents_did():
     ours = {"start_token": 0, "add_bos": False}
-    run = types.SimpleNamespace(loss_per="pairs", of_prompts=False, identity=ours)
+    run = types.SimpleNamespace(
+        loss_per="pairs", of_prompts=False, identity=ours, model=types.SimpleNamespace(row=TOKENS)
+    )
 
     def check(source="initial", **theirs):
         start = types.SimpleNamespace(source=source, meta=theirs, path="there")
@@ -284,6 +287,10 @@ def test_prompts_begin_as_the_models_documents_did():
     run.of_prompts = True
     with pytest.raises(ValueError, match="set DOCUMENT_START = None"):
         check(start_token=None)
+    run.model.row = INPUTS_AND_TARGETS  # whose older imports record none
+    check(start_token=None)
+    with pytest.raises(ValueError, match="set DOCUMENT_START = 7"):
+        check(start_token=7)
 
 
 @pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
