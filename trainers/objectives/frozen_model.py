@@ -78,6 +78,8 @@ class FrozenCheckpoint:
         if recorded is not None:
             fields = json.loads(recorded)
             began = {key: fields.pop(key) for key in wanted}
+            if began[name] == os.path.abspath(self.path):
+                began[name] = wanted[name]  # as older runs recorded addresses
             if began != wanted:
                 raise ValueError(
                     f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
