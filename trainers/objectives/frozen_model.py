@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from etils import epath
 from jax.sharding import Mesh
 
 from espalier.common.storage import paths
@@ -71,12 +72,9 @@ class FrozenCheckpoint:
         """
         assert self.path is not None  # see __post_init__
         name = self.macro.lower()
-        file = step_dir.absolute(self.model_dir) / f"{name}.json"
-        # All processes use what process 0 read.
-        recorded = agreement.gather(file.read_text() if file.exists() else None)[0]
+        fields = self.recorded(self.model_dir)
         wanted = {name: paths.absolute(self.path), "use_ema": self.use_ema}
-        if recorded is not None:
-            fields = json.loads(recorded)
+        if fields is not None:
             began = {key: fields.pop(key) for key in wanted}
             if began[name] == os.path.abspath(self.path):
                 began[name] = wanted[name]  # as older runs recorded addresses
@@ -86,7 +84,7 @@ class FrozenCheckpoint:
                     f"{began[name]} (use_ema {began['use_ema']}): give that checkpoint, or start in another MODEL_DIR."
                 )
             arrays = fields["arrays"]
-            # Its stored values can be read without it.
+            # Its stored values of held-out pairs can be read without it: `espalier evaluate loss` does not check it first.
             with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
                 arrays = base_step.digest(self.arrays(fields["step"]))
             if arrays != fields["arrays"]:
@@ -97,10 +95,20 @@ class FrozenCheckpoint:
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)
         if record and agreement.is_primary():
+            file = self._file(self.model_dir)
             file.parent.mkdir(parents=True, exist_ok=True)
             content = {**wanted, **dataclasses.asdict(step)}
             step_dir.write_file(file, json.dumps(content, indent=1).encode())
         return step
+
+    def recorded(self, run: str | os.PathLike) -> dict[str, Any] | None:
+        """Returns what `resolve` recorded in the directory of a run, as process 0 reads it; None if it did not."""
+        file = self._file(run)
+        text = agreement.gather(file.read_text() if file.exists() else None)[0]
+        return None if text is None else json.loads(text)
+
+    def _file(self, run: str | os.PathLike) -> epath.Path:
+        return step_dir.absolute(run) / f"{self.macro.lower()}.json"
 
     def arrays(self, step: Any) -> dict[str, ArrayEntry]:
         """Returns the manifest's entries of a step's parameters, by path."""

@@ -169,11 +169,12 @@ def test_a_reference_that_follows_the_policy_is_resumed_where_it_was(
     margins = [row["log_ratio/margin"] for row in measured(whole) if "loss" in row]
     others = [row["log_ratio/margin"] for row in measured(stored) if "loss" in row]
     assert all(ours < theirs for ours, theirs in zip(margins[2:], others[2:], strict=True))
-    # Its moves are no moves of its policy, which is the default of REFERENCE.
+    # Its moves are no moves of its policy, which is the default of REFERENCE, nor of a third run.
     state = (f"INITIAL_CHECKPOINT_PATH={str(whole)!r}", "INITIAL_SCOPE='state'", "TRAIN_STEPS=8")
-    refused = train(*flags(tmp_path / "state", *given, *state, methods=methods))
-    assert refused.status == 2
-    assert f"REFERENCE = {whole}/checkpoints/6 is of the run that INITIAL_SCOPE" in refused.err
+    for other, more in ((whole, ()), (stored, (f"REFERENCE={str(stored)!r}",))):
+        refused = train(*flags(tmp_path / "state", *given, *state, *more, methods=methods))
+        assert refused.status == 2
+        assert f"REFERENCE = {other}/checkpoints/6 is not the model from which" in refused.err
     reference = json.loads((whole / "reference.json").read_text())["reference"]
     state += (f"REFERENCE={reference!r}",)
     assert train(*flags(tmp_path / "state", *given, *state, methods=methods)).status == 0
