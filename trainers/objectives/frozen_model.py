@@ -83,11 +83,7 @@ class FrozenCheckpoint:
                     f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
                     f"{began[name]} (use_ema {began['use_ema']}): give that checkpoint, or start in another MODEL_DIR."
                 )
-            arrays = fields["arrays"]
-            # Its stored values of held-out pairs can be read without it: `espalier evaluate loss` does not check it first.
-            with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
-                arrays = base_step.digest(self.arrays(fields["step"]))
-            if arrays != fields["arrays"]:
+            if base_step.digest(self.arrays(fields["step"])) != fields["arrays"]:
                 raise ValueError(
                     f"{self.macro}: {fields['step']} has other parameters than when this run began: put them back, or start in "
                     "another MODEL_DIR."

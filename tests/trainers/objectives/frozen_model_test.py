@@ -69,9 +69,8 @@ def test_a_run_goes_on_with_the_step_of_its_first_start(teacher, tmp_path):
 
 
 def test_other_parameters_in_the_recorded_step_are_refused(teacher, tmp_path):
-    first = model(teacher, tmp_path).checkpoint.resolve()
+    model(teacher, tmp_path).checkpoint.resolve()
     shutil.rmtree(teacher)
-    assert model(teacher, tmp_path).checkpoint.resolve() == first  # its values may be stored
     save(teacher, 5, jax.tree.map(lambda x: x + 1, PARAMS))
     with pytest.raises(ValueError, match="TEACHER: .*/5 has other parameters than when this run"):
         model(teacher, tmp_path).check(None, None, {})
