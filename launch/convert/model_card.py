@@ -59,7 +59,17 @@ def write(
     }
     lines = [_HEAD, f"# {_plain(run.name)}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_plain(value)} |" for name, value in facts.items()]
-    lines += ["", "## Data", "", *_data(record, rows), "", "## Use", "", *_use(folder, meta), ""]
+    lines += [
+        "",
+        "## Data",
+        "",
+        *_data(record, rows),
+        "",
+        "## Use",
+        "",
+        *_use(folder, meta, architecture),
+        "",
+    ]
     pathlib.Path(folder, NAME).write_text("\n".join([*lines, _LICENCE]), encoding="utf-8")
 
 
@@ -158,7 +168,7 @@ def _data(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Itera
         yield f"| {' | '.join(map(_plain, cells))} |"
 
 
-def _use(folder: str, meta: Mapping[str, Any]) -> Iterator[str]:
+def _use(folder: str, meta: Mapping[str, Any], architecture: str) -> Iterator[str]:
     """Yields how transformers loads the export, and what texts must begin with."""
     has_tokenizer = any(
         os.path.exists(os.path.join(folder, name))
@@ -181,7 +191,9 @@ def _use(folder: str, meta: Mapping[str, Any]) -> Iterator[str]:
     yield "```"
     if not has_tokenizer:
         yield from ("", "The run has no tokenizer in this format: the model takes token ids.")
-    if (start := meta.get("start_token")) is not None:
+    # transformers puts the start token of an encoder-decoder before its targets.
+    encodes = architecture.endswith("ForConditionalGeneration")
+    if (start := meta.get("start_token")) is not None and not encodes:
         yield ""
         yield (
             f"Training put token {start} before every document. transformers does not add it: put it before texts."

@@ -93,8 +93,8 @@ def write_record(folder: str | os.PathLike, model: Any, tokenizer: pathlib.Path)
 
     pathlib.Path(folder, model_record.CONFIG).write_text(gin_writer.write(model), encoding="utf-8")
     model_record.write(folder)
-    # There is no token before a text except the tokenizer's BOS.
-    return {"start_token": None, **_keep_tokenizer(folder, tokenizer)}
+    # There is no token before a text except the tokenizer's BOS. Targets of encoder-decoders, here T5, follow token 0.
+    return {"start_token": 0 if model.row.encodes else None, **_keep_tokenizer(folder, tokenizer)}
 
 
 def _keep_tokenizer(folder: str | os.PathLike, source: pathlib.Path) -> dict[str, Any]:

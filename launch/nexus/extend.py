@@ -124,12 +124,20 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
         change = _removal(config.model, str(options.remove), moe, record, mixture)
         if levelled and options.remove in record["experts"][:levelled]:
             levelled -= 1
+    count = len(change.record["experts"])
+    if levelled is not None and levelled >= count:
+        levelled = 0  # no levelled expert is left
+    elif levelled is not None and levelled < 3:
+        raise TransformError(
+            f"LEVELLED would be {levelled}, and an expert that is levelled to fewer than 3 experts has the logits of one of them: "
+            "keep at least 3 experts before it, or add it without --level."
+        )
     recipes = transformed_run.write(
         options.to,
         change.transform,
         change.sources,
         config=[
-            f"EXPERTS = {len(change.record['experts'])}",
+            f"EXPERTS = {count}",
             *([] if levelled is None else [f"LEVELLED = {levelled or None}"]),
         ],
         gin_files=flags.gin_file,

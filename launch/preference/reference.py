@@ -44,8 +44,9 @@ class Reference(predictions.StoredPredictions):
         step = self.checkpoint.resolve()
         summary = stream.summary()
         vocabulary, start = summary["vocabulary"]["digest"], summary["start_token"]
-        meta = {"start_token": start, "add_bos": tasks.add_bos(stream.source_names)}
-        self.checkpoint.check(step, {"vocabulary": vocabulary, **meta})
+        bos = tasks.add_bos(stream.source_names)
+        meta = {"vocabulary": vocabulary, "start_token": start, "add_bos": bos}
+        self.checkpoint.check(step, meta, encodes=self.model.row.encodes)
         store = self._opened(step, _FOLDER, {"vocabulary": vocabulary}, shape=(2,))
         wanted, pairs = _wanted(stream, store, steps), stream.pairs()
 

@@ -218,16 +218,18 @@ def resolve(
 
 
 def _check_moving_reference(program: Program, parent: phase.Parent) -> None:
-    """Checks that moves of the parent's reference are not added to another model, the parent's policy."""
+    """Checks that moves of the parent's reference are not added to another model, such as the parent's policy."""
     moving = parent.scope == "state" and program.recipe.moving_reference is not None
     checkpoint = getattr(program.stored_extras, "checkpoint", None)  # see FrozenModel
     if moving and checkpoint is not None and parent.path is not None:
-        step = checkpoint.resolve(record=False).step
-        begun, run = (step_dir.folder_of(epath.Path(path)) for path in (step, parent.path))
-        if begun == run:
+        ours = checkpoint.resolve(record=False)
+        run = step_dir.folder_of(epath.Path(parent.path))
+        begun = checkpoint.recorded(run)
+        of_run = step_dir.folder_of(epath.Path(ours.step)) == run
+        if of_run if begun is None else begun["arrays"] != ours.arrays:
             raise ValueError(
-                f"REFERENCE = {step} is of the run that INITIAL_SCOPE = 'state' continues, whose reference has moved from another "
-                f"model: set REFERENCE to the one in {run}/reference.json."
+                f"REFERENCE = {ours.step} is not the model from which the reference of the run that INITIAL_SCOPE = 'state' continues "
+                f"has moved: set REFERENCE to the one in {run}/reference.json."
             )
 
 
@@ -383,7 +385,9 @@ def check_prompts(run: ResolvedRun, start: restore.Restored) -> None:
     for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):
         ours = run.identity[key]
         theirs = start.meta.get(key, ours)
-        if theirs != ours:
+        # As in FrozenCheckpoint.check.
+        unrecorded = run.model.row.encodes and key == "start_token" and theirs is None
+        if theirs != ours and not unrecorded:
             raise ValueError(
                 f"INITIAL_CHECKPOINT_PATH: documents of {start.path} begin otherwise ({key} {theirs}) than this "
                 f"run's prompts ({ours}): set {macro} = {theirs}."

@@ -83,16 +83,6 @@ class MixtureOfAttention(Attention):
             shared_kv=self.shared_kv,
         )
 
-    def __call__(
-        self, x_BTD: jax.Array, *, bias: Any = None, **given: Any
-    ) -> tuple[jax.Array, Any]:
-        """See `Attention`; raises ValueError for a bias, whose heads are of one expert."""
-        if bias is not None:
-            raise ValueError(
-                "MixtureOfAttention supports no bias of positions, such as T5's: make experts of FFNs only (methods/bam/btx.gin)."
-            )
-        return super().__call__(x_BTD, **given)
-
     @nn.nowrap
     def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
         """Counts all experts: queries, keys and values of all experts are computed whatever `top_k` is."""

@@ -267,7 +267,10 @@ def _check(q, k, q_positions, kv_positions, bias, causal, window, implementation
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads.")
     if bias is not None and bias.shape[1] != q.shape[2]:
-        raise ValueError(f"A bias of {bias.shape[1]} heads does not fit {q.shape[2]} query heads.")
+        raise ValueError(
+            f"A bias of {bias.shape[1]} heads does not fit {q.shape[2]} query heads: attention experts support no bias of positions, "
+            "such as T5's; make experts of FFNs only."
+        )
     if (q_positions is None) != (kv_positions is None):
         raise ValueError("Give q_positions_BT and kv_positions_BS together or not at all.")
     if window is not None and window < 1:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from etils import epath
 from jax.sharding import Mesh
 
 from espalier.common.storage import paths
@@ -71,23 +72,18 @@ class FrozenCheckpoint:
         """
         assert self.path is not None  # see __post_init__
         name = self.macro.lower()
-        file = step_dir.absolute(self.model_dir) / f"{name}.json"
-        # All processes use what process 0 read.
-        recorded = agreement.gather(file.read_text() if file.exists() else None)[0]
+        fields = self.recorded(self.model_dir)
         wanted = {name: paths.absolute(self.path), "use_ema": self.use_ema}
-        if recorded is not None:
-            fields = json.loads(recorded)
+        if fields is not None:
             began = {key: fields.pop(key) for key in wanted}
+            if began[name] == os.path.abspath(self.path):
+                began[name] = wanted[name]  # as older runs recorded addresses
             if began != wanted:
                 raise ValueError(
                     f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
                     f"{began[name]} (use_ema {began['use_ema']}): give that checkpoint, or start in another MODEL_DIR."
                 )
-            arrays = fields["arrays"]
-            # Its stored values can be read without it.
-            with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
-                arrays = base_step.digest(self.arrays(fields["step"]))
-            if arrays != fields["arrays"]:
+            if base_step.digest(self.arrays(fields["step"])) != fields["arrays"]:
                 raise ValueError(
                     f"{self.macro}: {fields['step']} has other parameters than when this run began: put them back, or start in "
                     "another MODEL_DIR."
@@ -95,10 +91,20 @@ class FrozenCheckpoint:
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)
         if record and agreement.is_primary():
+            file = self._file(self.model_dir)
             file.parent.mkdir(parents=True, exist_ok=True)
             content = {**wanted, **dataclasses.asdict(step)}
             step_dir.write_file(file, json.dumps(content, indent=1).encode())
         return step
+
+    def recorded(self, run: str | os.PathLike) -> dict[str, Any] | None:
+        """Returns what `resolve` recorded in the directory of a run, as process 0 reads it; None if it did not."""
+        file = self._file(run)
+        text = agreement.gather(file.read_text() if file.exists() else None)[0]
+        return None if text is None else json.loads(text)
+
+    def _file(self, run: str | os.PathLike) -> epath.Path:
+        return step_dir.absolute(run) / f"{self.macro.lower()}.json"
 
     def arrays(self, step: Any) -> dict[str, ArrayEntry]:
         """Returns the manifest's entries of a step's parameters, by path."""
@@ -112,11 +118,17 @@ class FrozenCheckpoint:
         return arrays
 
     def check(
-        self, step: FrozenStep, meta: Mapping[str, Any], add_bos: str = "set PROMPT_BOS"
+        self,
+        step: FrozenStep,
+        meta: Mapping[str, Any],
+        add_bos: str = "set PROMPT_BOS",
+        *,
+        encodes: bool,
     ) -> None:
         """Raises ValueError if the checkpoint has another vocabulary, start token or BOS than this run's data in `meta`.
 
-        Facts that are absent are not compared. `add_bos` is the setting of BOS, for the message.
+        Facts that are absent are not compared, nor is a start token of None that an encoder-decoder records (`encodes`): its
+        targets follow one in any case. `add_bos` is the setting of BOS, for the message.
         """
         digest = meta.get("vocabulary")
         theirs = step.meta.get("vocabulary", digest)
@@ -127,7 +139,8 @@ class FrozenCheckpoint:
             )
         for key, setting in (("start_token", "set DOCUMENT_START"), ("add_bos", add_bos)):
             theirs = step.meta.get(key, meta.get(key))
-            if key in meta and theirs != meta[key]:
+            unrecorded = encodes and key == "start_token" and theirs is None
+            if key in meta and theirs != meta[key] and not unrecorded:
                 raise ValueError(
                     f"{self.macro}: documents of {step.step} begin with {key} = {theirs}, but this run's with "
                     f"{meta[key]}: {setting} = {theirs}."
@@ -197,7 +210,7 @@ class FrozenModel:
                 f"{macro}_MODEL to the model of that run; run_model.model reads it from the run's model.json "
                 "(docs/extend/add_a_method.md)."
             )
-        self.checkpoint.check(step, meta, self.add_bos)
+        self.checkpoint.check(step, meta, self.add_bos, encodes=self.model.row.encodes)
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
         """Returns the parameters; raises the errors of `FrozenCheckpoint.resolve` and `restore_params`."""

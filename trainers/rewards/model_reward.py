@@ -51,7 +51,8 @@ class CheckpointReward:
         )
         path, run = os.fspath(self.checkpoint), os.fspath(folder)
         stored = FrozenCheckpoint(macro="REWARD_CHECKPOINT", path=path, model_dir=run)
-        stored.check(stored.resolve(record=False), {**meta, "start_token": self.start_token})
+        meta = {**meta, "start_token": self.start_token}
+        stored.check(stored.resolve(record=False), meta, encodes=self.model.row.encodes)
         end = self.vocabulary.eos_id
         return ModelReward(
             self.model,

@@ -116,4 +116,4 @@ def test_attention_experts_refuse_a_bias_of_positions(made, command, tmp_path, c
     flags = ["--method=bam", f"--experts={made()}", "--copies=2", f"--to={tmp_path / 'bam'}"]
     assert command("upcycle", *flags) == 2
     error = capsys.readouterr().err
-    assert "MixtureOfAttention supports no bias of positions" in error and "Traceback" not in error
+    assert "attention experts support no bias of positions" in error and "Traceback" not in error

@@ -21,7 +21,7 @@ def run(folder, config, rows=(), **record):
     return epath.Path(folder / "checkpoints" / "20")
 
 
-def card(tmp_path, step, meta=None, **files):
+def card(tmp_path, step, meta=None, architecture="LlamaForCausalLM", **files):
     out = tmp_path / "export"
     out.mkdir()
     for name, text in files.items():
@@ -31,7 +31,7 @@ def card(tmp_path, step, meta=None, **files):
         step.parent.parent,
         {"step": 20, "meta": meta or {}},
         weights="llama, 1,000 parameters in float32, 0.1 MB",
-        architecture="LlamaForCausalLM",
+        architecture=architecture,
         average=False,
     )
     return (out / "README.md").read_text()
@@ -70,6 +70,12 @@ def test_the_card_of_a_trained_run(tmp_path):
         assert line in text.splitlines()
     assert "apply_chat_template" in text and "token 0 before every document" in text
     assert "**To be filled in.**" in text and str(tmp_path) not in text
+
+
+def test_the_card_of_an_encoder_decoder_puts_no_token_before_texts(tmp_path):
+    step = run(tmp_path / "t5", "")
+    text = card(tmp_path, step, {"start_token": 0}, architecture="T5ForConditionalGeneration")
+    assert "before every document" not in text
 
 
 def test_a_run_without_a_record_or_with_a_damaged_one_has_a_card_too(tmp_path, capsys):

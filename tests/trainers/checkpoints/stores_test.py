@@ -95,6 +95,16 @@ def test_a_run_in_a_store_records_its_reference_there(store, saved, tmp_path, mo
     assert reference.resolve(record=False) == step
 
 
+def test_an_older_record_of_a_reference_in_a_store_is_that_reference(store, saved, tmp_path):
+    path = f"{store.address}/run"
+    reference = FrozenCheckpoint(macro="REFERENCE", path=path, model_dir=str(tmp_path))
+    step, file = reference.resolve(), tmp_path / "reference.json"
+    older = {**json.loads(file.read_text()), "reference": os.path.abspath(path)}
+    assert "://" not in older["reference"]
+    file.write_text(json.dumps(older))
+    assert reference.resolve() == step
+
+
 def test_a_half_written_step_is_not_used_and_is_removed(store, saved):
     paths.write(f"{saved}/3/incomplete", b"")
     paths.write(f"{saved}/3/state/d/x", b"half")

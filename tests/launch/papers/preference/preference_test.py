@@ -15,6 +15,7 @@ from espalier.launch import predictions
 from espalier.launch.config import gin_config
 from espalier.launch.preference import reference
 from espalier.launch.run import resolved
+from espalier.model.rows import INPUTS_AND_TARGETS, TOKENS
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
@@ -168,11 +169,12 @@ def test_a_reference_that_follows_the_policy_is_resumed_where_it_was(
     margins = [row["log_ratio/margin"] for row in measured(whole) if "loss" in row]
     others = [row["log_ratio/margin"] for row in measured(stored) if "loss" in row]
     assert all(ours < theirs for ours, theirs in zip(margins[2:], others[2:], strict=True))
-    # Its moves are no moves of its policy, which is the default of REFERENCE.
+    # Its moves are no moves of its policy, which is the default of REFERENCE, nor of a third run.
     state = (f"INITIAL_CHECKPOINT_PATH={str(whole)!r}", "INITIAL_SCOPE='state'", "TRAIN_STEPS=8")
-    refused = train(*flags(tmp_path / "state", *given, *state, methods=methods))
-    assert refused.status == 2
-    assert f"REFERENCE = {whole}/checkpoints/6 is of the run that INITIAL_SCOPE" in refused.err
+    for other, more in ((whole, ()), (stored, (f"REFERENCE={str(stored)!r}",))):
+        refused = train(*flags(tmp_path / "state", *given, *state, *more, methods=methods))
+        assert refused.status == 2
+        assert f"REFERENCE = {other}/checkpoints/6 is not the model from which" in refused.err
     reference = json.loads((whole / "reference.json").read_text())["reference"]
     state += (f"REFERENCE={reference!r}",)
     assert train(*flags(tmp_path / "state", *given, *state, methods=methods)).status == 0
@@ -266,7 +268,9 @@ def test_what_cannot_be_is_one_error(train, flags, tmp_path, bindings, said):
 
 def test_prompts_begin_as_the_models_documents_did():
     ours = {"start_token": 0, "add_bos": False}
-    run = types.SimpleNamespace(loss_per="pairs", of_prompts=False, identity=ours)
+    run = types.SimpleNamespace(
+        loss_per="pairs", of_prompts=False, identity=ours, model=types.SimpleNamespace(row=TOKENS)
+    )
 
     def check(source="initial", **theirs):
         start = types.SimpleNamespace(source=source, meta=theirs, path="there")
@@ -284,6 +288,10 @@ def test_prompts_begin_as_the_models_documents_did():
     run.of_prompts = True
     with pytest.raises(ValueError, match="set DOCUMENT_START = None"):
         check(start_token=None)
+    run.model.row = INPUTS_AND_TARGETS  # whose older imports record none
+    check(start_token=None)
+    with pytest.raises(ValueError, match="set DOCUMENT_START = 7"):
+        check(start_token=7)
 
 
 @pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
