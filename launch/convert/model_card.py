@@ -59,17 +59,8 @@ def write(
     }
     lines = [_HEAD, f"# {_plain(run.name)}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_plain(value)} |" for name, value in facts.items()]
-    lines += [
-        "",
-        "## Data",
-        "",
-        *_data(record, rows),
-        "",
-        "## Use",
-        "",
-        *_use(folder, meta, architecture),
-        "",
-    ]
+    use = _use(folder, meta, architecture)
+    lines += ["", "## Data", "", *_data(record, rows), "", "## Use", "", *use, ""]
     pathlib.Path(folder, NAME).write_text("\n".join([*lines, _LICENCE]), encoding="utf-8")
 
 
