@@ -85,7 +85,7 @@ def register_instructions(
 
     Raises:
       FileNotFoundError: sets are missing; names each, and where to get the paper's.
-      ValueError: an unknown group or language, or two files of one set and language.
+      ValueError: an unknown group or language.
       DataError: a malformed file.
     """
     files = find(data_dir, sets, languages)

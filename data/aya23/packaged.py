@@ -82,9 +82,10 @@ def assemble(
 
 @functools.cache
 def _code_digest() -> str:
-    return fingerprint.of_code(
-        pathlib.Path(file) for file in (__file__, catalogues.__file__, parallel.__file__)
-    )
+    """Returns the hash of the code that reads, cleans and chooses."""
+    texts = (catalogues.__file__, cleaning.__file__, environment.__file__, packaged_text.__file__)
+    others = (parallel.__file__, splits.__file__, table.__file__)
+    return fingerprint.of_code(pathlib.Path(file) for file in (__file__, *texts, *others))
 
 
 def _sets(

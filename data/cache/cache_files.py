@@ -73,6 +73,17 @@ class Column:
         ):
             out[to : to + length] = shards[shard][begin : begin + length]
 
+    def sums(self, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Returns the sum of values [begins, begins + lengths) of every range, float64; each must lie in one shard."""
+        sums = np.zeros(len(begins))
+        shard_of = np.searchsorted(self.bounds, begins, side="right") - 1
+        for index, shard in enumerate(self.shards):
+            here = (shard_of == index) & (lengths > 0)
+            begin = begins[here] - self.bounds[index]
+            totals = np.concatenate([[0], np.cumsum(shard, dtype=np.float64)])
+            sums[here] = totals[begin + lengths[here]] - totals[begin]
+        return sums
+
     def values(self, record: int) -> np.ndarray:
         """Returns all values of one record."""
         out = np.empty(int(self.lengths[record]), self.shards[0].dtype)

@@ -12,7 +12,6 @@ import numpy as np
 
 from espalier.common.ranges import Count, NonNegative, Size, check_choice
 from espalier.data.cache import store
-from espalier.data.cache.cache_files import Column
 from espalier.data.stream import mixing, plan, rows, stream
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Stream
@@ -31,7 +30,6 @@ _REMEDY = " Register supervised data with data.chats.tasks.register_chats."
 class ChatSource(rows.Source):
     """One source of conversations, whose plan skips the first token of each unless a start token precedes it."""
 
-    loss_tokens: int  # tokens of the planned rows with a loss
     start_token: int | None = None  # before each conversation
     # The start token that was asked for, of conversations that begin with BOS.
     unused_start: int | None = None
@@ -40,7 +38,7 @@ class ChatSource(rows.Source):
         return {
             "conversations": len(self.plan.records),
             "tokens": self.plan.tokens(),
-            "loss_tokens": self.loss_tokens,
+            "loss_tokens": int(self.loss_tokens),
             "rows": self.plan.num_rows,
             "fill": self.plan.fill(),
             "first": self.plan.first,
@@ -56,7 +54,7 @@ class ChatSource(rows.Source):
         ]
         sizes = (
             f"{len(self.plan.records):,} conversations in {self.plan.num_rows:,} rows, {tokens:,} tokens, of which "
-            f"{self.loss_tokens:,} ({self.loss_tokens / tokens:.1%}) are learnt"
+            f"{self.loss_tokens:,.0f} ({self.loss_tokens / tokens:.1%}) are learnt"
         )
         if self.unused_start is not None:
             sizes += f"; they begin with BOS, and not with DOCUMENT_START = {self.unused_start}"
@@ -191,7 +189,8 @@ def plan_chats(
     start = None if begins_with_bos else start_token
     # Without a start token, the first token is the input before the first target.
     skipped = int(start is None)
-    learnt_N = _sums(opened.columns[rows.LOSS_WEIGHTS], skipped, size_N)
+    starts_N = np.asarray(opened.columns["targets"].starts)
+    learnt_N = opened.columns[rows.LOSS_WEIGHTS].sums(starts_N + skipped, size_N - skipped)
     long_N = full_N > length
     dropped_N = long_N & (long_documents == "drop")
     used_N = (learnt_N > 0) & ~dropped_N
@@ -225,17 +224,4 @@ def plan_chats(
         },
     )
     unused = start_token if begins_with_bos and start_token != bos_id else None
-    return ChatSource(name, opened, planned, int(learnt_N[used_N].sum()), start, unused)
-
-
-def _sums(column: Column, begin: int, end_N: np.ndarray) -> np.ndarray:
-    """Returns the sum of the values [begin, end) of each record, float64 [N]."""
-    sums_N = np.zeros(len(end_N))
-    starts_N = np.asarray(column.starts)
-    shard_N = np.searchsorted(column.bounds, starts_N, side="right") - 1
-    for index, shard in enumerate(column.shards):
-        here_N = (shard_N == index) & (end_N > begin)
-        start = starts_N[here_N] - column.bounds[index]
-        totals = np.concatenate([[0], np.cumsum(shard, dtype=np.float64)])
-        sums_N[here_N] = totals[start + end_N[here_N]] - totals[start + begin]
-    return sums_N
+    return ChatSource(name, opened, planned, start, unused)

@@ -113,10 +113,6 @@ def build(
     Raises:
       ValueError: a setting is out of range, or no more new documents pass.
     """
-    if num_documents < 1 or variants < 1:
-        raise ValueError(
-            f"synthetic_code: num_documents = {num_documents} and variants = {variants} must be at least 1."
-        )
     settings = {
         "num_documents": num_documents,
         "seed": seed,
@@ -125,8 +121,8 @@ def build(
         "validation_fraction": validation_fraction,
     }
     for name in ("mutated_share", "validation_fraction"):
-        if not 0 <= settings[name] < 1:
-            raise ValueError(f"synthetic_code: {name} = {settings[name]} must be in [0, 1).")
+        if settings[name] >= 1:
+            raise ValueError(f"synthetic_code: {name} = {settings[name]} must be below 1.")
     key = fingerprint.of_json([settings, _code_digest()])[:16]
     folder = cache.cache_dir("synthetic_code", key, override=cache_dir)
     if not (folder / MANIFEST).is_file():

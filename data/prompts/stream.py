@@ -82,6 +82,13 @@ class PromptStream(Stream):
     def steps_for_epochs(self, epochs: float) -> int:
         return super().steps_for_epochs(epochs) * self.updates
 
+    def summary(self) -> dict:
+        """Returns that of all streams, but no tokens with a loss: prompts have none, and completions are not known."""
+        facts = super().summary()
+        for phase in facts["phases"]:
+            del phase["tokens_per_step"]
+        return facts
+
     def read_batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the batch of `step`.
 

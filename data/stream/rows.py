@@ -4,6 +4,7 @@ Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segmen
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -37,6 +38,15 @@ class Source:
         if self.feature != "targets" or LOSS_WEIGHTS in self.cache.columns:
             return 0.0
         return (self.cache.text_bytes() or 0) / self.cache.tokens()
+
+    @functools.cached_property
+    def loss_tokens(self) -> float:
+        """The sum of the loss weights of all tokens of the planned rows; without weights, the number of these tokens."""
+        if LOSS_WEIGHTS not in self.cache.columns:
+            return self.plan.tokens()
+        begin_S = self.begins("targets", np.arange(len(self.plan.records)))
+        weights = self.cache.columns[LOSS_WEIGHTS]  # one for each target, hence the same offsets
+        return float(weights.sums(begin_S, np.asarray(self.plan.lengths["targets"])).sum())
 
     def segments(self, row: int) -> range:
         """Returns the indices in the plan of a row's segments."""

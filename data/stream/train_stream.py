@@ -155,21 +155,27 @@ class Stream(RowStream):
         return found
 
     def tokens_per_step(self, step: int) -> float:
-        """Returns the mean number of tokens with loss per batch, in the phase of `step`."""
-        per_row = np.array([s.plan.tokens() / s.plan.num_rows for s in self._sources])
+        """Returns the mean number of tokens with a loss per batch, by their weights, in the phase of `step`."""
+        per_row = np.array([s.loss_tokens / s.plan.num_rows for s in self._sources])
         return float(self.batch_size * (self._schedule.shares(step) @ per_row))
 
     def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
         """Returns the steps from `first_step` on that train on `tokens` tokens with loss, rounded up.
 
         Raises:
-            ValueError: with on_cap='redistribute', all sources of a phase reach their caps first.
+            ValueError: with on_cap='redistribute', all sources of a phase reach their caps first; no token of a phase has a
+                loss.
         """
         step = first_step
         last = math.inf if self._end is None else self._end
         ends = [start for start in self._schedule.starts if start > first_step] + [last]
         for end in ends:
             per_step = self.tokens_per_step(step)
+            if not per_step:
+                raise ValueError(
+                    f"From step {step:,} on, no token has a loss weight, so that no number of steps is {tokens:,.0f} tokens with "
+                    "a loss: give TRAIN_STEPS in place of TRAIN_TOKENS, or correct the feature 'loss_weights'."
+                )
             needed = math.ceil(tokens / per_step)
             if step + needed <= end:
                 return step + needed - first_step

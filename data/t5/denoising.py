@@ -55,9 +55,12 @@ class DenoisingStream(row_stream.Iterable):
         return getattr(self._texts, name)
 
     def summary(self) -> dict[str, Any]:
-        """Returns the summary of the texts, with the settings of their split."""
+        """Returns the summary of the texts, with the settings of their split and the targets of a step."""
+        facts = self._texts.summary()
+        for phase in facts.get("phases", ()):
+            phase["tokens_per_step"] *= self._target_share
         return {
-            **self._texts.summary(),
+            **facts,
             "fingerprint": self.fingerprint,
             "lengths": self._lengths,
             "denoising": self._denoising.record(),

@@ -70,10 +70,17 @@ class CentreCrop:
     size: Size  # S
     shorter: Size  # length of the shorter side before the crop
 
+    def __post_init__(self):
+        if self.shorter < self.size:
+            raise ValueError(
+                f"CentreCrop.shorter is {self.shorter}, shorter than the crop of {self.size}: raise CentreCrop.shorter, or lower "
+                "IMAGE_SIZE."
+            )
+
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         del rng
         scale = self.shorter / min(image_HWC.shape[:2])
-        height, width = (max(round(side * scale), self.size) for side in image_HWC.shape[:2])
+        height, width = (round(side * scale) for side in image_HWC.shape[:2])
         image_HWC = resized(image_HWC, height, width)
         top, left = (height - self.size) // 2, (width - self.size) // 2
         return image_HWC[top : top + self.size, left : left + self.size]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from espalier.common.bars import Bar
+from espalier.common.ranges import Size
 from espalier.launch.load import load_run
 from espalier.launch.load.load_run import LoadError, RunConfig
 from espalier.launch.upcycle import upcycle_flags
@@ -65,7 +66,7 @@ class FactoriseFlags:
     rank_rule: Literal["min_dim", "param_ratio", "absolute", "energy"] | None = None
     layers: tuple[str, ...] = ()
     calibrate: str | None = None
-    calibrate_length: int | None = None
+    calibrate_length: Size | None = None
 
     def check(self) -> None:
         """Raises TransformError for flags that do not go together."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common.ranges import Size
 from espalier.launch.load import load_run
 from espalier.launch.load.load_run import RunConfig
 from espalier.launch.upcycle import upcycle_flags
@@ -55,7 +56,7 @@ class MergeFlags:
     to: str
     params: Params = "auto"
     average: str | None = None
-    average_length: int | None = None
+    average_length: Size | None = None
 
     def check(self) -> None:
         """Raises TransformError for flags that do not go together."""

@@ -45,7 +45,7 @@ def token_rows(loaded: Any, path: str, *, flag: str, length: int | None = None) 
       TransformError: the texts are shorter than a row.
       RowFileError: the file cannot be read.
     """
-    length = length or _LENGTH
+    length = _LENGTH if length is None else length
     rows = row_files.read(path, example=EXAMPLE, flag=flag)
     ids = [id for where, row in rows for id in loaded.context(loaded.tokens(row, where))]
     if len(ids) < length:

@@ -75,9 +75,10 @@ def side(folder: str, steps: str) -> dict[str, Any]:
     """Trains on the files of `write`; returns losses, times and memory."""
     trained = dpo.train(folder, "sft", arguments(folder, int(steps)))
     facts = json.loads(pathlib.Path(folder, "sft", "run.json").read_text(encoding="utf-8"))
+    source = facts["data"]["sources"]["chats"]
     return {
         **dpo.trained_report(trained),
-        "tokens_a_step": facts["data"]["phases"][0]["tokens_per_step"],
+        "tokens_a_step": CASE["batch_size"] * source["tokens"] / source["rows"],
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import pytest
 
@@ -125,6 +126,18 @@ def test_files_and_groups_that_do_not_exist_in_the_mixture_are_errors(tmp_path):
     write(tmp_path / "human" / "both" / "en.jsonl", 1)
     with pytest.raises(ValueError, match="'both' is in human and in synthetic"):
         mixture.find(tmp_path, {"human": ["both"], "synthetic": ["both"]})
+
+
+def test_a_change_of_any_module_that_makes_the_rows_makes_them_again(monkeypatch):
+    read = []
+    monkeypatch.setattr(packaged.fingerprint, "of_code", lambda files: read.extend(files) or "")
+    packaged._code_digest.__wrapped__()
+    imported = [x for x in vars(packaged).values() if isinstance(x, types.ModuleType)]
+    rules = [
+        x for x in imported if x.__name__.startswith(("espalier.data.text", "espalier.data.l"))
+    ]
+    assert len(rules) == 7
+    assert {*map(str, read)} == {packaged.__file__, *(x.__file__ for x in rules)}
 
 
 def test_packaged_sets_have_four_groups_of_rows_in_the_language(tmp_path):

@@ -1,6 +1,7 @@
 """Streams of supervised data, against batches that plain Python lays out token by token."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from espalier.data.cache import in_place, store
 from espalier.data.chats import stream as chats
 from espalier.data.stream.row_stream import EvalStream
+from espalier.launch.convert import model_card
 
 VOCABULARY, LENGTH = 300, 32
 TOKENS, WEIGHTS = "targets", "loss_weights"
@@ -132,6 +134,20 @@ def test_what_is_cut_dropped_and_learnt_is_counted(make):
     assert facts["first"]["nothing_learnt"].startswith("1:x")
     one = make(shares=(("a", 1.0),))
     assert one.steps_for_epochs(2.5) == -(-5 * facts["rows"] // 16)
+
+
+@pytest.mark.parametrize("start", [None, 0])
+def test_token_budgets_and_model_cards_count_what_is_learnt(make, start):
+    one = make(start_token=start)
+    budget = 40_000
+    steps = one.steps_for_tokens(budget)
+    spent = np.cumsum([one[step]["decoder_loss_weights"].sum() for step in range(steps)])
+    assert abs(spent[-1] - budget) <= 8 * LENGTH
+    (phase,) = one.summary()["phases"]
+    assert phase["tokens_per_step"] == pytest.approx(spent[-1] / steps, rel=2e-3)
+    text = model_card._trained({"data": one.summary()}, steps)
+    counted = float(re.search(r"on about (\S+) tokens with a loss", text)[1].replace(",", ""))
+    assert counted == pytest.approx(spent[-1], rel=2e-3)
 
 
 def test_a_batch_with_the_same_row_twice_is_named(make):

@@ -108,6 +108,8 @@ def test_several_updates_read_the_same_prompts(tmp_path, register):
     assert thrice.epochs(3) == once.epochs(1) and thrice.epochs(4) == once.epochs(2)
     assert thrice.positions(6) == once.positions(2)
     assert thrice.steps_for_tokens(500) == 3 * once.steps_for_tokens(500)
+    # Tokens of prompts have no loss: the model card of a run would tell them as tokens with one.
+    assert "tokens_per_step" not in once.summary()["phases"][0]
     with pytest.raises(ValueError, match="updates is 0"):
         opened(tmp_path, updates=0)
 

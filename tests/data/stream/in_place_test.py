@@ -80,6 +80,11 @@ def test_rows_equal_those_of_local_caches_on_any_number_of_hosts(local, opened, 
             parts = [s.batch(step, h * share, (h + 1) * share) for h, s in enumerate(streams)]
             assert_equal({f: np.concatenate([p[f] for p in parts]) for f in batch}, batch)
     assert streams[0].documents(2, 0, 8) == whole.documents(2, 0, 8)
+    # Budgets count the weights of tokens, which are 1 on average and do not add up to the tokens.
+    assert streams[0].steps_for_tokens(10**6) == whole.steps_for_tokens(10**6)
+    learnt = {name: sum(map(np.sum, x.columns["loss_weights"].shards)) for name, x in local.items()}
+    for source in (*whole._sources, *streams[0]._sources):
+        assert source.loss_tokens == learnt[source.name] != source.plan.tokens()
 
 
 def test_a_restart_goes_on_with_the_same_rows(local, opened):

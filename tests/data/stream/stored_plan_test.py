@@ -151,6 +151,11 @@ def test_an_epoch_rebuilds_the_corpus(cache, packing):
         np.testing.assert_array_equal(tokens, record["targets"])
         np.testing.assert_array_equal(weights, record["loss_weights"])
     assert weight == pytest.approx(sum(record["loss_weights"].sum() for record in RECORDS))
+    assert source.loss_tokens == pytest.approx(weight) and weight < 0.6 * source.plan.tokens()
+    cut = _plan(cache, packing=packing, long_documents="truncate")
+    length = cut.plan.row_lengths["targets"]
+    learnt = sum(record["loss_weights"][:length].sum(dtype=np.float64) for record in RECORDS)
+    assert cut.loss_tokens == pytest.approx(learnt) and learnt < weight
 
 
 def test_rows_read_alike_from_both_forms(cache, monkeypatch):

@@ -142,6 +142,8 @@ def test_batches_are_a_function_of_seed_and_step(caches, split):
     # A budget counts targets.
     count = sum(whole.batch(step, 0, 8)["decoder_loss_weights"].sum() for step in range(20))
     assert whole.steps_for_tokens(count) == pytest.approx(20, abs=3)
+    for phase in whole.summary()["phases"]:
+        assert phase["tokens_per_step"] == whole.tokens_per_step(phase["first_step"])
 
 
 def test_it_is_iterated_over_like_other_streams(caches):
@@ -207,6 +209,9 @@ def test_settings_that_do_not_fit_are_errors(tmp_path, caches):
     )
     with pytest.raises(ValueError, match="weighs its tokens"):
         make({"a": weighed}, names="a").batch(0, 0, 1)
+    source = rows.plan_source("w", weighed, {"targets": 8})
+    with pytest.raises(ValueError, match="no token has a loss weight.*give TRAIN_STEPS in place"):
+        Stream([source], ((0, {"w": 1.0}),), batch_size=1).steps_for_tokens(9)
 
 
 def test_rows_of_caches_that_are_read_in_place_are_the_same(caches):

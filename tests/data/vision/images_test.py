@@ -131,6 +131,7 @@ def test_channels_are_normalised():
             "split is 'test'; it must be one of 'train', 'validation'",
         ),
         (lambda: textures.textures(split="train", size=4), "IMAGE_SIZE is at least 8"),
+        (lambda: augment.CentreCrop(8, 5), "shorter is 5, .* the crop of 8: raise CentreCrop"),
     ],
 )
 def test_what_does_not_fit_is_told(make, message):

@@ -192,6 +192,9 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
 
     assert "Give --rank, such as" in error()
     assert "--recompose does not use --rank" in error("--recompose", "--rank=0.5")
+    assert "--calibrate_length=0 must be at least 1" in error(
+        "--rank=0.5", "--calibrate=x", "--calibrate_length=0"
+    )
     assert "--calibrate_length is only for --calibrate" in error(
         "--rank=0.5", "--calibrate_length=8"
     )

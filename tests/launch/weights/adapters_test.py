@@ -142,6 +142,9 @@ def test_mixtures_are_merged_only_as_averages_with_their_error(
     flags = ["upcycle merge", f"--checkpoint={run}", f"--to={merged}"]
     assert command(*flags) == 2
     assert "3 experts depend on the token" in capsys.readouterr().err and not merged.exists()
+    for length in (0, -5):
+        assert command(*flags, "--average=x", f"--average_length={length}") == 2
+        assert f"--average_length={length} must be at least 1" in capsys.readouterr().err
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"tokens": TOKENS[0].tolist()}) + "\n")
     assert command(*flags, f"--average={text}", "--average_length=7") == 0  # with the start token
