@@ -45,6 +45,7 @@ class Plan:
         inputs_prefix: ids before the inputs of every record, which `lengths` count.
         begins: feature -> int64 [S], the index in the column of each segment's first token; empty for a plan in memory,
             for which they are computed.
+        loss_tokens: the sum of the loss weights of all tokens, of a stored plan; None where it is computed, or without weights.
     """
 
     row_starts: np.ndarray
@@ -59,6 +60,7 @@ class Plan:
     first_long: int | None = None
     inputs_prefix: tuple[int, ...] = ()
     begins: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    loss_tokens: float | None = None
 
     @property
     def num_rows(self) -> int:

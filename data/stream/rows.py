@@ -44,6 +44,8 @@ class Source:
         """The sum of the loss weights of all tokens of the planned rows; without weights, the number of these tokens."""
         if LOSS_WEIGHTS not in self.cache.columns:
             return self.plan.tokens()
+        if self.plan.loss_tokens is not None:
+            return self.plan.loss_tokens
         begin_S = self.begins("targets", np.arange(len(self.plan.records)))
         weights = self.cache.columns[LOSS_WEIGHTS]  # one for each target, hence the same offsets
         return float(weights.sums(begin_S, np.asarray(self.plan.lengths["targets"])).sum())

@@ -58,7 +58,7 @@ INDEX = "plan.json"
 _ARRAYS = ("row_starts", "segments", "records")
 _TABLE = "plan.sums"
 # Part of the name of a plan: raise it when the same cache and policy give other files.
-_VERSION = 1
+_VERSION = 2
 _CHECKED_AT_ONCE = 1 << 19  # values
 
 
@@ -135,12 +135,14 @@ class PlanBuild:
         if finished_shard(self.folder, shard.number) is None:
             lengths = {f: self._read(shard, f"{f}.len", "<u4") for f in self.row_lengths}
             where = f"Shard {shard.number + 1} of {self.cache}"
+            weights = None
             if self.weighted:
+                weights = self._read(shard, f"{LOSS_WEIGHTS}.bin", "<f4")
                 check_loss_weights(
                     f"{where}: feature {LOSS_WEIGHTS!r}",
                     lengths["targets"],
                     self._read(shard, f"{LOSS_WEIGHTS}.len", "<u4"),
-                    [self._read(shard, f"{LOSS_WEIGHTS}.bin", "<f4")],
+                    [weights],
                 )
             try:
                 planned = make_plan(
@@ -153,7 +155,7 @@ class PlanBuild:
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             with writing(f"{where}: its row plan"):
-                self._write(shard, planned, lengths)
+                self._write(shard, planned, lengths, weights)
         report(1)
 
     def _read(self, shard: Shard, name: str, dtype: str) -> np.ndarray:
@@ -163,7 +165,13 @@ class PlanBuild:
             raise corrupt(pathlib.Path(self.cache), name, "does not match its checksum")
         return np.frombuffer(data, dtype)
 
-    def _write(self, shard: Shard, planned: Plan, lengths: Mapping[str, np.ndarray]) -> None:
+    def _write(
+        self,
+        shard: Shard,
+        planned: Plan,
+        lengths: Mapping[str, np.ndarray],
+        weights: np.ndarray | None,
+    ) -> None:
         segments_S = np.zeros(len(planned.records), segment_dtype(list(lengths)))
         segments_S["offset"] = planned.offsets
         for feature, lengths_N in lengths.items():
@@ -180,10 +188,16 @@ class PlanBuild:
             files.write(self.folder / f"{stem}.{name}", content, synced=False)
             entries[f"{stem}.{name}"] = file_entry(content)
         first = planned.first_long
+        tokens: dict[str, float] = {feature: planned.tokens(feature) for feature in lengths}
+        if weights is not None:
+            totals = np.concatenate([[0], np.cumsum(weights, dtype=np.float64)])
+            begins_S = segments_S["targets.begin"] - shard.first_values["targets"]
+            ends_S = begins_S + planned.lengths["targets"]
+            tokens[LOSS_WEIGHTS] = float((totals[ends_S] - totals[begins_S]).sum())
         entry = {
             "files": entries,  # a file that a power cut has emptied does not fit its checksum
             "segments": len(segments_S),
-            "tokens": {feature: planned.tokens(feature) for feature in lengths},
+            "tokens": tokens,
             "counts": planned.counts,
             "first_long": None if first is None else first + shard.first_record,
         }
@@ -304,6 +318,7 @@ def open_plan(
         begins={f: fields(f"{f}.begin") for f in row_lengths},
         counts=facts["counts"],
         first_long=facts["first_long"],
+        loss_tokens=facts["tokens"].get(LOSS_WEIGHTS),
         **how,
     )
 

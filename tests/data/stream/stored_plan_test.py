@@ -240,11 +240,11 @@ def test_complete_shards_are_not_planned_again(cache, monkeypatch):
     """A build that stops in its third shard goes on there, unless a file of an earlier one is damaged."""
     planned = []
 
-    def stopping(build, shard, made, lengths, write=stored_plan.PlanBuild._write):
+    def stopping(build, shard, *made, write=stored_plan.PlanBuild._write):
         planned.append(shard.number)
         if planned == [0, 1, 2]:
             raise KeyboardInterrupt
-        write(build, shard, made, lengths)
+        write(build, shard, *made)
 
     monkeypatch.setattr(stored_plan.PlanBuild, "_write", stopping)
     with pytest.raises(KeyboardInterrupt):
