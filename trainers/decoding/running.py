@@ -120,7 +120,7 @@ class RunningBatch:
         for name in ("sampling", "num_samples", "beams"):
             if getattr(settings, name) != getattr(defaults, name):
                 raise ValueError(
-                    f"Settings.{name} has no effect in a running batch, whose rows have draws of their own: remove it."
+                    f"Settings.{name} has no effect where rows join a batch, since each has its own draw: remove it."
                 )
         if model.row.encodes and (prefix_bytes or prefill_chunk is not None):
             raise ValueError(

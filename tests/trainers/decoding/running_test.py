@@ -242,7 +242,7 @@ def test_what_a_running_batch_cannot_do_is_refused_by_name(model, params):
     with pytest.raises(ValueError, match="prefill_chunk = 0"):
         make_batch(model, params, prefill_chunk=0)
     for own in ({"sampling": Sampling()}, {"beams": Beams(num_beams=2)}):
-        with pytest.raises(ValueError, match="has no effect in a running batch"):
+        with pytest.raises(ValueError, match="has no effect where rows join a batch"):
             RunningBatch(model, params, Settings(**own), sizes=(1,), longest=8)
 
 
