@@ -23,9 +23,8 @@ from espalier.model.protocol import Model, Sizes
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; context: the length of rows and parameters split; tensor: heads and widths split.
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-_MOST_WHOLE = (
-    2**31
-)  # bytes of parameters that may stay whole on every device although a mesh axis splits parameters
+# Bytes of parameters that may stay whole on every device although a mesh axis splits parameters.
+_MOST_WHOLE = 2**31
 
 
 def make_mesh(

@@ -259,8 +259,8 @@ class Program:
         Args:
           meta: returns the known facts about the data; called only if there are such files.
         """
-        if self.stored_extras is not None:
-            self.stored_extras.check(self.mesh, self.rules, meta())
+        if (extras := self.stored_extras) is not None:
+            extras.check(self.mesh, self.rules, meta())
 
     @property
     def stored_extras(self) -> StoredExtras | None:

@@ -25,9 +25,7 @@ Finite = Annotated[float, Interval()]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
-Resemblance = Annotated[
-    float, Interval(ge=0.5, le=1)
-]  # `data.text.dedup` misses many pairs of less
+Resemblance = Annotated[float, Interval(ge=0.5, le=1)]  # data.text.dedup misses pairs of less
 Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average
 Tokens = Annotated[float, Interval(ge=1, le=1e18)]
 

@@ -385,9 +385,7 @@ def check_prompts(run: ResolvedRun, start: restore.Restored) -> None:
     for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):
         ours = run.identity[key]
         theirs = start.meta.get(key, ours)
-        # As in FrozenCheckpoint.check.
-        unrecorded = run.model.row.encodes and key == "start_token" and theirs is None
-        if theirs != ours and not unrecorded:
+        if step_dir.begins_otherwise(key, theirs, ours, encodes=run.model.row.encodes):
             raise ValueError(
                 f"INITIAL_CHECKPOINT_PATH: documents of {start.path} begin otherwise ({key} {theirs}) than this "
                 f"run's prompts ({ours}): set {macro} = {theirs}."

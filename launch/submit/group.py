@@ -165,7 +165,7 @@ def run(
                 for i in range(processes)
             ]
             with supervisor.forwarded(children) as signals:
-                statuses = _statuses(children)
+                statuses = _statuses(children, signals)
             stopping += signals
         lost = cli.INTERRUPTED
         status = max(statuses, key=lambda one: (0 < one < 128 and one != lost, one == lost, one))
@@ -177,13 +177,16 @@ def run(
     return status
 
 
-def _statuses(children: Sequence[subprocess.Popen]) -> list[int]:
-    """Returns the exit statuses of processes; 75 for those that are killed because they outlive a failed one."""
+def _statuses(children: Sequence[subprocess.Popen], signals: Sequence[int]) -> list[int]:
+    """Returns the exit statuses of processes; 75 for those that are killed because they outlive a failed one.
+
+    After a signal to this process nothing is killed: one that is still running may be saving.
+    """
     until = math.inf
     while running := [child for child in children if child.poll() is None]:
         if any(child.returncode for child in children):
             until = min(until, time.monotonic() + _PEER_SECONDS)
-        if time.monotonic() > until:
+        if time.monotonic() > until and not signals:
             break
         time.sleep(_POLL_SECONDS)
     for child in running:

@@ -228,16 +228,16 @@ def _join_flags(settings: Settings, name: str) -> tuple[str, ...]:
     )
 
 
-def _deleted(found: Mapping[str, Any]) -> bool:
+def _deleted(jobset: Mapping[str, Any]) -> bool:
     """Whether a JobSet ends because it was deleted."""
-    return "deletionTimestamp" in found.get("metadata", {})
+    return "deletionTimestamp" in jobset.get("metadata", {})
 
 
-def _state(found: Mapping[str, Any]) -> Status:
+def _state(jobset: Mapping[str, Any]) -> Status:
     """Returns the status of a JobSet as Kubernetes has it."""
-    if not found:
+    if not jobset:
         return Status(state=State.DROPPED)
-    status = found.get("status") or {}
+    status = jobset.get("status") or {}
     for condition in status.get("conditions", ()):
         if condition.get("status") == "True" and condition.get("type") in ("Completed", "Failed"):
             return Status(state=State.ENDED, exit_status=int(condition["type"] == "Failed"))
@@ -276,14 +276,12 @@ class JobSetSubmitter:
     def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
         while self._new:
             handle, job = self._new.popitem()
-            found = self._get(handle)
-            if _state(found).state is State.ENDED or _deleted(
-                found
-            ):  # an earlier start of the same command
+            jobset = self._get(handle)
+            if _state(jobset).state is State.ENDED or _deleted(jobset):  # of an earlier start
                 self._kubectl("delete", f"jobset/{handle}", "--wait=true")
-                found = {}
-            before = found.get("metadata", {}).get("annotations", {}).get(_SETTINGS, "{}")
-            if not found:
+                jobset = {}
+            before = jobset.get("metadata", {}).get("annotations", {}).get(_SETTINGS, "{}")
+            if not jobset:
                 self._kubectl("create", "--filename=-", text=self._text([job]))
             elif other := self._settings.changed(json.loads(before)):
                 raise SubmitError(
@@ -313,9 +311,9 @@ class JobSetSubmitter:
             raise
 
     def _status(self, handle: Handle) -> Status:
-        found = self._get(handle)
-        status = _state(found)
-        if status.state is State.WAITING and not _deleted(found):
+        jobset = self._get(handle)
+        status = _state(jobset)
+        if status.state is State.WAITING and not _deleted(jobset):
             self._check_pods(handle)
         return status
 

@@ -98,9 +98,7 @@ class SlurmSubmitter:
 
     def close(self) -> None:
         ids = {entry.id: handle for handle, entry in self._entries.items() if entry.id is not None}
-        with contextlib.suppress(
-            SubmitError
-        ):  # they have just ended, or the scheduler gives no answer
+        with contextlib.suppress(SubmitError):  # just ended, or the scheduler gives no answer
             known = self._query(list(ids)) if ids else {}
             alive = [job for job in ids if known.get(job, ("",))[0] in _WAITING + _RUNNING]
             for job in alive:

@@ -241,6 +241,15 @@ def read_manifest(path: epath.Path) -> Manifest:
     raise DamagedCheckpointError(path, {MANIFEST: problem})
 
 
+def begins_otherwise(key: str, theirs: Any, ours: Any, *, encodes: bool) -> bool:
+    """Returns whether documents of a record begin otherwise than a run's, by the fact `key`: "start_token" or "add_bos".
+
+    A start token of None that an encoder-decoder (`encodes`) records is no difference: its targets follow one in any case.
+    """
+    unrecorded = encodes and key == "start_token" and theirs is None
+    return theirs != ours and not unrecorded
+
+
 def read_record(path: epath.Path, manifest: Manifest | None = None) -> dict[str, Any]:
     """Returns the verified contents of a step's meta.json: `step`, `metrics` and `meta`.
 

@@ -238,12 +238,9 @@ class RunningBatch:
             with contextlib.suppress(TooLargeError):
                 self._fit(len(self._needs) + (self._reading is not None), 0)
         free_R = np.array([key is None for key in self._keys])
+        count = min(count, self._most_steps)
         self._rows, made = self._programs["advance"](
-            self._params,
-            self._rows,
-            free_R,
-            np.int32(min(count, self._most_steps)),
-            np.bool_(leave),
+            self._params, self._rows, free_R, np.int32(count), np.bool_(leave)
         )
         tokens_RC, log_probs_RC, counts_R, done_R = jax.device_get(made)
         news = {}

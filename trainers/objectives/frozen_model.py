@@ -127,8 +127,8 @@ class FrozenCheckpoint:
     ) -> None:
         """Raises ValueError if the checkpoint has another vocabulary, start token or BOS than this run's data in `meta`.
 
-        Facts that are absent are not compared, nor is a start token of None that an encoder-decoder records (`encodes`): its
-        targets follow one in any case. `add_bos` is the setting of BOS, for the message.
+        Facts that are absent are not compared. `add_bos` is the setting of BOS, for the message; `encodes` is as in
+        `step_dir.begins_otherwise`.
         """
         digest = meta.get("vocabulary")
         theirs = step.meta.get("vocabulary", digest)
@@ -139,8 +139,7 @@ class FrozenCheckpoint:
             )
         for key, setting in (("start_token", "set DOCUMENT_START"), ("add_bos", add_bos)):
             theirs = step.meta.get(key, meta.get(key))
-            unrecorded = encodes and key == "start_token" and theirs is None
-            if key in meta and theirs != meta[key] and not unrecorded:
+            if key in meta and step_dir.begins_otherwise(key, theirs, meta[key], encodes=encodes):
                 raise ValueError(
                     f"{self.macro}: documents of {step.step} begin with {key} = {theirs}, but this run's with "
                     f"{meta[key]}: {setting} = {theirs}."

@@ -111,5 +111,5 @@ def test_unrolled_layers_import_the_same_function(name):
     jax.tree.map(np.testing.assert_array_equal, flat_params, expected)
     tokens = jnp.asarray(case["tokens/2"])[None]
     logits = jax.jit(flat.apply)({"params": flat_params}, tokens)
-    found = jax.nn.log_softmax(logits[0], axis=-1)
-    np.testing.assert_allclose(found, case["logprobs/2"], rtol=0, atol=TOLERANCE)
+    log_probs_TV = jax.nn.log_softmax(logits[0], axis=-1)
+    np.testing.assert_allclose(log_probs_TV, case["logprobs/2"], rtol=0, atol=TOLERANCE)

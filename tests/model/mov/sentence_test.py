@@ -95,8 +95,8 @@ def test_an_encoder_below_another_head_is_routed_by_its_inputs_too(made):
     model, params = made
     batch = batch_of(([3, 4, 5], [6, 7]), ([8, 9], [12, 13, 14]))
     want = frozen_forward(model, params, batch).log_probs_BT()
-    found = frozen_forward(ActorCritic(backbone=model), {"backbone": params}, batch)
-    np.testing.assert_allclose(found.log_probs_BT(), want, atol=1e-6)
+    with_value_head = frozen_forward(ActorCritic(backbone=model), {"backbone": params}, batch)
+    np.testing.assert_allclose(with_value_head.log_probs_BT(), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("beams", [None, Beams(num_beams=2)])

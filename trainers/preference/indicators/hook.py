@@ -140,8 +140,9 @@ class PreferenceIndicators(Hook):
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
         if self.reward is not None:
-            stored = {"meta": meta, "folder": self.run.path}
-            self._reward = on_mesh(self.reward, program.mesh, program.rules, **stored)
+            self._reward = on_mesh(
+                self.reward, program.mesh, program.rules, meta=meta, folder=self.run.path
+            )
             # The competitor's rewards; None until the first evaluation, whose outputs then compete.
             competing = self._competing()
             self._competing_N = None if competing is None else self._rewards(competing)
