@@ -23,15 +23,15 @@ CLOSURES = {
     "trainers.step": (7, 775),
     "trainers.recipe": (41, 5_704),
     "model.transformer": (27, 4_476),
-    "launch.train": (92, 17_602),
+    "launch.train": (92, 17_604),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
     "espalier": (14, 1_995),
     "model": (103, 17_630),
     "trainers": (115, 20_008),
-    "data": (133, 26_068),
-    "launch": (314, 69_022),
+    "data": (133, 26_072),
+    "launch": (314, 69_024),
 }
 # Files of a folder, without __init__.py: of any, and of these.
 FOLDER = 15

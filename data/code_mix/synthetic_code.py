@@ -113,6 +113,10 @@ def build(
     Raises:
       ValueError: a setting is out of range, or no more new documents pass.
     """
+    if num_documents < 1 or variants < 1:
+        raise ValueError(
+            f"synthetic_code: num_documents = {num_documents} and variants = {variants} must be at least 1."
+        )
     settings = {
         "num_documents": num_documents,
         "seed": seed,
@@ -121,8 +125,8 @@ def build(
         "validation_fraction": validation_fraction,
     }
     for name in ("mutated_share", "validation_fraction"):
-        if settings[name] >= 1:
-            raise ValueError(f"synthetic_code: {name} = {settings[name]} must be below 1.")
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f"synthetic_code: {name} = {settings[name]} must be in [0, 1).")
     key = fingerprint.of_json([settings, _code_digest()])[:16]
     folder = cache.cache_dir("synthetic_code", key, override=cache_dir)
     if not (folder / MANIFEST).is_file():

@@ -120,7 +120,8 @@ class Peers:
                 live = self._client.get_live_nodes(list(range(self._count)))
             except Exception:  # noqa: BLE001 (the coordinator is gone: JAX aborts this process)
                 return
-            lost = sorted(set(range(self._count)) - set(live))
+            gone = sorted(set(range(self._count)) - set(live))
+            lost = [index for index in gone if self._stored("left", index) is None]
             if lost and not self._done.is_set():
                 self._end(lost[0], pause)
 
@@ -161,11 +162,12 @@ class Peers:
         """Leaves, after a barrier that all have passed; the coordinator leaves last."""
         import jax
 
+        self._client.key_value_set(self._key("left", self._index), "")
         self._done.set()
         self._thread.join(self._timeout)
-        if self._index == 0:
-            # Returns once all others have left or are lost.
-            self._client.get_live_nodes(list(range(self._count)))
+        # The call returns when all others have left, are lost, or watch in it and have yet to learn that all are here.
+        while self._index == 0 and len(self._client.get_live_nodes(list(range(self._count)))) > 1:
+            pass
         jax.distributed.shutdown()
 
     def fail(self, error: BaseException, status: int) -> None:
