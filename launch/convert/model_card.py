@@ -166,8 +166,10 @@ def _use(folder: str, meta: Mapping[str, Any], architecture: str) -> Iterator[st
         for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     )
     chat = os.path.exists(os.path.join(folder, "chat_template.jinja")) or _has_template(folder)
-    yield from ("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "")
-    yield 'model = AutoModelForCausalLM.from_pretrained("FOLDER")'
+    encodes = architecture.endswith("ForConditionalGeneration")
+    model = "AutoModelForSeq2SeqLM" if encodes else "AutoModelForCausalLM"
+    yield from ("```python", f"from transformers import {model}, AutoTokenizer", "")
+    yield f'model = {model}.from_pretrained("FOLDER")'
     if has_tokenizer:
         yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     if has_tokenizer and chat:
@@ -183,7 +185,6 @@ def _use(folder: str, meta: Mapping[str, Any], architecture: str) -> Iterator[st
     if not has_tokenizer:
         yield from ("", "The run has no tokenizer in this format: the model takes token ids.")
     # transformers puts the start token of an encoder-decoder before its targets.
-    encodes = architecture.endswith("ForConditionalGeneration")
     if (start := meta.get("start_token")) is not None and not encodes:
         yield ""
         yield (

@@ -233,7 +233,7 @@ def _shares(sums: Mapping[str, Sequence[np.ndarray]], tokens: float) -> Tables:
 
 
 def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns cosines of the experts' domain vectors before and after the projection; sweeps use it as an evaluation.
+    """Returns cosines of the experts' domain vectors before and after the projection, not levelled; sweeps use it as an evaluation.
 
     Args:
       run_dir: run or step directory of a model with projection routers (methods/nexus/nexus.gin).

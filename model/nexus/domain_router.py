@@ -114,7 +114,14 @@ def level(experts_ED: jax.Array, first: int) -> jax.Array:
     projected to the span of the first ones' differences from m, and r the mean length of these. Its logit is then an
     affine combination of the first ones' logits, so that it is on their level in every layer, and as far from their mean
     as they are. m, r and the span are constants of the gradient.
+
+    Raises:
+      ValueError: fewer than 3 first vectors: two span a line, on which a later one would be one of the two.
     """
+    if first < 3:
+        raise ValueError(
+            f"levelled = {first}: an expert levelled to fewer than 3 has the logits of one of them."
+        )
     first_ND, later_ED = experts_ED[:first], experts_ED[first:].astype(jnp.float32)
     fixed_ND = jax.lax.stop_gradient(first_ND).astype(jnp.float32)
     mean_1D = fixed_ND.mean(0, keepdims=True)

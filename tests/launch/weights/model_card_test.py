@@ -72,10 +72,11 @@ def test_the_card_of_a_trained_run(tmp_path):
     assert "**To be filled in.**" in text and str(tmp_path) not in text
 
 
-def test_the_card_of_an_encoder_decoder_puts_no_token_before_texts(tmp_path):
+def test_the_card_of_an_encoder_decoder_loads_one_and_puts_no_token_before_texts(tmp_path):
     step = run(tmp_path / "t5", "")
     text = card(tmp_path, step, {"start_token": 0}, architecture="T5ForConditionalGeneration")
     assert "before every document" not in text
+    assert "model = AutoModelForSeq2SeqLM.from_pretrained" in text and "CausalLM" not in text
 
 
 def test_a_run_without_a_record_or_with_a_damaged_one_has_a_card_too(tmp_path, capsys):

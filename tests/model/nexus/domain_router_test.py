@@ -1,6 +1,7 @@
 """The projection router against float64, its limits, and that embeddings of domains are never trained."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +263,11 @@ def test_a_levelled_vector_is_an_affine_combination_of_the_first_ones_as_far_fro
         want_N, *_ = np.linalg.lstsq(apart_ND.T, before_D - first_ND.mean(0), rcond=None)
         want_D = apart_ND.T @ want_N
         np.testing.assert_allclose(moved_D, length * want_D / np.linalg.norm(want_D), atol=1e-4)
+
+
+def test_two_experts_are_too_few_to_level_others_to():
+    with pytest.raises(ValueError, match="levelled = 2: .* has the logits of one of them"):
+        jax.eval_shape(functools.partial(level, first=2), jnp.ones((4, 8)))
 
 
 def test_a_levelled_router_has_finite_gradients(params):
