@@ -113,7 +113,13 @@ def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None
 
 
 def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np.ndarray) -> None:
-    """Raises TransformError if an expert's vector in the file differs from the mixture's [E, M]."""
+    """Raises TransformError if the file's vectors have another length than the mixture's [E, M], or an expert another vector."""
+    length = float(np.linalg.norm(vectors_EM[0]))
+    if not np.isclose(length, domains.length, rtol=1e-4):
+        raise TransformError(
+            f"{domains.path} has vectors of length {domains.length:g}, but the mixture's have {length:g}, so the new "
+            f"expert would have another level: {_REMEDY}"
+        )
     for name, vector_M in zip(names, vectors_EM, strict=True):
         if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
             raise TransformError(

@@ -61,7 +61,7 @@ class BiasedExperts(ExpertDense):
     """Projections of stacked experts, with a bias [E, 1, Y]."""
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        names = (self.axes[0], axes.UNMODELED, self.axes[2])
+        names = (self.axes[0], axes.NORM, self.axes[2])
         shape = (self.num_experts, 1, self.features)
         zeros = nn.initializers.zeros
         bias_E1Y = axes.parameter(self, "bias", zeros, names, shape, self.param_dtype)

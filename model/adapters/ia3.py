@@ -74,7 +74,7 @@ class Ia3(Rescaling):
     ) -> jax.Array:
         ones = nn.initializers.ones
         if sizes:
-            names = (site.base.axes[0], axes.UNMODELED, site.axes[side])
+            names = (site.base.axes[0], axes.NORM, site.axes[side])
             shape = (site.base.num_experts, 1, x.shape[-1])
             scale_E1X = axes.parameter(self, name, ones, names, shape, self.param_dtype)
             rows_R1 = jnp.ones((len(x), 1), jnp.float32)

@@ -73,7 +73,9 @@ def router_of(mixture: Any, **of_flax: Any) -> Any:
 def scored(mixture: Any, x_BTD: jax.Array, score: Score = "softmax") -> Scores:
     """Returns the scores of a mixture's router for each token, and sows the probabilities."""
     check_choice(f"{type(mixture).__name__}.score", score, get_args(Score))
-    logits_BTE = router_of(mixture)(x_BTD)
+    # A TPU's default would round float32 to bfloat16, and choose other experts than a CPU or an export does.
+    with jax.default_matmul_precision("highest"):
+        logits_BTE = router_of(mixture)(x_BTD)
     if score == "softmax":
         scores_BTE = probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     else:

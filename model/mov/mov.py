@@ -53,7 +53,7 @@ class Mov(Routed, Ia3):
         if sizes:
             return self._mixed_at_experts(name, site, side, x, *sizes)
         heads = site.heads if side else 1
-        ones, names = nn.initializers.ones, (axes.UNMODELED, axis)
+        ones, names = nn.initializers.ones, (axes.NORM, axis)
         scales_NX = axes.parameter(self, name, ones, names, (count, x.shape[-1]), self.param_dtype)
         scales_NHK = scales_NX.astype(jnp.float32).reshape(count, heads, -1)
         parts = x.reshape(*x.shape[:-1], heads, -1)
@@ -73,7 +73,7 @@ class Mov(Routed, Ia3):
     ) -> jax.Array:
         """Returns rows, sorted by expert, rescaled by the vectors of their expert, which its own router mixes."""
         axis, ones = site.axes[side], nn.initializers.ones
-        names = (site.base.axes[0], axes.UNMODELED, axis)
+        names = (site.base.axes[0], axes.NORM, axis)
         shape = (site.base.num_experts, self.num_experts, x_RX.shape[-1])
         scales_ENX = axes.parameter(self, name, ones, names, shape, self.param_dtype)
         read = x_RX if side or site.gate is None else site.gate

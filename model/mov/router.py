@@ -106,10 +106,13 @@ class Routed(Adapter):
             names = (site.base.axes[0], axis, axes.UNMODELED)
             router = ExpertDense(num_experts=site.base.num_experts, axes=names, **common)
             real = _within(len(read), *sizes)
+            with jax.default_matmul_precision("highest"):  # as in routing.scored
+                logits = router(read, *sizes)
             # What is computed for rows after the last expert's is undefined.
-            logits = jnp.where(real[:, None], router(read, *sizes), 0.0)
+            logits = jnp.where(real[:, None], logits, 0.0)
         else:
-            logits = Dense(axes=(axis, axes.UNMODELED), **common)(read)
+            with jax.default_matmul_precision("highest"):
+                logits = Dense(axes=(axis, axes.UNMODELED), **common)(read)
             real = jnp.ones(logits.shape[:-1], bool)
         probs = jax.nn.softmax(logits, axis=-1)
         if self.top_k is None:

@@ -15,6 +15,7 @@ from etils import epath
 
 from espalier.model.adapters import adapter
 from espalier.model.adapters.adapter import AdapterError
+from espalier.model.adapters.bottleneck import Bottleneck
 from espalier.model.adapters.ia3 import Ia3
 from espalier.model.adapters.lora import Lora, uniform_fan_in
 from espalier.model.attention import Attention
@@ -27,13 +28,14 @@ from espalier.model.mov.molora import MoLora
 from espalier.model.mov.mov import Mov
 from espalier.model.transformer import Block, Transformer
 from espalier.model.transforms import layer_stack
-from espalier.trainers import partitioning, trainable
+from espalier.trainers import initialise, partitioning, trainable
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.manifest import ArrayEntry
 from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, _assign
 from espalier.trainers.decoding import prefill
 from espalier.trainers.optim import optimizers
+from espalier.trainers.optim.gradient_terms import ParamAxes
 from espalier.trainers.recipe import Recipe
 
 L, D, F, HEADS, R, N = 2, 16, 24, 2, 3, 4
@@ -181,6 +183,35 @@ def test_adapters_train_on_factors_and_at_experts():
     assert sum("/attention/" in name for name in moved) == 4
     assert sum("/mlp/" in name for name in moved) == 3
     assert any(name.endswith("/attention/key/u") for name in after)
+
+
+EXPERTS = functools.partial(MoeMlp, num_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("mlp", "make", "decayed"),
+    [
+        (EXPERTS, Ia3, {}),
+        (GatedMlp, functools.partial(Mov, num_experts=N), {"kernel"}),  # of the routers
+        (EXPERTS, functools.partial(Mov, num_experts=N), {"kernel"}),
+        (EXPERTS, Bottleneck, {"kernel"}),
+        (GatedMlp, functools.partial(Lora, dora=True), {"lora_a", "lora_b"}),
+    ],
+)
+def test_weight_decay_leaves_the_gains_and_biases_of_adapters_as_they_are(mlp, make, decayed):
+    """Also those of which each expert, or each vector of a mixture, has one."""
+    adapters = adapter.named(one=make)
+    block = functools.partial(
+        Block,
+        attention=functools.partial(Attention, adapters=adapters),
+        mlp=functools.partial(mlp, adapters=adapters),
+    )
+    sizes = {"num_layers": 1, "embed_dim": D, "num_heads": HEADS, "mlp_dim": F}
+    model = Transformer(config=TransformerConfig(vocab_size=32, **sizes), block=block)
+    param_axes = ParamAxes.of(initialise.abstract_variables(model)["params"])
+    names = {path: path.rpartition("/")[2] for path in param_axes.names if "adapter_" in path}
+    assert set(names.values()) > set(decayed)
+    assert {x for x in names if param_axes.decayed(x)} == {x for x in names if names[x] in decayed}
 
 
 def test_a_mixture_of_experts_has_mov_at_attention_and_ia3_at_its_experts():

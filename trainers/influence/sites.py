@@ -190,7 +190,7 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
     """Returns the sites that names in GROUPS, or patterns of whole paths of modules or matrices, choose; sorted by path.
 
     Raises:
-      SiteError: the model has no taps, a pattern is malformed or matches no site.
+      SiteError: the model has no taps, a pattern is malformed or matches no site, or some of the adapters have no tap.
     """
     sites, rest = discover(model, params)
     if set(sites) <= {HEAD}:
@@ -207,14 +207,19 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
                 raise SiteError(f"--modules={name} is not a regular expression: {error}.") from None
             if name == "all":
                 matching.pop(HEAD, None)
+            untapped = [path for path in rest if _matches_parameter(pattern, path)]
             if not matching:
-                raise SiteError(_no_match(name, pattern, sites, rest))
+                raise SiteError(_no_match(name, untapped, sites))
+            if name == "adapters" and untapped:
+                raise SiteError(
+                    f"--modules=adapters would leave out {_some(untapped)}, which have no tap. Name those to use by a "
+                    f"pattern in its place; with a tap: {_some(matching)}."
+                )
             chosen |= matching
     return {path: chosen[path] for path in sorted(chosen)}
 
 
-def _no_match(name: str, pattern: str, sites: Mapping[str, Site], rest: Sequence[str]) -> str:
-    untapped = [path for path in rest if _matches_parameter(pattern, path)]
+def _no_match(name: str, untapped: Sequence[str], sites: Mapping[str, Site]) -> str:
     if untapped:
         return (
             f"--modules={name} matches only parameters without a tap ({_some(untapped)}): norms, tables, biases of "

@@ -238,6 +238,16 @@ def test_probabilities_are_sown():
     )
 
 
+def test_the_router_alone_multiplies_in_float32_where_the_default_rounds_to_bfloat16():
+    mlp, x_BTD = moe.MoeMlp(config=CONFIG, num_experts=3, top_k=1), jnp.zeros((2, 4, 6))
+    params = jax.eval_shape(mlp.init, jax.random.key(0), x_BTD)
+    with jax.default_matmul_precision("default"):
+        program = str(jax.make_jaxpr(mlp.apply)(params, x_BTD))
+    found = re.findall(r":f32\[([\d,]+)\] = dot_general\[.*?precision=\(Precision.(\w+)", program)
+    assert dict(found)["2,4,3"] == "HIGHEST"
+    assert {precision for shape, precision in found if shape != "2,4,3"} == {"DEFAULT"}
+
+
 def test_the_route_is_chosen_in_float32():
     """Experts that bfloat16 cannot tell apart are told apart."""
     probs_ME = jax.nn.softmax(jnp.asarray([[1.0, 1.0001, 0.0]]))

@@ -241,6 +241,13 @@ def test_of_a_gated_mlp_the_router_reads_the_activated_branch_and_the_product_is
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_the_router_multiplies_in_float32_where_the_default_rounds_to_bfloat16():
+    module, params = site(Mov, num_experts=2, **IN)
+    with jax.default_matmul_precision("default"):
+        program = str(jax.make_jaxpr(functools.partial(apply, module))(params))
+    assert program.count("(Precision.HIGHEST, Precision.HIGHEST)") == 1
+
+
 def test_losses_and_metrics_of_a_router():
     settings = {"num_experts": N, "top_k": 1, "balance_loss": 0.01, **OUT}
     module, params = site(Mov, **settings)

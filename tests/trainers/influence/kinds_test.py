@@ -15,8 +15,10 @@ from espalier.model.config import TransformerConfig
 from espalier.model.low_rank.lowrank import Factorisation, LowRankExpertDense, factorised
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe.moe import MoeMlp
+from espalier.model.mov.molora import MoLora
 from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Block, Transformer
+from espalier.trainers import initialise
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import (
     conjugate,
@@ -178,3 +180,17 @@ def test_rows_that_a_batch_lacks_are_of_no_expert_of_the_encoder():
     run = jax.jit(lambda p, x: backward(model, chosen, Covariances(1, F64), p, {}, x)[0])
     for own in run(params, arrays).values():
         assert own["count"].sum() == sum(len(row.encoder_inputs) for row in ROWS)
+
+
+def test_adapters_of_which_only_the_routers_have_taps_are_refused():
+    make = functools.partial(MoLora, layers=(r".*attention/query",), num_experts=2, rank=2)
+    block = functools.partial(
+        Block, attention=functools.partial(Attention, adapters=adapter.named(lora=make))
+    )
+    model = Transformer(config=CONFIG, block=block)
+    params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
+    with pytest.raises(sites.SiteError, match="leave out .*lora_a.*with a tap: .*router/kernel"):
+        sites.select(model, params, ("adapters",))
+    assert [*sites.select(model, params, (".*router",))] == [
+        "layers/block_0/attention/query/adapter_lora/router/kernel"
+    ]

@@ -463,5 +463,10 @@ def test_embeddings_that_are_not_those_of_the_mixture_are_named(domains, tmp_pat
         check(encoder={"kind": "one_hot", "dim": M})
     with pytest.raises(TransformError, match="has another mean"):
         check(mean=[0.0] * M)
+    longer = {
+        n: {**d, "vector": [24 * x for x in d["vector"]]} for n, d in content["domains"].items()
+    }
+    with pytest.raises(TransformError, match="vectors of length 24, but the mixture's have 1"):
+        check(length=24.0, domains=longer)
     with pytest.raises(TransformError, match="has another vector of law"):
         check(domains={**content["domains"], "law": content["domains"]["math"]})
