@@ -355,7 +355,7 @@ def write_top(scores: str, *, top: int) -> None:
         place = {name: row[name] for name in PLACE if name in row}
         best = best or [{name: [] for name in ENDS} for _ in row["scores"]]
         for query, score in zip(best, row["scores"], strict=True):
-            per_norm = score / norm if norm else 0.0
+            per_norm = score if norm is None else score / norm if norm else 0.0
             for name, value in (("top", score), ("top_per_norm", per_norm)):
                 # Of equal scores, the first document ranks first.
                 _push(query[name], (value, -document, score, place), top)

@@ -111,7 +111,9 @@ class Gradients:
             dtype=self.dtype,
         )
         for one in scored:
-            row: dict[str, Any] = {"scores": one.scores.tolist(), "norm": one.norm}
+            row: dict[str, Any] = {"scores": one.scores.tolist()}
+            if not self.method.normalised:  # else the scores are divided by it already
+                row["norm"] = one.norm
             if one.layers is not None:
                 row["layers"] = self._by_layer(one.layers)
             yield row

@@ -61,7 +61,8 @@ class Factorisation:
       ones_scale: the singular values of 'spectral_ones'.
 
     Raises:
-      ValueError: an unknown rule or initialisation, or `ones_scale` with another one.
+      ValueError: an unknown rule or initialisation, or `ones_scale` with another one, or a `multiple` of ranks that
+        are absolute.
     """
 
     rank: Positive = 0.5
@@ -80,6 +81,8 @@ class Factorisation:
                 )
         if self.init != "spectral_ones":
             refuse_set(self, ("ones_scale",), f"init = {self.init!r}")
+        if self.rank_rule == "absolute":
+            refuse_set(self, ("multiple",), "rank_rule = 'absolute'")
 
     def rank_at(self, path: str, rows: int, columns: int) -> int | None:
         """Returns the rank of the matrix [rows, columns] of the module at `path`; None if it stays dense.

@@ -132,7 +132,8 @@ class Solution:
     Attributes:
       x: approximate solution by site.
       objectives: x^T A x / 2 - q^T x at the start and after each step, which falls.
-      residuals: norm of q - A x, relative to q's, at the same times.
+      residuals: norm of q - A x, relative to q's, at the same times, by the recursion. Products with bfloat16 parameters are
+        rounded to bfloat16, and then the true norms are larger after many steps: see docs/use/influence_settings.md.
       stopped: 'steps', 'converged', or 'curvature' if a direction had none.
     """
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
+from espalier.model.kv_cache.by_layer import ByLayer
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.kv_cache.selecting import Random
 from espalier.model.kv_cache.snapkv import PyramidKV
@@ -102,7 +103,9 @@ def compressed(
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
-    differs = isinstance(policy, (PyramidKV, Random))  # the computation depends on the layer
+    differs = isinstance(
+        policy, (ByLayer, PyramidKV, Random)
+    )  # the computation depends on the layer
     if differs or len({layer.form for layer in layers}) > 1:
         return [compressed_layer(layer, i) for i, layer in enumerate(layers)]
     # Layers with the same computation are one loop, which compiles much faster.

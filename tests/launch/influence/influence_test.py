@@ -757,6 +757,12 @@ def test_reports_of_bad_files_are_one_error(place, capsys):
     assert "--within=0 must be at least 1" in error("--within=0")
     lexical = place.score("--method=tfidf", out="lexical.jsonl")[1]
     assert "has none: rank by the score" in error("--rank_by=per_norm", "--top=2", scores=lexical)
+    # Its scores are divided by the norms already.
+    cosine = place.score("--method=cosine", out="by_angle.jsonl", factors=False)[1]
+    assert all(row.keys() == {"scores"} for row in read(cosine))
+    best = json.loads(pathlib.Path(f"{cosine}.top.json").read_text())["queries"][0]
+    assert [x["document"] for x in best["top_per_norm"]] == [x["document"] for x in best["top"]]
+    assert "has none: rank by" in error("--rank_by=per_norm", "--top=2", scores=cosine)
     shorter = place.score("--method=tfidf", "--max_documents=3", out="shorter.jsonl")[1]
     assert "has scores of other documents than --scores" in error("--top=2", f"--beside={shorter}")
     for name, rows, message in (

@@ -127,6 +127,13 @@ def test_ranks_of_a_square_matrix(rule, rank, found):
         assert factors.rank_of(rank, rule, 768, 3072) == 381
 
 
+def test_fractions_are_rounded_to_a_multiple_and_absolute_ranks_refuse_one():
+    assert factors.rank_of(0.62, "min_dim", 768, 768, multiple=128) == 512
+    assert factors.rank_of(0.62, "min_dim", 64, 64, multiple=128) == 40  # longer than the side
+    with pytest.raises(ValueError, match="multiple = 8 has no effect with rank_rule = 'absolute'"):
+        Factorisation(rank=3, rank_rule="absolute", multiple=8)
+
+
 def model(which=EVERY, **settings):
     config = TransformerConfig(
         vocab_size=32, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32, **settings

@@ -243,7 +243,9 @@ def test_the_router_alone_multiplies_in_float32_where_the_default_rounds_to_bflo
     params = jax.eval_shape(mlp.init, jax.random.key(0), x_BTD)
     with jax.default_matmul_precision("default"):
         program = str(jax.make_jaxpr(mlp.apply)(params, x_BTD))
-    found = re.findall(r":f32\[([\d,]+)\] = dot_general\[.*?precision=\(Precision.(\w+)", program)
+    found = re.findall(
+        r":f32\[([\d,]+)\] = dot_general\[.*?precision=\(Precision.(\w+)", program, re.S
+    )
     assert dict(found)["2,4,3"] == "HIGHEST"
     assert {precision for shape, precision in found if shape != "2,4,3"} == {"DEFAULT"}
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.by_layer import ByLayer
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise
@@ -26,7 +27,9 @@ def model():
     return model, nn.meta.unbox(init(jax.random.key(0)))["params"]
 
 
-@pytest.mark.parametrize("policy", [policy_named("full"), SNAPKV])
+@pytest.mark.parametrize(
+    "policy", [policy_named("full"), SNAPKV, ByLayer((policy_named("full"), SNAPKV))]
+)
 def test_bytes_are_those_of_the_buffers(model, policy):
     tokens, lengths = jnp.ones((3, 20), jnp.int32), jnp.full(3, 20, jnp.int32)
     _, caches = jax.jit(lambda params: prefill(model[0], params, policy, tokens, lengths, room=4))(
