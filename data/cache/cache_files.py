@@ -344,9 +344,7 @@ def check_size(path: pathlib.Path, size: int, checksum: str) -> None:
 
 def check_file(path: pathlib.Path, size: int, checksum: str) -> None:
     check_size(path, size, checksum)
-    with open(path, "rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != checksum:
+    if files.sha256(path) != checksum:
         raise corrupt(path.parent, path.name, "does not match its checksum")
 
 

@@ -9,6 +9,7 @@ Outputs that users name may be links, devices or addresses: espalier/common/stor
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -19,6 +20,12 @@ from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
 
 _log = logging.getLogger(__name__)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class OverwrittenError(OSError):

@@ -31,6 +31,11 @@ _in_line = False  # whether standard output is in the middle of a line, such as 
 _active = False
 
 
+def size(nbytes: int) -> str:
+    """Returns text such as '2.47 GB' or '3.1 MB'."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def duration(seconds: float) -> str:
     """Returns text such as '40 s', '12 min', '3.5 h'."""
     if seconds < 90:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.common import files
+from espalier.common import files, stages
 from espalier.common.bars import Bar
 from espalier.data.tokenizers import gguf_tokenizer, hf_tokenizer
 from espalier.launch.convert import model_card
@@ -78,8 +78,7 @@ def import_gguf(source: str, target: str, *, dtype: str | None = None) -> str:
 
 def described(family: str, shapes: Iterable[Sequence[int]], dtype: str, nbytes: int) -> str:
     """Returns family, number of parameters, most common dtype and size of weights, for a message."""
-    size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-    return f"{family}, {sum(map(math.prod, shapes)):,} parameters in {dtype}, {size}"
+    return f"{family}, {sum(map(math.prod, shapes)):,} parameters in {dtype}, {stages.size(nbytes)}"
 
 
 def _write(

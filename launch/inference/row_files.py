@@ -1,7 +1,6 @@
 """Files of rows that commands read and write: JSON lines, one object each."""
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
@@ -34,8 +33,7 @@ def local(path: str, flag: str) -> pathlib.Path:
 
 def digest(path: str, flag: str) -> str:
     """Returns the SHA-256 of a file that a flag names."""
-    with open(local(path, flag), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.sha256(local(path, flag))
 
 
 def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, dict[str, Any]]]:

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from espalier.common import files
 from espalier.launch.load.loaded_run import LoadError
 
 CONFIG_JSON = "config.json"
@@ -158,8 +159,7 @@ def digest(checkpoint: str) -> str:
     lines = []
     for path in sorted(pathlib.Path(checkpoint).iterdir()):
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".safetensors"):
-            with open(path, "rb") as file:
-                lines.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+            lines.append(f"{path.name} {files.sha256(path)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

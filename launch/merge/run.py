@@ -167,7 +167,6 @@ def _merge(
 
 def _described(merge: Merge, planned: Sequence[Planned]) -> str:
     count = sum(math.prod(x.shape) for x in planned)
-    size = output.out_bytes(planned)
-    shown = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    shown = stages.size(output.out_bytes(planned))
     models = merge.merged_models()
     return f"{merge.method} of {len(models)} model{'s' * (len(models) != 1)}, {count:,} parameters, {shown}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.common import spelling
+from espalier.common import files, spelling
 from espalier.common.bars import Bar
 from espalier.common.storage import paths
 from espalier.data.nexus import domain_embeddings, domain_encoders
@@ -194,14 +194,14 @@ def _of_files(pattern: str, flags: Any) -> Iterator[str]:
     """Yields the texts in files."""
     from espalier.data.text import document_files
 
-    files = document_files.find(
+    found = document_files.find(
         name="--domain",
         files=pattern,
         validation_fraction=0.0,
         text_key=flags.text_key,
         document_per=flags.document_per,
     )
-    return (document.text for document in files.documents("--domain", "train"))
+    return (document.text for document in found.documents("--domain", "train"))
 
 
 def _of_task(name: str) -> Iterator[str]:
@@ -373,8 +373,5 @@ def _folder_digest(folder: str) -> str:
         name = path.relative_to(root)
         if any(part.startswith(".") for part in name.parts):
             continue
-        with open(path, "rb") as file:
-            digest.update(
-                f"{name.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-            )
+        digest.update(f"{name.as_posix()} {files.sha256(path)}\n".encode())
     return digest.hexdigest()

@@ -53,16 +53,13 @@ def panels(
     *,
     rows: int = 1,
     share_y: bool | str = False,
-    heights: Sequence[float] | None = None,
 ) -> Any:
-    """Returns a figure and its axes, row by row; `heights` are the rows' relative ones."""
+    """Returns a figure and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)  # inches: a title stays apart from the axis above it
-    axes = figure.subplots(
-        rows, columns, squeeze=False, sharey=share_y, height_ratios=heights
-    ).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel()
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.25)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from espalier.common.stages import duration
+from espalier.common import stages
 from espalier.launch.run.resolved import ResolvedRun
 from espalier.launch.run.run_dir import RunDir, mesh_facts
 from espalier.trainers import partitioning
@@ -88,7 +88,7 @@ def announce_start(run: ResolvedRun, start: Restored, life: Sequence[Start]) -> 
     lines = [
         ("start", _start_line(start)),
         *([("life", lifetime.line(life))] if len(lifetime.counted(life)) > 1 else []),
-        ("estimate", f"about {duration(seconds)} of training steps"),
+        ("estimate", f"about {stages.duration(seconds)} of training steps"),
     ]
     _print(lines)
 
@@ -118,8 +118,7 @@ def _dtype_line(program: Program) -> Iterator[tuple[str, str]]:
 
 
 def _size(tree: Any) -> str:
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return stages.size(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 
 def summarise(
@@ -163,7 +162,7 @@ def time_split(goodput: Goodput) -> str:
     parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
     share = parts.pop("goodput")
     text = ", ".join(
-        f"{SHOWN.get(name, name)} {duration(v)}" for name, v in parts.items() if v >= 0.5
+        f"{SHOWN.get(name, name)} {stages.duration(v)}" for name, v in parts.items() if v >= 0.5
     )
     return f"time: {text}; {share:.0%} in steps"
 

@@ -47,8 +47,7 @@ def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
       DamagedCheckpointError: it has not.
     """
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
-    text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-    with stages.stage(f"restoring {text} of {path}"):
+    with stages.stage(f"restoring {stages.size(size)} of {path}"):
         return _read_arrays(path, wanted)
 
 

@@ -133,7 +133,7 @@ def _write(
         for name, start, values in pieces:
             writer.write_values(name, values, start)
     # Through JSON, as `read` sees them.
-    full = json.loads(json.dumps({**record, "sha256": _checksum(fresh / SINGLE)}))
+    full = json.loads(json.dumps({**record, "sha256": files.sha256(fresh / SINGLE)}))
     full[_OWN] = _record_checksum(full)
     # Synced: the folder counts as whole once it has its record.
     files.write_json(fresh / RECORD, full, synced=True, ensure_ascii=True)
@@ -166,7 +166,7 @@ def opened(folder: pathlib.Path) -> Iterator[tuple[dict[str, Tensor], dict[str, 
     try:
         record = read_record(folder)
         with SafetensorsReader(folder) as reader:
-            if _checksum(folder / SINGLE) != record.get("sha256"):
+            if files.sha256(folder / SINGLE) != record.get("sha256"):
                 raise StageError(
                     f"{folder / SINGLE} is damaged: its checksum is not the recorded one. Delete {folder} and run the "
                     "command again."
@@ -239,8 +239,3 @@ def model_digest(params: Any) -> str:
 def _record_checksum(record: Mapping[str, Any]) -> str:
     values = {name: value for name, value in record.items() if name != _OWN}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
