@@ -15,7 +15,6 @@ from espalier.launch.merge.settings import (
     Slice,
     Source,
     evaluate,
-    problem_of,
 )
 from espalier.launch.merge.tokens import Vocabulary
 from espalier.model.transforms.merge import Job
@@ -379,7 +378,7 @@ class Planner:
             out_dtype=_dtype(self.merge.out_dtype),
             seed=self.seed,
         )
-        if problem := problem_of(job):
+        if problem := job.problem():
             raise self._error(f"{name}: {problem}")
         return job
 
