@@ -13,6 +13,7 @@ from typing import Any
 from espalier.common.storage import paths as storage_paths
 from espalier.launch.merge import config_file, run, start
 from espalier.launch.merge.output import Workers
+from espalier.launch.merge.plan import Planner
 from espalier.launch.merge.settings import MergeError
 from espalier.launch.run import metric_rows
 from espalier.model.transforms.merge_methods import METHODS
@@ -25,12 +26,15 @@ _SHOWN = 5  # keys in a message
 class Candidates:
     """Merges of runs that differ in the models' weights, as `espalier merge` makes them.
 
-    A model that has all of the weight is itself, whatever the method.
+    A model that has all of the weight is itself, whatever the method; where weights are absolute, a model of weight 1.
 
     Args:
       file: of the configuration, for messages.
       content: the configuration of a merge without models.
       paths: of the models; one that is given twice has both weights.
+
+    Attributes:
+      absolute: whether a factor of all weights changes the merge, because it does not divide some tensors by the sum of weights.
 
     Raises:
       MergeError: a method without weights, or runs of several architectures.
@@ -41,8 +45,15 @@ class Candidates:
         self._paths = [storage_paths.absolute(path) for path in paths]
         self._method = str(content.get("merge_method"))
         self._check()
+        self.absolute = False
         everything = config_file.one(self.configuration([1.0] * len(paths)), name=file)
         self._models = start.opened(everything)
+        jobs = [x.job for x in Planner(everything, self._models, seed=0).plan() if x.job]
+        self.absolute = any(
+            job.values.get(key) is False
+            for job in jobs
+            for key in ("normalize", "normalize_weights")
+        )
         self._workers = Workers()
 
     def _check(self) -> None:
@@ -83,10 +94,14 @@ class Candidates:
             summed[path] += weight
         return {path: float(weight) for path, weight in summed.items() if weight}
 
+    def _is_alone(self, summed: Mapping[str, float]) -> bool:
+        """Returns whether the merge is one of the models."""
+        return len(summed) == 1 and (not self.absolute or set(summed.values()) == {1.0})
+
     def configuration(self, weights: Sequence[float]) -> dict[str, Any]:
         """Returns the content of the merge's configuration."""
         summed = self._weights(weights)
-        if len(summed) == 1:
+        if self._is_alone(summed):
             dtypes = {key: x for key, x in self._content.items() if key in ("dtype", "out_dtype")}
             return {
                 "merge_method": "passthrough",
@@ -116,7 +131,7 @@ class Candidates:
         """Returns a run with the merge, made in a folder; for one model alone, its own."""
         import yaml
 
-        if len(summed := self._weights(weights)) == 1:
+        if self._is_alone(summed := self._weights(weights)):
             return next(iter(summed))
         file, out = os.path.join(folder, "merge.yml"), os.path.join(folder, "merged")
         text = yaml.safe_dump(self.configuration(weights), sort_keys=False)

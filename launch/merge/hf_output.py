@@ -119,6 +119,7 @@ def _config(planner: Planner, planned: Sequence[Planned]) -> dict[str, Any]:
         if len(origins) != before or not same:
             _change_depth(planner, config, stack, before)
     if planner.vocabulary is not None:
+        config = tokens.with_token_ids(config, planner.vocabulary, donor)
         config["vocab_size"] = planner.vocabulary.size
     sizes: dict[str, int] = {}
     for x in planned:

@@ -322,6 +322,17 @@ def digests(models: Mapping[str, Model]) -> dict[str, str]:
     }
 
 
+def check_distinct(file: str, digests: Mapping[str, str]) -> None:
+    """Raises MergeError, which names the configuration's file, if two models have the same weights."""
+    first: dict[str, str] = {}
+    for path, digest in digests.items():
+        if first.setdefault(digest, path) != path:
+            raise MergeError(
+                f"{file}: lists a model twice: {path} has the weights of {first[digest]}. Remove one of them, or give it by "
+                "one path."
+            )
+
+
 def open_model(path: str) -> Model:
     """Opens a checkpoint of either kind.
 

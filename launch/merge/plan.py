@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.merge.checks import is_tied
-from espalier.launch.merge.models import FIRST, HEAD, Entry, Model, digests, short
-from espalier.launch.merge.settings import (
-    Merge,
-    MergeError,
-    Module,
-    Slice,
-    Source,
-    evaluate,
-    problem_of,
+from espalier.launch.merge.models import (
+    FIRST,
+    HEAD,
+    Entry,
+    Model,
+    check_distinct,
+    digests,
+    short,
 )
+from espalier.launch.merge.settings import Merge, MergeError, Module, Slice, Source, evaluate
 from espalier.launch.merge.tokens import Vocabulary
 from espalier.model.transforms.merge import Job
 from espalier.model.transforms.merge_blocks import is_float
@@ -106,12 +106,7 @@ class Planner:
         Raises:
           MergeError: the models, or the parameters, do not fit the method or each other.
         """
-        for path, digest in self._digests.items():
-            first = next(x for x in self._digests if self._digests[x] == digest)
-            if path != first:
-                raise self._error(
-                    f"lists a model twice: {path} has the weights of {first}. Remove one of them, or give it by one path."
-                )
+        check_distinct(self.merge.file, self._digests)
         stacks = self.donor.stacks
         modules = self._modules(stacks)
         planned: list[Planned] = []
@@ -379,7 +374,7 @@ class Planner:
             out_dtype=_dtype(self.merge.out_dtype),
             seed=self.seed,
         )
-        if problem := problem_of(job):
+        if problem := job.problem():
             raise self._error(f"{name}: {problem}")
         return job
 

@@ -7,7 +7,7 @@ Example, of three runs of one model:
   espalier merge --config=/tmp/weights/merge.yml --out=/tmp/merged
 
 Files have rows as for espalier score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
-time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. A domain's loss counts as its ratio to that of the best single model there.
+time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. They are then scaled to sum to 1. A domain's loss counts as its ratio to that of the best single model there.
 Among the trials whose worst domain is within --delta of the best worst one, that with the lowest mean ratio is chosen. The table
 shows also the gain of leaving out each model: a positive number is a collision. --frontier shows the trials that no other dominates
 in two domains, such as help and harm, and draws frontier.png; --method=random spreads them. Trials are in trials.jsonl: the same
@@ -19,6 +19,10 @@ All models of a linear merge are in memory at once.
   merge_method: ties
   base_model: /tmp/seed
   parameters: {density: 0.5}
+
+A merge that does not divide by the sum of the weights (normalize: false, the default of task_arithmetic, dare_linear, dare_ties,
+della_linear, breadcrumbs and breadcrumbs_ties) depends on that sum. The search does not scale its weights: equal weights are 1 each,
+and `coordinate` begins at the best of 0.3, 0.5, 0.7 and 1 for all models.
 
 --measure takes numbers of a judge, a reward or a suite, by a command that reads the merged {run} and writes a {json} file; --scores
 names those that count. Higher ones are better, or lower ones after a -, as in NAME=-KEY, and a number counts by its gap to that of the
@@ -52,7 +56,7 @@ from espalier.launch.load import load_run
 from espalier.launch.load.load_run import EXAMPLE
 from espalier.launch.merge import checks, config_file, trials
 from espalier.launch.merge.candidates import LINEAR, Candidates, Measure
-from espalier.launch.merge.models import NativeModel, open_model
+from espalier.launch.merge.models import NativeModel, check_distinct, digests, open_model
 from espalier.launch.merge.settings import Merge, MergeError, Module, Slice, Source
 from espalier.launch.merge.trials import Trial, Trials, Weights
 from espalier.model.transforms import base
@@ -131,7 +135,7 @@ def run(flags: SearchFlags) -> list[str]:
     _check_measure(flags)
     candidates = _candidates(list(models.values()), flags)
     if candidates is None:
-        steps = _checked(list(models.values()))
+        steps = _checked([storage_paths.absolute(path) for path in models.values()])
     else:
         steps = [candidates.steps()[storage_paths.absolute(path)] for path in models.values()]
     scores = _named("scores", flags.scores)
@@ -145,6 +149,9 @@ def run(flags: SearchFlags) -> list[str]:
     if candidates is not None:
         equal_weights = candidates.configuration([1.0] * len(models))
         facts["merge"] = [equal_weights, candidates.steps()]
+    absolute = candidates is not None and candidates.absolute
+    if absolute:
+        facts["weights"] = "absolute"
     if measure:
         facts["measure"] = [*measure.commands, measure.keys, flags.lower_is_better]
     higher = measure is not None and not flags.lower_is_better
@@ -154,7 +161,7 @@ def run(flags: SearchFlags) -> list[str]:
         else _evaluator(list(models.values()), held_out, flags, candidates)
     ) as evaluate:
         path = os.path.join(flags.out, "trials.jsonl")
-        tried = Trials(path, facts, evaluate, budget=flags.budget, higher=higher)
+        tried = Trials(path, facts, evaluate, budget=flags.budget, higher=higher, absolute=absolute)
         equal, alone = trials.begin(tried, len(models))
         single = trials.best_single(alone)
         if flags.method == "random":
@@ -242,6 +249,7 @@ def _checked(paths: Sequence[str]) -> list[str]:
                 f"--models {model.path} is no run: import it with espalier convert --from_hf."
             )
     checks.check(merge, opened)
+    check_distinct(merge.file, digests(opened))
     return [" ".join(map(str, opened[path].fingerprint())) for path in paths]
 
 

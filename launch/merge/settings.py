@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.model.transforms.merge import Job
 from espalier.model.transforms.merge_methods import METHODS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -138,24 +137,6 @@ class Merge:
 
     def _bases(self) -> list[str]:
         return [base for base in (self.base, *(x.base for x in self.slices())) if base]
-
-
-def problem_of(job: Job) -> str | None:
-    """Returns the problem of a job's parameters, such as weights that cancel out; None if there is none."""
-    values = job.values
-    weights = values.get("weight")
-    divides = values.get("normalize_weights") or (job.method == "linear" and values["normalize"])
-    if weights and divides and abs(sum(weights)) < 1e-12:
-        return (
-            "the weights sum to 0, by which they are normalised: change them, or do not normalise."
-        )
-    if METHODS[job.method].random and "epsilon" in values:
-        for d, eps in zip(values["density"], values["epsilon"], strict=True):
-            if 0 < d < 1 and not (d - eps > 0 and d + eps < 1):
-                return (
-                    f"density {d:g} with epsilon {eps:g} leaves (0, 1): choose a smaller epsilon."
-                )
-    return None
 
 
 def evaluate(

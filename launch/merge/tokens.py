@@ -7,15 +7,16 @@ of those that do; zeros if none does.
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from espalier.common.storage import mirror
-from espalier.data.tokenizers import hf_tokenizer
+from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
 from espalier.launch.merge.checks import tokenizer_of
-from espalier.launch.merge.models import HfModel, Model, Read
+from espalier.launch.merge.models import CONFIG, HfModel, Model, Read
 from espalier.launch.merge.settings import Merge, MergeError, Tokens, TokenSource
 
 
@@ -87,6 +88,40 @@ def build(merge: Merge, models: Mapping[str, Model]) -> Vocabulary | None:
     vocabulary = Vocabulary(folders[source], content, size, ids, own, sizes, tokens.tokens, base)
     _check_overrides(merge, tokens, vocabulary)
     return vocabulary
+
+
+def with_token_ids(
+    config: Mapping[str, Any], vocabulary: Vocabulary, donor: HfModel
+) -> dict[str, Any]:
+    """Returns config.json of the donor, the first model, with ids `..._token_id` of the output's vocabulary.
+
+    An id is that of config.json beside the output's tokenizer; where that has none, the id of the token with the same text. Ids of
+    tokens that the output lacks are removed, with a warning.
+
+    Raises:
+      TokenizerError: config.json beside the tokenizer is damaged.
+    """
+    if vocabulary.folder == donor.folder:
+        return dict(config)
+    beside = checkpoint_files.read_json(vocabulary.folder, CONFIG)
+    texts = {i: token for token, i in vocabulary.own[donor.path].items()}
+    result, changed = dict(config), list[str]()
+    for key in (x for x in config if x.endswith("_token_id") and config[x] is not None):
+        several = isinstance(config[key], list)
+        before = config[key] if several else [config[key]]
+        known = [texts[i] for i in before if type(i) is int and texts.get(i) in vocabulary.ids]
+        after = [vocabulary.ids[token] for token in known]
+        result[key] = after if several else after[0] if after else None
+        if not after:
+            del result[key]
+        if len(after) < len(before) and key not in beside:
+            changed.append(key)
+    if changed:
+        print(
+            f"warning: config.json: {', '.join(changed)}: ids of tokens that the output lacks are removed.",
+            file=sys.stderr,
+        )
+    return result | {key: x for key, x in beside.items() if key.endswith("_token_id")}
 
 
 def _content(merge: Merge, folder: pathlib.Path) -> bytes:

@@ -18,7 +18,7 @@ from espalier.launch.inference import row_files
 from espalier.launch.merge.settings import MergeError
 
 LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
-_DIGITS = 6  # of normalised weights, by which trials are compared
+_DIGITS = 6  # of weights, by which trials are compared
 _LEAST = 1e-6  # nats: a smaller loss is no measure of others
 
 Weights = tuple[float, ...]
@@ -29,7 +29,7 @@ Evaluate = Callable[[Weights], Mapping[str, tuple[float, float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Weights that sum to 1, and the loss and its standard error by domain.
+    """The weights of a merge, and its loss and standard error by domain.
 
     With `higher`, the losses are scores, of which higher is better, and what is called a ratio is a gap.
     """
@@ -54,12 +54,6 @@ class Trial:
         return max(self.ratios(single).values())
 
 
-def normalised(weights: Sequence[float]) -> Weights:
-    """Returns weights that sum to 1, rounded."""
-    total = sum(weights)
-    return tuple(round(w / total, _DIGITS) + 0.0 for w in weights)
-
-
 class Trials:
     """Evaluated weights, stored in a file.
 
@@ -69,6 +63,7 @@ class Trials:
       evaluate: returns losses of new weights.
       budget: largest number of trials, those in the file included.
       higher: whether they are scores, see `Trial`.
+      absolute: whether weights with the same ratios but another sum are another merge; by default they are scaled to sum to 1.
 
     Raises:
       MergeError: the file has trials of other models or texts.
@@ -82,8 +77,10 @@ class Trials:
         *,
         budget: int,
         higher: bool = False,
+        absolute: bool = False,
     ):
         self._path, self._evaluate, self.budget, self._higher = path, evaluate, budget, higher
+        self.absolute = absolute
         self.done: dict[Weights, Trial] = {}
         self.new = 0
         with row_files.resumed(path, sync=True) as file:
@@ -106,9 +103,14 @@ class Trials:
     def spent(self) -> bool:
         return len(self.done) >= self.budget
 
+    def key(self, weights: Sequence[float]) -> Weights:
+        """Returns the weights of a trial, rounded; they sum to 1 unless they are absolute."""
+        total = 1.0 if self.absolute else sum(weights)
+        return tuple(round(w / total, _DIGITS) + 0.0 for w in weights)
+
     def __call__(self, weights: Sequence[float]) -> Trial | None:
-        """Returns the trial of weights, which need not sum to 1; None if it is new and the budget is spent."""
-        key = normalised(weights)
+        """Returns the trial of weights; None if it is new and the budget is spent."""
+        key = self.key(weights)
         if key not in self.done:
             if self.spent:
                 return None
@@ -158,34 +160,38 @@ def begin(trials: Trials, count: int) -> tuple[Trial, list[Trial]]:
 
 
 def coordinate(trials: Trials, count: int, *, delta: float | None, single: Losses) -> None:
-    """Changes one weight at a time to each of LEVELS, from equal weights on, until nothing gets better."""
-    current: list[float] = [1.0] * count
-    if trials(current) is None:
-        return
+    """Changes one weight at a time to each of LEVELS, from equal weights on, until nothing gets better.
+
+    Absolute weights that are equal are first tried at each of LEVELS.
+    """
+    best: list[float] = [1.0] * count
+    candidates = [[level] * count for level in reversed(LEVELS)] if trials.absolute else [best]
+    begun: set[Weights] = set()
     while True:
-        best = current
-        for i in range(count):
-            for level in LEVELS:
-                candidate = [*current[:i], level, *current[i + 1 :]]
-                if not sum(candidate):
-                    continue
-                if trials(candidate) is None:
-                    return
-                pair = [trials.done[normalised(x)] for x in (best, candidate)]
-                better = choose(pair, delta=delta, single=single) is pair[1]
-                if better and pair[1].weights != pair[0].weights:
-                    best = candidate
-        if best is current:
+        for candidate in candidates:
+            if not any(candidate):
+                continue
+            if trials(candidate) is None:
+                return
+            pair = [trials.done[trials.key(x)] for x in (best, candidate)]
+            better = choose(pair, delta=delta, single=single) is pair[1]
+            if better and pair[1] is not pair[0]:
+                best = candidate
+        if trials.key(best) in begun:  # nothing was better, or the choices go in a circle
             return
-        current = best
+        begun.add(trials.key(best))
+        candidates = [[*best[:i], level, *best[i + 1 :]] for i in range(count) for level in LEVELS]
 
 
 def random(trials: Trials, count: int, *, seed: int) -> None:
-    """Tries equal weights and then weights that are drawn uniformly, until the budget is spent."""
+    """Tries equal weights and then weights that are drawn uniformly, until the budget is spent.
+
+    Absolute weights are drawn from 0 to 1, others from all that sum to 1.
+    """
     rng = np.random.default_rng(seed)
     trials([1.0] * count)
     while not trials.spent:
-        trials(rng.dirichlet(np.ones(count)))
+        trials(rng.uniform(size=count) if trials.absolute else rng.dirichlet(np.ones(count)))
 
 
 def choose(trials: Sequence[Trial], *, delta: float | None, single: Losses) -> Trial:

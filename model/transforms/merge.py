@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from espalier.model.transforms import merge_blocks
+from espalier.model.transforms.base import TransformError
 from espalier.model.transforms.merge_blocks import Blocks, Read
 from espalier.model.transforms.merge_methods import METHODS, Tensor, Values
 
@@ -43,6 +44,21 @@ class Job:
     out_dtype: np.dtype | None = None
     seed: int = 0
 
+    def problem(self) -> str | None:
+        """Returns why the parameters cannot be used, such as weights that cancel out; None if they can."""
+        values = self.values
+        weights = values.get("weight")
+        divides = values.get("normalize_weights") or (
+            self.method == "linear" and values["normalize"]
+        )
+        if weights and divides and abs(sum(weights)) < 1e-12:
+            return "the weights sum to 0, by which they are normalised: change them, or do not normalise."
+        if METHODS[self.method].random and "epsilon" in values:
+            for d, eps in zip(values["density"], values["epsilon"], strict=True):
+                if 0 < d < 1 and not (d - eps > 0 and d + eps < 1):
+                    return f"density {d:g} with epsilon {eps:g} leaves (0, 1): choose a smaller epsilon."
+        return None
+
     def result_dtypes(self, dtypes: Sequence[Any]) -> list[np.dtype]:
         """Returns the dtypes that results are rounded to, one after the other, from the inputs' dtypes."""
         dtype = merge_blocks.promoted(dtypes) if self.dtype is None else np.dtype(self.dtype)
@@ -59,9 +75,11 @@ class Job:
           settings: `block`, `pool` and `threads` of `Blocks`.
 
         Raises:
-          TransformError: the parameters do not fit the values, such as weights that cancel out; or values of an input or of
-            the result are not finite.
+          TransformError: the parameters do not fit each other or the values, such as directions that cancel out; or values of an
+            input or of the result are not finite.
         """
+        if problem := self.problem():
+            raise TransformError(f"{self.name}: {problem}")
         method, results = METHODS[self.method], self.result_dtypes(dtypes)
         work = np.float64 if results[0] == np.float64 else np.float32
         row = 1

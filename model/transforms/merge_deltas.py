@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from espalier.model.transforms import merge_blocks
-from espalier.model.transforms.base import TransformError
 from espalier.model.transforms.merge_blocks import Blocks, Parts, Top
 
 _TINY = 1e-7  # an L1 norm below it is not matched
@@ -42,7 +41,6 @@ class Settings:
       rescale: multiply the rest of a delta, so that it has the L1 norm of the whole delta.
       scale: multiplies the sum.
       keys: of each delta, for random numbers.
-      where: the tensor, for messages.
     """
 
     weight: Sequence[float]
@@ -53,7 +51,6 @@ class Settings:
     rescale: bool
     scale: float
     keys: Sequence[str]
-    where: str
 
 
 def deltas_of(parts: Parts) -> Parts:
@@ -150,11 +147,6 @@ def _masks(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callable | No
         masks: list[Callable | None] = []
         width = blocks.shape[-1] if blocks.shape else 1
         for d, eps, key in zip(densities, settings.epsilon, settings.keys, strict=True):
-            if 0 < d < 1 and not (d - eps > 0 and d + eps < 1):
-                raise TransformError(
-                    f"{settings.where}: density {d:g} with epsilon {eps:g} gives probabilities outside of (0, 1): "
-                    "choose a smaller epsilon."
-                )
             masks.append(None if d >= 1 else _nothing if d <= 0 else _ranked(key, d, eps, width))
         return masks
     return [None] * len(densities)

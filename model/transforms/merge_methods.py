@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 
 from espalier.model.transforms import merge_blocks, merge_deltas, merge_spherical
-from espalier.model.transforms.base import TransformError
 from espalier.model.transforms.merge_blocks import Blocks, Parts
 from espalier.model.transforms.merge_deltas import Compute, Kind
 
@@ -130,11 +129,6 @@ def _linear(tensor: Tensor) -> Compute:
     )
     total = sum(tensor.values["weight"])
     divides = tensor.values["normalize"]
-    if divides and abs(total) < 1e-12:
-        raise TransformError(
-            f"{tensor.name}: the weights sum to {total:g}, and normalize divides by it: change the weights, or set "
-            "normalize: false."
-        )
     summed = _combined(weights, work)
 
     def compute(parts: Parts, low: int) -> np.ndarray:
@@ -190,10 +184,6 @@ def _by_group(tensor: Tensor, coefficients: Callable[[Parts], np.ndarray], width
 
 def _multislerp(tensor: Tensor) -> Compute:
     weights, normalize = tensor.values["weight"], tensor.values["normalize_weights"]
-    if normalize and abs(sum(weights)) < 1e-12:
-        raise TransformError(
-            f"{tensor.name}: the weights sum to 0: change them, or set normalize_weights: false."
-        )
     if len(weights) == 1:
         return lambda parts, low: parts[-1]
     products = tensor.blocks.products(_vectors(tensor))
@@ -239,7 +229,6 @@ def _deltas(kind: Kind) -> Callable[[Tensor], Compute]:
             rescale=values["rescale"],
             scale=values["lambda"],
             keys=tensor.keys,
-            where=tensor.name,
         )
         return merge_deltas.task_vectors(tensor.blocks, kind, settings)
 

@@ -46,8 +46,6 @@ def multislerp(
 
     The barycentre in the tangent space at the normalised weighted mean of the directions is that mean itself.
     """
-    if len(weights) == 1:
-        return np.ones(1)
     share = np.array(weights, np.float64)
     if normalize:
         share = share / share.sum()

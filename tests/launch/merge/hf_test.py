@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from espalier.common.bars import Bar
+from espalier.data.tokenizers import hf_tokenizer
 from espalier.launch.merge import __main__ as merge
 from espalier.launch.merge import config_file, models, output, plan, run
 from espalier.launch.merge.settings import MergeError
@@ -759,6 +760,30 @@ def test_vocabularies_are_united(tmp_path):
     np.testing.assert_allclose(out[EMBED][6:], np.tile(out[EMBED][:6].mean(0), (2, 1)), atol=1e-6)
     based = linear(tmp_path, (1, 1, 2), base_model="@a", tokenizer_source="base")
     assert merged(tmp_path, based, "based")[EMBED].shape[0] == 3
+
+
+@pytest.mark.parametrize("own", [{}, {"eos_token_id": [2, 0], "forced_eos_token_id": 1}])
+def test_ids_of_special_tokens_are_of_the_output_vocabulary(tmp_path, capsys, own):
+    words = {"a": ["<s>", "x", "</s>", "<pad>"], "b": ["</s>", "x", "<s>", "y"]}
+    of_a = {"bos_token_id": 0, "eos_token_id": [2, 1, 3], "pad_token_id": 3, "mask_token_id": 4}
+    for i, name in enumerate("ab"):
+        config = {**folders.CONFIG, "vocab_size": 4, **(of_a if name == "a" else own)}
+        folders.write(tmp_path / name, folders.drawn(i, folders.shapes(vocab=4)), config)
+        write_tokenizer(tmp_path / name, words[name])
+
+    def ids(name, source):
+        run.merge_all(linear(tmp_path, tokenizer_source=source), str(tmp_path / name))
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        return {key: x for key, x in config.items() if key.endswith("_token_id")}
+
+    # b's config.json goes first; else ids have the texts of a's: b has no <pad>, and a has no fifth row.
+    of_b = {"bos_token_id": 2, "eos_token_id": [0, 1], **own}
+    assert ids("out", "@b") == of_b
+    assert hf_tokenizer.read(tmp_path / "out").eos_ids == tuple(of_b["eos_token_id"])
+    changed = ["pad_token_id", "mask_token_id"] if own else [*of_a][1:]
+    warned = f"config.json: {', '.join(changed)}: ids of tokens that the output lacks are removed"
+    assert warned in capsys.readouterr().err
+    assert ids("first", "@a") == ids("united", "union") == of_a
 
 
 def test_rows_of_tokens_can_be_chosen(tmp_path):

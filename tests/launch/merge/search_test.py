@@ -1,6 +1,8 @@
 """The weights of any method with weights are searched, by losses or by any command's numbers."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +90,53 @@ def test_flags_without_effect_are_refused(given, message, tmp_path):
         search.run(search.SearchFlags(models=["a=/a", "b=/b"], out=str(tmp_path), **given))
 
 
+def test_weights_are_absolute_where_their_sum_changes_the_merge(branches):
+    base, *paths = branches.folders[:3]
+    based = {"base_model": base}
+    for content, absolute in (
+        ({"merge_method": "task_arithmetic", **based}, True),
+        ({**ties(base), "parameters": {"normalize": False}}, True),
+        ({"merge_method": "dare_ties", **based, "parameters": {"normalize": True}}, False),
+        # Of some tensors only.
+        ({**ties(base), "parameters": {"normalize": [{"filter": "mlp", "value": False}]}}, True),
+        ({"merge_method": "linear", "parameters": {"normalize": False}}, True),
+        ({"merge_method": "multislerp", "parameters": {"normalize_weights": False}}, True),
+        ({"merge_method": "multislerp"}, False),
+        ({"merge_method": "nuslerp"}, False),
+        (ties(base), False),
+    ):
+        assert Candidates("merge.yml", content, paths).absolute is absolute, content
+
+
+def test_a_part_of_a_model_is_no_model_alone(branches, tmp_path):
+    base, one = branches.folders[:2]
+    content = {"merge_method": "task_arithmetic", "base_model": base}
+    found = Candidates("merge.yml", content, [one, branches.folders[2]])
+    assert found.on_disk([1.0, 0.0], str(tmp_path)) == one
+    half = found.merged([0.5, 0.0]).read(EMBEDDING)
+    np.testing.assert_allclose(half, (stored(base) + stored(one)) / 2, atol=1e-6)
+    np.testing.assert_array_equal(half, stored(found.on_disk([0.5, 0.0], str(tmp_path))))
+
+
+@pytest.mark.parametrize("merge", [None, {"merge_method": "linear"}])
+def test_a_copy_of_a_model_is_refused_before_the_search(branches, tmp_path, merge):
+    one, other = branches.folders[1:3]
+    shutil.copytree(one, tmp_path / "copy")
+    (tmp_path / "linear.yml").write_text(yaml.safe_dump(merge))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    models = [f"a={one}", f"b={other}", f"c={tmp_path}/copy"]
+    flags = search.SearchFlags(
+        models=models,
+        held_out=[f"x={tmp_path}/rows.jsonl"],
+        out=str(tmp_path / "out"),
+        merge=str(tmp_path / "linear.yml") if merge else None,
+    )
+    message = f"lists a model twice: {tmp_path}/copy has the weights of {re.escape(one)}"
+    with pytest.raises(MergeError, match=message):
+        search.run(flags)
+    assert not (tmp_path / "out").exists()
+
+
 MEASURE = """
 import json, os, sys
 run, file = sys.argv[1:]
@@ -133,6 +182,36 @@ def test_weights_are_searched_by_the_numbers_of_a_command(branches, tmp_path):
     assert "0 of them new" in search.run(flags)[-1]
     with pytest.raises(MergeError, match="other models, texts or settings"):
         search.run(search.SearchFlags(**{**vars(flags), "lower_is_better": True}))
+
+
+def test_a_search_of_task_vectors_reaches_the_sum_of_all(branches, tmp_path):
+    base, *paths = branches.folders[:3]
+    scores = re.compile("^scores = .*$", re.M)
+    sum_of_all = 'scores = {"sum": -sum((w - 1) ** 2 for w in weights)}'
+    measure = scores.sub(sum_of_all, MEASURE).replace("OTHERS", repr(paths))
+    (tmp_path / "measure.py").write_text(measure)
+    content = {"merge_method": "task_arithmetic", "base_model": base}
+    (tmp_path / "task.yml").write_text(yaml.safe_dump(content))
+    flags = search.SearchFlags(
+        models=[f"{name}={path}" for name, path in zip("ab", paths, strict=True)],
+        out=str(tmp_path / "out"),
+        merge=str(tmp_path / "task.yml"),
+        measure=[f"{{python}} {tmp_path}/measure.py {{run}} {{json}}"],
+        scores=["sum=of/sum"],
+        budget=1,
+    )
+    search.run(flags)
+    written = yaml.safe_load((tmp_path / "out" / "merge.yml").read_text())
+    assert [x["parameters"]["weight"] for x in written["models"]] == [1.0, 1.0]
+    trials_file = tmp_path / "out" / "trials.jsonl"
+    first, *rest = trials_file.read_text().splitlines()
+    assert {(1.0, 1.0), (0.7, 0.7)} <= {tuple(json.loads(x)["weights"]) for x in rest}
+    # Trials of weights that sum to 1, which an earlier version stored, are of other merges.
+    facts = json.loads(first)
+    assert facts.pop("weights") == "absolute"
+    trials_file.write_text("\n".join([json.dumps(facts), *rest, ""]))
+    with pytest.raises(MergeError, match="trials of other models, texts or settings"):
+        search.run(flags)
 
 
 HELP_AND_HARM = """

@@ -32,7 +32,7 @@ def searched(path, method, *, budget=40, evaluate=evaluate, **more):
 )
 def test_a_search_is_no_worse_than_its_start_and_is_resumed_without_repeats(tmp_path, method, more):
     whole = searched(tmp_path / "whole", method, **more)
-    start = whole.done[trials.normalised([1, 1, 1])]
+    start = whole.done[whole.key([1, 1, 1])]
     assert next(iter(whole.done)) == start.weights
     best = trials.choose(list(whole.done.values()), delta=np.inf, single=ONES)
     assert best.mean(ONES) <= start.mean(ONES) and len(whole.done) <= 40
@@ -54,6 +54,48 @@ def test_a_search_is_no_worse_than_its_start_and_is_resumed_without_repeats(tmp_
     assert (tmp_path / "cut").read_text() == (tmp_path / "whole").read_text()
     with pytest.raises(MergeError, match="other models"):
         Trials(str(tmp_path / "cut"), {"models": 4}, evaluate, budget=9)
+
+
+def squares(best):
+    """Losses that are lowest, 1, at weights that need not sum to 1."""
+    return lambda weights: {"x": (1 + float(np.square(np.subtract(weights, best)).sum()), 0.0)}
+
+
+@pytest.mark.parametrize("best", [(1.0, 1.0, 1.0), (0.3, 0.3, 0.3), (1.0, 0.0, 0.7)])
+def test_absolute_weights_are_searched_where_the_sum_matters(tmp_path, best):
+    more = {"delta": None, "single": {"x": 1.0}}
+    at = Trials(str(tmp_path / "t"), {}, squares(best), budget=40, absolute=True)
+    trials.coordinate(at, 3, **more)
+    assert trials.choose(list(at.done.values()), **more).weights == best
+    # First all weights are equal, at each level but 0.
+    assert list(at.done)[:4] == [(level,) * 3 for level in (1.0, 0.7, 0.5, 0.3)]
+    assert (0.0, 0.0, 0.0) not in at.done
+    drawn = Trials(str(tmp_path / "drawn"), {}, squares(best), budget=200, absolute=True)
+    trials.random(drawn, 3, seed=0)
+    weights = np.array(list(drawn.done)[1:])
+    assert weights.min() >= 0 and weights.max() <= 1  # uniform: the mean of 597 is 0.5, +- 0.012
+    assert abs(weights.mean() - 0.5) < 0.05 and np.ptp(weights.sum(1)) > 1
+
+
+def test_a_coordinate_search_whose_choices_go_in_a_circle_ends(tmp_path):
+    """Each of three trials is chosen over the one before, within delta of its worst loss, and the first over the last."""
+    losses = {0.0: (1.0, 1.0), 0.3: (1.08, 0.72), 0.5: (1.16, 0.44)}
+
+    def evaluate(weights):
+        pair = losses.get(weights[0], (3.0, 3.0)) if weights[1] == 1 else (3.0, 3.0)
+        return {k: (x, 0.0) for k, x in zip("xy", pair, strict=True)}
+
+    class Counted(Trials):
+        calls = 0
+
+        def __call__(self, weights):
+            self.calls += 1
+            assert self.calls < 1000, "the search does not end"
+            return super().__call__(weights)
+
+    circle = Counted(str(tmp_path / "t"), {}, evaluate, budget=100, absolute=True)
+    trials.coordinate(circle, 2, delta=0.1, single=ONES)
+    assert len(circle.done) < 30
 
 
 def test_choice_by_mean_and_worst():
