@@ -265,7 +265,7 @@ def _refuse_noise(
     out, scope = call(*args, **keywords), context.module.scope
     if scope is not None and scope.rng_counters.get("dropout"):
         raise ValueError(
-            f"{'/'.join(scope.path)} draws random numbers in training, but the loss compares log-probabilities with those of a "
+            f"{'/'.join(scope.path) or 'The model'} draws random numbers in training, but the loss compares log-probabilities with those of a "
             "model that draws none, such as a reference: set DROPOUT_RATE = 0.0 of the model, LORA_DROPOUT = 0.0 of "
             "adapters, and the jitter of a router to 0.0."
         )
