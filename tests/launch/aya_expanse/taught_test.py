@@ -269,6 +269,20 @@ def test_what_cannot_be_carried_is_refused(pool, read, tmp_path, monkeypatch):
         read(bytes_)
 
 
+def test_a_prompt_of_a_region_has_the_teacher_of_its_language(tmp_path):
+    path = tmp_path / "pool.yaml"
+    path.write_text("""
+teachers: [{name: a, checkpoint: x}, {name: b, checkpoint: y}]
+fixed: {pt: b, default: a}
+""")
+    sampled = Sampled(
+        prompt_length=1,
+        completion_length=1,
+        teachers=lambda: pool_teachers.by_language(pool=str(path)),
+    )
+    assert [sampled._teacher(tag) for tag in ("pt", "pt-BR", "tr", None)] == [1, 1, 0, 0]
+
+
 def start(train, pool, path, *files, **settings):
     settings |= {
         "TEACHER_POOL": settings.pop("given", pool.path),
