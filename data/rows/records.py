@@ -184,7 +184,7 @@ class Record:
     margin: float = 0.0  # margin of a pair; 0 if the row has none
     # variables of the chat template besides the messages
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    source: str | None = None  # id of the prompt that this one translates, or is; None if the row has none
+    source: str | None = None  # id that a prompt and its translations share, if the row has one
 
     @property
     def is_chat(self) -> bool:

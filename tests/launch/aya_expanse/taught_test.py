@@ -16,13 +16,14 @@ from espalier.data.chats.tasks import register_chats
 from espalier.data.distillation import alignment
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
-from espalier.launch.aya_expanse import arbitrage
+from espalier.launch.aya_expanse import arbitrage, pool_teachers
 from espalier.launch.aya_expanse.taught import StoredPool
 from espalier.launch.aya_expanse.teachers import SamplingFlags
 from espalier.launch.load import load_run
 from espalier.launch.load.loaded_run import LoadedRun, LoadError
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
+from espalier.trainers.distillation.on_policy import Sampled
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 from tests.launch.load import hf_checkpoint_test
 
