@@ -15,7 +15,8 @@
         languages: [tr, uk]                 # asked only in these; by default in all
     fixed: {tr: large, default: romance}    # for --routing=fixed: language -> teacher
 
-The order of the teachers decides between equal rewards: the first wins.
+A teacher of pt is also asked for prompts in pt-BR: tags of one language are equal, see `data.languages.table.code_of`. The order of the
+teachers decides between equal rewards: the first wins.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from espalier.common import spelling
+from espalier.data.languages import table
 from espalier.data.text.documents import DataError
 
 Kind = Literal["checkpoint", "hf", "url"]
@@ -86,7 +88,8 @@ class Teacher:
 
     def teaches(self, language: str) -> bool:
         """Returns whether the teacher is asked in a language."""
-        return self.languages is None or language in self.languages
+        own = self.languages
+        return own is None or table.code_of(language) in map(table.code_of, own)
 
     def cost(self, prompt_tokens: int | None, new_tokens: int | None) -> float | None:
         """Returns the price of a completion; None if it has one and the number of tokens is unknown."""
@@ -221,6 +224,7 @@ def _text(value: Any, name: str, where: str) -> str:
 def _fixed(value: Any, teachers: Mapping[str, Teacher], path: str) -> Mapping[str, str]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: 'fixed' must be a mapping of languages to names of teachers")
+    tags: dict[str, str] = {}
     for language, name in value.items():
         where = f"{path}: 'fixed'"
         _text(language, "language", where)
@@ -230,4 +234,8 @@ def _fixed(value: Any, teachers: Mapping[str, Teacher], path: str) -> Mapping[st
             )
         if language != DEFAULT and not teachers[name].teaches(language):
             raise DataError(f"{where}: the languages of {name!r} do not include {language!r}")
-    return value
+        if (other := tags.setdefault(table.code_of(language), language)) != language:
+            raise DataError(
+                f"{where} has {other!r} and {language!r}, which are one language: remove one"
+            )
+    return table.ByLanguage(value)

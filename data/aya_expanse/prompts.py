@@ -1,8 +1,9 @@
 """Prompts of several languages, for a pool of teachers.
 
 Rows are {"prompt": ..., "language": "tr"}; "prompt" is a text, or the messages of a conversation that ends with a turn of
-the user. "text" and "messages" mean the same, as in files for `launch.generate`. Other columns, such as "id", the "source_id" of
-the prompt that a translation is of, or the "answer" that an exact reward reads, are copied to the outputs.
+the user. "text" and "messages" mean the same, as in files for `launch.generate`. Other columns, such as the
+"answer" that an exact reward reads, are copied to the outputs; so is "source_id", one value for a prompt and its translations, which
+training on preference pairs keeps in one split.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from espalier.data.languages import table
 from espalier.data.rows.records import check_unicode, is_empty, text_of
 from espalier.data.text.documents import DataError
 from espalier.data.text.splits import stable_hash
@@ -83,12 +85,13 @@ def read(
       DataError: a malformed row, two prompts with one id, or a language without enough prompts.
     """
     by_id: dict[str, Prompt] = {}
-    counts: dict[str, int] = dict.fromkeys(languages or (), 0)
+    counts: dict[str, int] = dict.fromkeys(map(table.code_of, languages or ()), 0)
     for where, row in rows:
         prompt = _prompt(where, row, language_of)
-        if languages is not None and prompt.language not in counts:
+        code = table.code_of(prompt.language)
+        if languages is not None and code not in counts:
             continue
-        count = counts.setdefault(prompt.language, 0)
+        count = counts.setdefault(code, 0)
         if (other := by_id.get(prompt.id)) is not None:
             if (other.prompt, other.language) != (prompt.prompt, prompt.language):
                 raise DataError(
@@ -98,7 +101,7 @@ def read(
         if per_language is not None and count >= per_language:
             continue
         by_id[prompt.id] = prompt
-        counts[prompt.language] = count + 1
+        counts[code] = count + 1
     for language, count in counts.items():
         if not count or (per_language is not None and count < per_language):
             wanted = f"; {per_language} are needed" if per_language else ""
@@ -138,9 +141,5 @@ def _prompt(where: str, row: Mapping[str, Any], language_of: LanguageOf | None) 
 
 
 def same_language(one: str, other: str) -> bool:
-    """Returns whether two codes are of one language: pt and pt-BR are."""
-    return _language(one) == _language(other)
-
-
-def _language(code: str) -> str:
-    return code.replace("_", "-").partition("-")[0].lower()
+    """Returns whether two codes are of one language: pt and pt-BR are, and he and iw."""
+    return table.code_of(one) == table.code_of(other)

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from espalier.common import spelling
+
+V = TypeVar("V")
 
 # Code of a writing system -> the scripts of its letters, where these are not the same; all of ISO 15924.
 _LETTERS = {
@@ -103,19 +106,38 @@ def find(tag: str) -> Language:
     Raises:
       ValueError: it is none of the 23 languages.
     """
-    text = str(tag).strip().lower()
-    language = _by_tag().get(text) or _by_tag().get(text.replace("-", "_").partition("_")[0])
+    language = _found(tag)
     if language is None:
-        raise ValueError(f"unknown language {tag!r}; {spelling.nearest(text, _by_tag())}")
+        raise ValueError(f"unknown language {tag!r}; {spelling.nearest(_lower(tag), _by_tag())}")
     return language
+
+
+def code_of(tag: str) -> str:
+    """Returns the code of the language of a tag: pt of pt-BR, he of iw, and of another language than the 23 the tag's first part."""
+    language = _found(tag)
+    return _first_part(tag) if language is None else language.code
+
+
+class ByLanguage(Mapping[str, V]):
+    """Values by language: tags of one language, such as pt and pt-BR, are one key. Iteration gives codes."""
+
+    def __init__(self, values: Mapping[str, V]):
+        self._values = {code_of(tag): value for tag, value in values.items()}
+
+    def __getitem__(self, tag: str) -> V:
+        return self._values[code_of(tag)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def name_of(tag: str) -> str:
     """Returns the English name of the language of a tag, such as pt-BR; the tag itself for another than the 23."""
-    try:
-        return find(tag).name
-    except ValueError:
-        return tag
+    language = _found(tag)
+    return tag if language is None else language.name
 
 
 def of_source(name: str) -> Language | None:
@@ -126,6 +148,18 @@ def of_source(name: str) -> Language | None:
 def codes(tags: Iterable[str]) -> tuple[str, ...]:
     """Returns the codes of tags, each once; raises the errors of `find`."""
     return tuple(dict.fromkeys(find(tag).code for tag in tags))
+
+
+def _lower(tag: str) -> str:
+    return str(tag).strip().lower()
+
+
+def _first_part(tag: str) -> str:
+    return _lower(tag).replace("-", "_").partition("_")[0]
+
+
+def _found(tag: str) -> Language | None:
+    return _by_tag().get(_lower(tag)) or _by_tag().get(_first_part(tag))
 
 
 @functools.cache

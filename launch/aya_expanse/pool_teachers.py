@@ -6,6 +6,7 @@ Example: t5x_configs/methods/distillation/on_policy_pool.gin.
 from collections.abc import Mapping
 
 from espalier.data.aya_expanse import pool as pools
+from espalier.data.languages import table
 from espalier.data.text.documents import DataError
 from espalier.launch.load import run_model
 from espalier.trainers.distillation.objective import Teacher, Teachers
@@ -25,7 +26,7 @@ def by_language(*, pool: str) -> Mapping[str, int]:
     names = _names(read, pool)
     if not read.fixed:
         return {DEFAULT: 0}
-    return {language: names.index(name) for language, name in read.fixed.items()}
+    return table.ByLanguage({code: names.index(name) for code, name in read.fixed.items()})
 
 
 def teachers(*, pool: str, model_dir: str, use_ema: bool = False) -> Teachers:

@@ -7,11 +7,13 @@ reference or teacher.
 Shapes: B rows, T length, X = B T tokens, D width, V vocabulary, S sources, L layers, N values, '...' shape of a value.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp
@@ -183,12 +185,13 @@ def forward_objective(
     stored_extras: StoredExtras | None = None,
     method: str | None = "hidden",
     arguments: Arguments = decoder_arguments,
+    noise: bool = True,
 ) -> Objective:
     """Returns an objective that runs a model and computes `loss` of (forward pass, extras; None without `stored_extras`).
 
     Args:
       stored_extras: frozen parameters or other arrays, see `Objective`.
-      method, arguments: see `forward`.
+      method, arguments, noise: see `forward`.
     """
 
     def loss_fn(
@@ -199,8 +202,8 @@ def forward_objective(
         variables: Mapping[str, Any],
         extras: Any,
     ) -> LossOut:
-        out = forward(model, params, batch, rng, variables, method=method, arguments=arguments)
-        return loss(out, extras)
+        settings = {"method": method, "arguments": arguments, "noise": noise}
+        return loss(forward(model, params, batch, rng, variables, **settings), extras)
 
     return Objective(loss_fn=loss_fn, stored_extras=stored_extras)
 
@@ -214,6 +217,7 @@ def forward(
     *,
     method: str | None = "hidden",
     arguments: Arguments = decoder_arguments,
+    noise: bool = True,
 ) -> Forward:
     """Runs a model on a batch, for a loss.
 
@@ -224,12 +228,18 @@ def forward(
       rng: rng of this microbatch; None in evaluation.
       method: name of the model's method; None for `__call__`.
       arguments: makes the method's arguments from the batch.
+      noise: whether modules may draw random numbers; False for a loss that compares this pass with one outside of training,
+        such as a frozen reference's.
+
+    Raises:
+      ValueError: a module draws random numbers, without `noise`; the message has its path.
     """
     training = rng is not None
     lasting = tuple(variables) if training else ()
     variables = {"params": params, **variables}
     args, keywords = arguments(batch, training)
-    with rows.given(model.row_context(variables, batch)):
+    watched = contextlib.nullcontext() if noise else nn.intercept_methods(_refuse_noise)
+    with rows.given(model.row_context(variables, batch)), watched:
         output, written = model.apply(
             variables,
             *args,
@@ -246,6 +256,20 @@ def forward(
         written=written,
         lasting=lasting,
     )
+
+
+def _refuse_noise(
+    call: Callable[..., Any], args: Any, keywords: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Calls a module's method; raises ValueError if the module has drawn from the rng 'dropout'."""
+    out, scope = call(*args, **keywords), context.module.scope
+    if scope is not None and scope.rng_counters.get("dropout"):
+        raise ValueError(
+            f"{'/'.join(scope.path) or 'The model'} draws random numbers in training, but the loss compares log-probabilities with those of a "
+            "model that draws none, such as a reference: set DROPOUT_RATE = 0.0 of the model, LORA_DROPOUT = 0.0 of "
+            "adapters, and the jitter of a router to 0.0."
+        )
+    return out
 
 
 def frozen_forward(

@@ -1,7 +1,8 @@
 """Policy-gradient objectives on completions that the policy sampled. Shapes: B rows, T length.
 
 Batches come from `trainers.online.groups` and `trainers.online.critic`, with one completion per row. All log-probabilities
-are those of the distribution that the completions are drawn from: softmax(logits / temperature).
+are those of the distribution that the completions are drawn from: softmax(logits / temperature). It has no dropout, so a
+policy with dropout is refused.
 """
 
 import dataclasses
@@ -64,7 +65,7 @@ def policy_gradient(
         total, weight = loss(tokens)
         return out.loss_out(total, weight, {"loss": (total, weight), **_metrics(batch, tokens)})
 
-    return _of_samples(forward_objective(model, loss_fn), temperature)
+    return _of_samples(forward_objective(model, loss_fn, noise=False), temperature)
 
 
 @loss_in("per token")
@@ -110,7 +111,7 @@ def actor_critic(
         }
         return out.loss_out(policy + value_weight * error, weight, metrics)
 
-    return _of_samples(forward_objective(model, loss_fn), temperature)
+    return _of_samples(forward_objective(model, loss_fn, noise=False), temperature)
 
 
 def _of_samples(objective: Objective, temperature: float) -> PolicyGradient:

@@ -21,6 +21,7 @@ from typing import Any
 
 from espalier.common import tables
 from espalier.data.aya_expanse import prompts as prompt_rows
+from espalier.data.languages import table
 from espalier.data.text.documents import DataError
 from espalier.launch import cli
 from espalier.launch.aya_expanse import arbitrage
@@ -67,18 +68,21 @@ def _run(flags: argparse.Namespace) -> None:
 
 def _prompts(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Writes the prompts of the recipe's origins, all and by cluster."""
-    rows = [
-        row
-        for _, row in _rows(recipe.prompts)
+    placed = [
+        (where, row)
+        for where, row in _rows(recipe.prompts)
         if recipe.origin == "both" or row.get("origin", "native") == recipe.origin
     ]
-    known = {row.get("language") for row in rows}
+    rows = [row for _, row in placed]
+    known = set(map(_language, rows))
     for cluster in recipe.clusters:
-        if missing := [code for code in recipe.languages(cluster) if code not in known]:
+        languages = recipe.languages(cluster)
+        if missing := [tag for tag in languages if table.code_of(tag) not in known]:
             raise recipes.RecipeError(
                 f"{recipe.prompts}: no prompt of origin {recipe.origin} in {', '.join(missing)}: add prompts, or leave the languages "
                 "out of 'clusters' and 'shared'."
             )
+    _check_clusters(recipe, placed)
     _write(to / ALL, rows)
     _by_cluster(recipe, rows, to, "")
     if recipe.opponent is not None and os.path.isfile(recipe.opponent):  # before hours of training
@@ -264,8 +268,24 @@ def _by_cluster(
     recipe: Recipe, rows: Sequence[Mapping[str, Any]], to: pathlib.Path, prefix: str
 ) -> None:
     for cluster in recipe.clusters:
-        own = [row for row in rows if row.get("language") in recipe.languages(cluster)]
+        codes = set(map(table.code_of, recipe.languages(cluster)))
+        own = [row for row in rows if _language(row) in codes]
         _write(to / f"{prefix}{cluster}.jsonl", own)
+
+
+def _check_clusters(recipe: Recipe, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raises RecipeError for a row of a language that no cluster has: teachers would answer it, and nothing would read the answers."""
+    codes = {table.code_of(tag) for x in recipe.clusters for tag in recipe.languages(x)}
+    for where, row in rows:
+        if _language(row) not in codes:
+            raise recipes.RecipeError(
+                f"{where}: the language {row.get('language')!r} is in no cluster of the recipe: add it to 'clusters' or 'shared', or "
+                "remove the row."
+            )
+
+
+def _language(row: Mapping[str, Any]) -> str:
+    return table.code_of(str(row.get("language")))
 
 
 _STAGES = {"prompts": _prompts, "arbitrage": _arbitrage, "merge": _merge, "rounds": _rounds}

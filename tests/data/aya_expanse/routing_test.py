@@ -155,6 +155,29 @@ def test_fixed_and_single_routing(read_pool):
         routing.able(alone, "tr")
 
 
+def test_tags_of_one_language_are_one_language(read_pool):
+    made = read_pool("""
+teachers:
+  - {name: a, hf: x, languages: [pt, he]}
+  - {name: b, hf: y}
+fixed: {pt: a, iw: a, SW_KE: b, default: b}
+""")
+    for tag in ("pt", "pt-BR", "por_Latn", "Portuguese", "iw", "he-IL"):
+        assert [teacher.name for teacher in routing.able(made, tag)] == ["a", "b"], tag
+        assert routing.fixed(made, asked("x", tag)) == "a", tag
+        assert routing.single(made, "a", asked("x", tag)) == "a"
+    assert routing.fixed(made, asked("x", "es")) == "b" and made.fixed["sw"] == "b"
+    with pytest.raises(DataError, match="'fixed' has 'pt' and 'pt-BR', which are one language"):
+        read_pool("teachers: [{name: a, hf: x}]\nfixed: {pt: a, pt-BR: a}")
+    rows = [
+        (f"row {i}", {"prompt": f"p{i}", "language": tag})
+        for i, tag in enumerate(("pt-BR", "tr", "pt", "sw-KE"))
+    ]
+    read = prompts.read(rows, languages=["por", "sw"])
+    assert [prompt.language for prompt in read] == ["pt-BR", "pt", "sw-KE"]  # as written
+    assert len(prompts.read(rows, languages=["pt"], per_language=1)) == 1
+
+
 def test_equal_rewards_go_to_the_first_and_pairs_are_ordered():
     assert routing.best({"a": 1.0, "b": 1.0}) == "a" and routing.worst({"a": 1.0, "b": 1.0}) == "b"
     rewards = {"a": 0.5, "b": 2.0, "c": -1.0, "d": 2.0}

@@ -33,6 +33,14 @@ def test_other_tags_mean_the_same_languages(tag, code):
     assert table.find(tag).code == code
 
 
+def test_another_language_is_known_by_the_first_part_of_its_tag():
+    codes = {"pt_BR": "pt", "iw": "he", "sw_KE": "sw", " SW ": "sw"}
+    assert {tag: table.code_of(tag) for tag in codes} == codes
+    by_language = table.ByLanguage({"iw": 1, "sw-KE": 2})
+    assert (by_language["he-IL"], by_language.get("SW"), by_language.get("tr")) == (1, 2, None)
+    assert list(by_language) == ["he", "sw"] and len(by_language) == 2
+
+
 def test_an_unknown_language_is_an_error_with_a_hint():
     with pytest.raises(ValueError, match="unknown language 'grek'; did you mean"):
         table.find("grek")

@@ -16,13 +16,14 @@ from espalier.data.chats.tasks import register_chats
 from espalier.data.distillation import alignment
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
-from espalier.launch.aya_expanse import arbitrage
+from espalier.launch.aya_expanse import arbitrage, pool_teachers
 from espalier.launch.aya_expanse.taught import StoredPool
 from espalier.launch.aya_expanse.teachers import SamplingFlags
 from espalier.launch.load import load_run
 from espalier.launch.load.loaded_run import LoadedRun, LoadError
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
+from espalier.trainers.distillation.on_policy import Sampled
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 from tests.launch.load import hf_checkpoint_test
 
@@ -267,6 +268,20 @@ def test_what_cannot_be_carried_is_refused(pool, read, tmp_path, monkeypatch):
     monkeypatch.setattr(StoredPool, "_carried", lambda self, run, answer, *_: nothing)
     with pytest.raises(ValueError, match="none of the .* learnt tokens has a prediction"):
         read(bytes_)
+
+
+def test_a_prompt_of_a_region_has_the_teacher_of_its_language(tmp_path):
+    path = tmp_path / "pool.yaml"
+    path.write_text("""
+teachers: [{name: a, checkpoint: x}, {name: b, checkpoint: y}]
+fixed: {pt: b, default: a}
+""")
+    sampled = Sampled(
+        prompt_length=1,
+        completion_length=1,
+        teachers=lambda: pool_teachers.by_language(pool=str(path)),
+    )
+    assert [sampled._teacher(tag) for tag in ("pt", "pt-BR", "tr", None)] == [1, 1, 0, 0]
 
 
 def start(train, pool, path, *files, **settings):

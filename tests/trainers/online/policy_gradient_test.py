@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from espalier.model.linear import dropped
 from espalier.model.protocol import OfLayers
 from espalier.trainers.inputs import pack
 from espalier.trainers.online import losses
@@ -102,3 +103,21 @@ def test_the_ratio_is_that_of_the_sampled_policies(name):
     out = OBJECTIVES[name](model=model, temperature=temperature)(params, batch, None)
     ratio = out.metrics["ratio"]
     np.testing.assert_allclose(ratio[0] / ratio[1], np.exp(log_probs - old).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_dropout_is_refused_since_the_sampler_has_none(name):
+    class Dropping(TwoTokens):
+        rate: float = 0.1
+
+        def hidden(self, tokens_BT, positions_BT=None, segments_BT=None):
+            out = super().hidden(tokens_BT)
+            return types.SimpleNamespace(hidden_BTD=dropped(self, out.hidden_BTD, self.rate))
+
+    params, batch = {"table": jnp.zeros((2, 1))}, batch_of([A, B], [1.0, -1.0])
+    batch["old_log_probs"] = np.full((2, 1), np.log(0.5), np.float32)
+    refusing = OBJECTIVES[name](model=Dropping())
+    with pytest.raises(ValueError, match="^The model draws .*DROPOUT_RATE = 0.0"):
+        refusing(params, batch, jax.random.key(0))
+    out = OBJECTIVES[name](model=Dropping(rate=0.0))(params, batch, jax.random.key(0))
+    assert float(out.metrics["ratio"][0] / out.metrics["ratio"][1]) == pytest.approx(1)

@@ -47,7 +47,7 @@ def preference(
 
     Batches have the columns of `trainers.inputs.PackedPairs`. The reference's log-probabilities are a column of the
     batch ('reference_log_probs', see launch/preference/reference.py), or `reference` computes them in the step; both give the
-    same values.
+    same values. The reference has no dropout, so a loss that reads them refuses a policy with dropout.
 
     Metrics, means over pairs:
       'loss', and with several losses 'loss/<name>' of each, before its weight;
@@ -126,7 +126,8 @@ def preference(
         metrics |= source_losses(batch, loss_P, pairs.weights, num_sources)
         return out.loss_out(loss_P.sum(), weight, metrics)
 
-    return forward_objective(model, loss_fn, stored_extras=reference)
+    noise = not _compare_with_reference(losses)
+    return forward_objective(model, loss_fn, stored_extras=reference, noise=noise)
 
 
 def _metrics(pairs: PairLogProbs) -> Metrics:
@@ -215,12 +216,17 @@ def _check_tails(
         raise ValueError(
             f"LD_ALPHA = {ld_alpha} compares the lengths of a pair, but LOSSES read single completions: set it to 1."
         )
-    alone = dataclasses.replace(_pair(), ref_chosen=None)
-    if not live and any(_fails(loss, alone, MissingReferenceError) for loss in losses):
+    if not live and _compare_with_reference(losses):
         raise ValueError(
             f"LD_ALPHA = {ld_alpha} weighs the reference's tokens too, but the data have only their sums: "
             "give t5x_configs/methods/preference/ld_dpo.gin, whose reference runs in each step."
         )
+
+
+def _compare_with_reference(losses: Sequence[PairLoss]) -> bool:
+    """Returns whether a loss reads the reference's log-probabilities."""
+    alone = dataclasses.replace(_pair(), ref_chosen=None)
+    return any(_fails(loss, alone, MissingReferenceError) for loss in losses)
 
 
 def _pair() -> PairLogProbs:

@@ -232,6 +232,27 @@ def test_a_language_without_a_prompt_is_named(write, tmp_path):
         aya_expanse_stage._run(flags)
 
 
+def asked_prompts(write, tmp_path, *languages, **changes):
+    """Runs the stage `prompts` on a prompt in each language."""
+    written = [{"prompt": f"p{i}", "language": tag} for i, tag in enumerate(languages)]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    recipe = write(prompts=str(path), **changes)
+    flags = _flags(stage="prompts", recipe=recipe, to=str(tmp_path / "p"), flags=())
+    aya_expanse_stage._run(flags)
+
+
+def test_prompts_are_in_the_cluster_of_their_language_or_refused(write, tmp_path):
+    clusters = {"romance": ["pt"], "semitic": ["iw"]}
+    asked_prompts(write, tmp_path, "pt-BR", "he", "EN", clusters=clusters)
+    for cluster, tags in (("romance", ["pt-BR", "EN"]), ("semitic", ["he", "EN"])):
+        assert [row["language"] for row in rows(tmp_path / f"p/{cluster}.jsonl")] == tags
+    for tag in ("sw", None):
+        message = rf"other.jsonl, line 4: the language {tag!r} is in no cluster"
+        with pytest.raises(recipes.RecipeError, match=message):
+            asked_prompts(write, tmp_path, "pt-BR", "he", "en", tag, clusters=clusters)
+
+
 def test_a_run_of_a_sweep_has_the_name_of_its_arm():
     assert (
         aya_expanse_stage._name("runs/sft_turkic/seed0")

@@ -10,11 +10,11 @@ import optax
 import pytest
 
 from espalier.model.config import TransformerConfig
-from espalier.model.transformer import Transformer
+from espalier.model.transformer import Block, Transformer
 from espalier.trainers import initialise, inputs
 from espalier.trainers.objectives.forward import frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
-from espalier.trainers.preference.losses import direct, terms, transport, unpaired
+from espalier.trainers.preference.losses import direct, reference_free, terms, transport, unpaired
 from espalier.trainers.preference.losses.pairs import (
     MissingReferenceError,
     by_completion,
@@ -374,6 +374,29 @@ def test_policy_and_reference_alike_give_log_two(dtype, tolerance):
         total, weight = metrics[f"loss/{loss.__name__}"]
         np.testing.assert_allclose(total / weight, np.log(2), atol=tolerance)
     assert float(metrics["log_ratio/margin"][0]) == pytest.approx(0, abs=10 * tolerance)
+
+
+def dropping(rate=0.1):
+    """A model with dropout in its layers, and its parameters: those of the model without."""
+    return MODEL.clone(block=functools.partial(Block, dropout=rate))
+
+
+def test_dropout_is_refused_where_a_reference_without_it_is_compared():
+    batch = batch_of([[p] for p in pairs()], slots=1, reference=scored(0))
+    start = {"params": POLICY, "batch": batch, "rng": jax.random.key(0)}
+    compared = preference(model=dropping(), losses=[direct.dpo])
+    with pytest.raises(ValueError, match=r"^layers/block_0 draws .*DROPOUT_RATE.*LORA_DROPOUT"):
+        jax.eval_shape(compared, *start.values())
+    # Evaluation draws nothing, and neither does a rate of 0: the policy is its reference.
+    for objective, rng in (
+        (compared, None),
+        (preference(model=dropping(0.0), losses=[direct.dpo]), start["rng"]),
+    ):
+        out = jax.jit(objective)(POLICY, batch, rng)
+        np.testing.assert_allclose(float(out.sum / out.weight), np.log(2), rtol=1e-6)
+    # Without a reference, dropout regularises as in other training.
+    free = preference(model=dropping(), losses=[reference_free.simpo])
+    assert float(jax.jit(free)(POLICY, batch, start["rng"]).weight) == len(pairs())
 
 
 def test_one_batch_is_learned():
