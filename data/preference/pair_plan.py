@@ -31,7 +31,7 @@ class PairPlan(Plan):
     read_only: int
     # number of positions (0 or 1) after a completion that read its last token and predict nothing
     read_last: int = 0
-    # ids that end completions, if one has others than the first, which all that end with one of them are then read with
+    # ids that end completions, the last of which is then read as the first of these ids; empty if it is in all completions
     ends: tuple[int, ...] = ()
 
     @property
@@ -95,7 +95,8 @@ def plan_pairs(
         inputs_length: positions of the encoder in a row; None for a decoder.
         packing: 'examples' puts one pair in a row, 'best_fit' as many as fit, the largest first.
         read_only, read_last: see `PairPlan`.
-        ends: with `read_last`, ids that end completions: what follows the last of them in a completion is not read.
+        ends: with `read_last`, ids that end completions. What follows the last of them in a completion is not read, and it
+            is read as the first of them. Completions without one are read whole, and counted.
 
     Raises:
         ValueError: the source holds no pairs, no pair fits, or the settings do not fit together.

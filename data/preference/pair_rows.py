@@ -19,11 +19,6 @@ _SHORTENED = {
     "same_when_truncated": "dropped, whose completions are the same once they are cut",
     "truncated": "cut at their ends",
 }
-_UNENDED = (
-    "of {records:,} pairs, {unended:,} have a completion without an end token of the vocabulary (first: {first}): a reward model "
-    "learns to read it at its last token, but reads samples that ended at EOS. If turns of messages end with another token, add "
-    "its id to eos_token_id of the tokenizer's generation_config.json"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +65,15 @@ class PairSource(rows.Source):
         """Returns messages on pairs that were dropped or cut, and on completions that a reward model reads without an end."""
         del lengths
         counts, first, records = self.plan.counts, self.plan.first, self.plan.counts["records"]
-        unended = counts.get("unended", 0)
-        notices = (
-            [
-                rows.notice(
-                    "without ends",
-                    unended / records,
-                    _UNENDED.format(records=records, unended=unended, first=first["unended"]),
-                )
-            ]
-            if unended
-            else []
-        )
+        notices = []
+        if unended := counts.get("unended", 0):
+            text = (
+                f"of {records:,} pairs, {unended:,} ({unended / records:.1%}) have a completion without an end token of the "
+                f"vocabulary (first: {first['unended']}): a reward model learns to read it at its last token, but reads samples "
+                "that ended at EOS. If turns of messages end with another token, add its id to eos_token_id of the tokenizer's "
+                "generation_config.json"
+            )
+            notices.append(rows.notice("without ends", unended / records, text))
         parts = [
             f"{counts[reason]:,} ({counts[reason] / records:.1%}) {text} (first: {first[reason]})"
             for reason, text in _SHORTENED.items()
