@@ -68,7 +68,7 @@ class RewardFlags:
       answer_pattern: regular expression; the answer is its last match in a text, or the first group of this match.
         Without it the whole text is the answer.
       reward_batch_size: number of texts in a batch of the reward model.
-      missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length.
+      missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length, with --keep_cut.
 
     Raises:
       RewardError: a setting that this reward does not read.
