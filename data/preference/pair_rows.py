@@ -119,8 +119,8 @@ def read_rows(
     with the rejected completion. Segment id 0 is padding; positions restart with each segment. Loss weights are 1
     at completion tokens, EOS included, and 0 at prompt tokens. Without a start token, the first token of a prompt
     is read but not predicted. If the plans have `read_last`, the column `decoder_ends`, float32 [B, L], is 1 at
-    the position of each segment that reads the last token of its completion, which is the first of the plan's `ends` in
-    place of another.
+    the position of each segment that reads the last token of its completion, which is the first of the plan's `ends` instead of
+    another.
 
     Where an encoder reads the prompts (`PairPlan.encodes`), the segments have the completions alone, and the columns
     `encoder_input_tokens`, `encoder_segment_ids` and `encoder_positions` the prompts in segments of the same numbers.

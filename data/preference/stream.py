@@ -182,7 +182,7 @@ def make_stream(
         packing: 'examples' puts one pair in a row, so that a batch has `batch_size` pairs; 'best_fit' puts as
             many in a row as fit.
         read_last: add a position to every segment that reads the last token of its completion. Rewards of whole
-            completions need it. A completion then ends with EOS in place of its last end token and what follows it, such as
+            completions need it. A completion then ends with EOS instead of its last end token and what follows it, such as
             the end of a turn and a line break, because reward models read samples at EOS; see `common.end_tokens.read_ends`.
         start_token: id that the model reads before each prompt. None for none, if prompts begin with BOS; the
             first token of a prompt is then not predicted.
