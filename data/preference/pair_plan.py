@@ -4,11 +4,13 @@ Shape suffixes: N records, P pairs in row order, R rows.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from espalier.common.ranges import check_choice
+from espalier.data.cache.cache_files import Column
 from espalier.data.cache.store import Cache
 from espalier.data.stream.plan import Plan, best_fit, first_fit, starts
 from espalier.data.stream.rows import check_features, check_prompts
@@ -29,10 +31,12 @@ class PairPlan(Plan):
     read_only: int
     # number of positions (0 or 1) after a completion that read its last token and predict nothing
     read_last: int = 0
+    # ids that end completions, the last of which is then read as the first of these ids; empty if it is in all completions
+    ends: tuple[int, ...] = ()
 
     @property
     def policy(self) -> list:
-        last = ["read_last"] if self.read_last else []
+        last = ["read_last", *self.ends] if self.read_last else []
         return [*super().policy, self.max_length, self.read_only, *last]
 
     @property
@@ -73,6 +77,7 @@ def plan_pairs(
     packing: Packing = "examples",
     read_only: int = 0,
     read_last: int = 0,
+    ends: Sequence[int] = (),
     inputs_length: int | None = None,
 ) -> PairPlan:
     """Plans the rows of one source of pairs.
@@ -90,6 +95,8 @@ def plan_pairs(
         inputs_length: positions of the encoder in a row; None for a decoder.
         packing: 'examples' puts one pair in a row, 'best_fit' as many as fit, the largest first.
         read_only, read_last: see `PairPlan`.
+        ends: with `read_last`, ids that end completions. What follows the last of them in a completion is not read, and it
+            is read as the first of them. Completions without one are read whole, and counted.
 
     Raises:
         ValueError: the source holds no pairs, no pair fits, or the settings do not fit together.
@@ -106,6 +113,12 @@ def plan_pairs(
         )
     full = {f: np.asarray(opened.columns[f].lengths, np.int64) for f in FEATURES}
     check_prompts(name, opened, full["prompt"] >= read_only)
+    whole, unended_N = True, np.zeros(len(full["prompt"]), bool)
+    for feature in FEATURES[1:] if ends else ():
+        end_N, own_N = (_ended(opened.columns[feature], ids) for ids in (ends, ends[:1]))
+        whole &= not np.any((end_N > 0) & (own_N < full[feature]))
+        unended_N |= end_N == 0
+        full[feature] = np.where(end_N > 0, end_N, full[feature])
     room_N = max_length - full["prompt"]
     if inputs_length is not None:
         if not full["prompt"].all():
@@ -130,6 +143,7 @@ def plan_pairs(
         "prompt_too_long": ~fits_N,
         "same_when_truncated": same_N,
         "truncated": fits_N & ~same_N & cut_N,
+        **({"unended": unended_N} if ends else {}),
     }
     used_N = fits_N & ~same_N
     if not used_N.any():
@@ -175,4 +189,15 @@ def plan_pairs(
             if event_N.any()
         },
         read_last=read_last,
+        ends=() if whole else tuple(ends),
     )
+
+
+def _ended(column: Column, ends: Sequence[int]) -> np.ndarray:
+    """Returns the number of tokens of each record up to the last of `ends`, int64 [N]; 0 without one."""
+    shards = zip(column.shards, column.bounds[:-1].tolist(), strict=True)
+    found = [begin + np.flatnonzero(np.isin(np.asarray(shard), ends)) for shard, begin in shards]
+    places = np.concatenate([[-1], *found])
+    starts_N = np.asarray(column.starts, np.int64)
+    last_N = np.searchsorted(places, starts_N + np.asarray(column.lengths, np.int64)) - 1
+    return np.maximum(places[last_N] + 1 - starts_N, 0)

@@ -62,22 +62,31 @@ class PairSource(rows.Source):
         }
 
     def notices(self, lengths: Mapping[str, int]) -> list[rows.Notice]:
-        """Returns a message on pairs that were dropped or cut."""
+        """Returns messages on pairs that were dropped or cut, and on completions that a reward model reads without an end."""
         del lengths
         counts, first, records = self.plan.counts, self.plan.first, self.plan.counts["records"]
+        notices = []
+        if unended := counts.get("unended", 0):
+            text = (
+                f"of {records:,} pairs, {unended:,} ({unended / records:.1%}) have a completion without an end token of the "
+                f"vocabulary (first: {first['unended']}): a reward model learns to read it at its last token, but reads samples "
+                "that ended at EOS. If turns of messages end with another token, add its id to eos_token_id of the tokenizer's "
+                "generation_config.json"
+            )
+            notices.append(rows.notice("without ends", unended / records, text))
         parts = [
             f"{counts[reason]:,} ({counts[reason] / records:.1%}) {text} (first: {first[reason]})"
             for reason, text in _SHORTENED.items()
             if counts[reason]
         ]
         if not parts:
-            return []
+            return notices
         dropped = (counts["prompt_too_long"] + counts["same_when_truncated"]) / records
         text = (
             f"of {records:,} pairs, at max_length {self.plan.max_length}, {', '.join(parts)}; a larger MAX_LENGTH, with "
             "rows of twice that in TASK_FEATURE_LENGTHS, loses less"
         )
-        return [rows.notice("too long", dropped, text)]
+        return [*notices, rows.notice("too long", dropped, text)]
 
 
 def plan_source(name: str, opened: Cache, **settings: Any) -> PairSource:
@@ -110,7 +119,8 @@ def read_rows(
     with the rejected completion. Segment id 0 is padding; positions restart with each segment. Loss weights are 1
     at completion tokens, EOS included, and 0 at prompt tokens. Without a start token, the first token of a prompt
     is read but not predicted. If the plans have `read_last`, the column `decoder_ends`, float32 [B, L], is 1 at
-    the position of each segment that reads the last token of its completion.
+    the position of each segment that reads the last token of its completion, which is the first of the plan's `ends` instead of
+    another.
 
     Where an encoder reads the prompts (`PairPlan.encodes`), the segments have the completions alone, and the columns
     `encoder_input_tokens`, `encoder_segment_ids` and `encoder_positions` the prompts in segments of the same numbers.
@@ -152,6 +162,10 @@ def read_rows(
             begin_P = columns[feature].starts[record_P]
             at_P = (at_S + prompt_S)[turn::2]
             columns[feature].gather(begin_P, size[feature], targets.reshape(-1), at_P)
+            if plan.ends:
+                last_P = at_P + size[feature] - 1
+                others_P = np.isin(targets.reshape(-1)[last_P], plan.ends)
+                targets.reshape(-1)[last_P[others_P]] = plan.ends[0]
         id_S = np.stack([2 * slot_P + 1, 2 * slot_P + 2], axis=1).ravel()
         of_segments = [id_S, place_S, place_S + prompt_S, place_S + target_S]
         spread = rows.spread(of_segments, size_S, first_B, shape[1])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from espalier.common.end_tokens import read_ends
 from espalier.common.ranges import Count, Size
 from espalier.data.cache import store
 from espalier.data.preference import pair_plan, pair_rows
@@ -181,7 +182,8 @@ def make_stream(
         packing: 'examples' puts one pair in a row, so that a batch has `batch_size` pairs; 'best_fit' puts as
             many in a row as fit.
         read_last: add a position to every segment that reads the last token of its completion. Rewards of whole
-            completions need it.
+            completions need it. A completion then ends with EOS instead of its last end token and what follows it, such as
+            the end of a turn and a line break, because reward models read samples at EOS; see `common.end_tokens.read_ends`.
         start_token: id that the model reads before each prompt. None for none, if prompts begin with BOS; the
             first token of a prompt is then not predicted.
 
@@ -238,12 +240,20 @@ def _planner(
             "start_token = None is for decoders, and task_feature_lengths has 'inputs': the targets of an encoder-decoder "
             "follow a start token."
         )
-    return functools.partial(
-        pair_rows.plan_source,
-        row_length=feature_lengths["targets"],
-        inputs_length=feature_lengths.get("inputs"),
-        max_length=max_length,
-        packing=packing,
-        read_only=int(start_token is None),
-        read_last=int(read_last),
-    )
+
+    def planned(name: str, opened: store.Cache) -> PairSource:
+        from espalier.data import tasks
+
+        return pair_rows.plan_source(
+            name,
+            opened,
+            row_length=feature_lengths["targets"],
+            inputs_length=feature_lengths.get("inputs"),
+            max_length=max_length,
+            packing=packing,
+            read_only=int(start_token is None),
+            read_last=int(read_last),
+            ends=read_ends(tasks.vocabulary(name)) if read_last else (),
+        )
+
+    return planned

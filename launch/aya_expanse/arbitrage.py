@@ -73,7 +73,7 @@ class ArbitrageFlags:
       language_of: package.module:function that returns the code of a text's language, or None if it cannot tell. Answers in
         another language than their prompt are not used. If the function has an attribute "languages", prompts in other
         languages are refused.
-      keep_cut: also use answers that were cut at the maximum length.
+      keep_cut: also use answers that were cut at the maximum length; training ends them with EOS as if they were whole.
       form: form of the written rows: conversations, or texts with "prompt" and "completion".
       attempts: requests of an answer that does not come, in one start.
     """
@@ -123,6 +123,10 @@ def _run(flags: argparse.Namespace) -> None:
     reward = setting_flags.given(flags, RewardFlags)
     if reward and "reward" not in reward:
         raise ArbitrageError(f"--{next(iter(reward))} is for a reward: give --reward.")
+    if reward.get("missing_end_penalty") and not settings.keep_cut:
+        raise ArbitrageError(
+            "--missing_end_penalty is for cut answers: give --keep_cut, or remove it."
+        )
     learns = settings.routing == "learned" and settings.router is None
     if not reward and (learns or settings.routing == "reward"):
         raise ArbitrageError(f"--routing={settings.routing} needs --reward.")

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common import end_tokens
+
 EXAMPLE = '{"text": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"tokens": [...]}'
 _KEYS = ("tokens", "text", "messages")
 
@@ -96,10 +98,7 @@ class LoadedRun:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """All ids that end a continuation; empty without a vocabulary or its EOS."""
-        from espalier.trainers.decoding import settings
-
-        vocabulary = self.vocabulary_or_none
-        return () if vocabulary is None else settings.eos_ids(vocabulary)
+        return end_tokens.eos_ids(self.vocabulary_or_none)
 
     def _check(self, vocabulary: Any) -> None:
         from espalier.data.stream import rows

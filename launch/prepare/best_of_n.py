@@ -7,9 +7,11 @@ Sampling is espalier generate's, with all of its options; this reads the file th
   espalier prepare best_of_n --inputs=samples.jsonl --reward=exact_answer --output=best.jsonl \\
     --pairs=pairs.jsonl
 
---output gets the best row of each prompt (the first of equals) with its "reward", all "rewards" in the order
-of the samples, and "best_of", their number n. The divergence of best-of-n from the sampled policy is at most
-log n - (n - 1) / n nats (arXiv 2401.01879), which is printed.
+Samples that were cut at the maximum length are not used, because training would end them with EOS as if they
+were whole; --keep_cut uses them. --output gets the best row of each prompt (the first of equals) with its
+"reward", all "rewards" in the order of the samples that are used, and "best_of", their number n. The divergence
+of best-of-n from the policy (without --keep_cut, from its samples that end) is at most log n - (n - 1) / n nats
+(arXiv 2401.01879), which is printed.
 
 --pairs gets {"prompt", "chosen", "rejected"} with both rewards for each prompt whose best and worst sample
 differ in reward and text: data for preference learning. A round, from the sampled policy:
@@ -36,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common.end_tokens import read_ends
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
@@ -65,7 +68,7 @@ class RewardFlags:
       answer_pattern: regular expression; the answer is its last match in a text, or the first group of this match.
         Without it the whole text is the answer.
       reward_batch_size: number of texts in a batch of the reward model.
-      missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length.
+      missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length, with --keep_cut.
 
     Raises:
       RewardError: a setting that this reward does not read.
@@ -106,6 +109,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the best and the worst row of each prompt to this file, as pairs",
     )
+    group.add_argument(
+        "--keep_cut",
+        action="store_true",
+        help="also use samples that were cut at the maximum length; training ends them with EOS as if they were whole",
+    )
     setting_flags.add(parser.add_argument_group("reward"), RewardFlags)
 
 
@@ -113,7 +121,7 @@ def _run(start: cli.Start) -> None:
     """Ranks samples with the settings of the flags.
 
     Raises:
-      RewardError: no output is set, or rows that cannot be ranked.
+      RewardError: no output is set, a penalty that has no effect, or rows that cannot be ranked.
     """
     flags = start.flags
     if flags.output is None and flags.pairs is None:
@@ -124,14 +132,29 @@ def _run(start: cli.Start) -> None:
             row_files.check_output(path, flag, compressed=True, others=taken)
             taken[flag] = path
     rows = row_files.read(flags.inputs, example=EXAMPLE)
-    groups = grouped(rows)
-    values = iter(rewards_of(rows, RewardFlags(**setting_flags.given(flags, RewardFlags)), start))
-    ranked = [(group, [next(values) for _ in group]) for group in groups]
+    reward = RewardFlags(**setting_flags.given(flags, RewardFlags))
+    if reward.missing_end_penalty and not flags.keep_cut:
+        raise RewardError(
+            "--missing_end_penalty is for samples that were cut: give --keep_cut, or remove it."
+        )
+    groups, cut = grouped(rows), sum(_is_cut(row) for _, row in rows)
+    used = [(where, row) for where, row in rows if flags.keep_cut or not _is_cut(row)]
+    if not used:
+        raise RewardError(
+            "All samples in --inputs were cut at the maximum length: give --keep_cut, or sample with a larger --max_new_tokens."
+        )
+    values = iter(rewards_of(used, reward, start))
+    left = ([row for row in group if flags.keep_cut or not _is_cut(row)] for group in groups)
+    ranked = [(group, [next(values) for _ in group]) for group in left if group]
     if flags.output is not None:
         row_files.write(flags.output, (best(*group) for group in ranked))
     if flags.pairs is not None:
         row_files.write(flags.pairs, filter(None, itertools.starmap(pair, ranked)))
     print(summary([its_rewards for _, its_rewards in ranked]), file=sys.stderr)
+    if cut:
+        without = f"and {len(groups) - len(ranked):,} prompts without others are not used (--keep_cut uses them)"
+        fate = "are used, and training ends them with EOS" if flags.keep_cut else without
+        print(f"{cut:,} cut samples {fate}", file=sys.stderr)
 
 
 def checkpoint_of(reward: str) -> str | None:
@@ -162,8 +185,12 @@ def rewards_of(
     else:
         with config().load(checkpoint, rewards=True, encoder_decoders=True) as run:
             values = _by_model(rows, run, flags.reward_batch_size)
-    cut = [row.get("ended") == "length" for _, row in rows]
+    cut = [_is_cut(row) for _, row in rows]
     return [v - flags.missing_end_penalty * c for v, c in zip(values, cut, strict=True)]
+
+
+def _is_cut(row: Row) -> bool:
+    return row.get("ended") == "length"
 
 
 def check_answer(where: str, row: Row, flags: RewardFlags) -> None:
@@ -198,12 +225,12 @@ def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
         key = "text" if isinstance(prompt, str) else "messages"
         if isinstance(prompt, list) and all(type(item) is int for item in prompt):
             key = "tokens"
-        ended = row.get("ended") == "eos"
+        ended = row.get("ended") in ("eos", "stop")
         if "text" in row:  # encoded again, because the policy may have another vocabulary
             tokens = run.encode(row["text"], f"{where}: 'text'", as_text=True)
         else:
             tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")
-            tokens = tokens[:-1] if ended else tokens
+            tokens = tokens[:-1] if row.get("ended") == "eos" else tokens
         if run.encodes:
             context = run.encoder_inputs({key: prompt}, where)
         else:
@@ -215,7 +242,7 @@ def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
         run.params,
         # It is in a decoder's contexts already.
         start_token=(run.start_token or 0) if run.encodes else None,
-        end_token=next(iter(run.eos_ids), None),
+        end_token=next(iter(read_ends(run.vocabulary_or_none)), None),
         batch_size=run.batch_size(batch_size, len(rows)),
         sharding=run.row_sharding,
     )
@@ -244,7 +271,7 @@ def grouped(rows: Placed) -> list[list[Row]]:
 
 
 def best(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any]:
-    """Returns the row with the largest reward (the first of equals), with the rewards of all samples."""
+    """Returns the row with the largest reward (the first of equals), with the rewards of the group."""
     i = int(np.argmax(rewards))
     return {**group[i], "reward": rewards[i], "rewards": list(rewards), "best_of": len(group)}
 

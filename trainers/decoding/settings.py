@@ -2,15 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 EarlyStopping = bool | Literal["never"]
-
-
-def eos_ids(vocabulary: Any) -> tuple[int, ...]:
-    """Returns the tokens that end a text in a SeqIO vocabulary, which may have several; empty without EOS."""
-    ids = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
-    return tuple(id for id in ids if id not in (None, -1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.common.end_tokens import eos_ids
 from espalier.common.ranges import Fraction, NonNegative, Seed, Size
 from espalier.common.storage import output_files
 from espalier.trainers import batches
 from espalier.trainers.decoding.policy_sampler import PolicySampler, placed
 from espalier.trainers.decoding.sampling import Sampling
-from espalier.trainers.decoding.settings import Settings, eos_ids
+from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.objectives.base import Objective
 from espalier.trainers.objectives.forward import frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenModel

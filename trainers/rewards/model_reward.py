@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from espalier.common.end_tokens import read_ends
 from espalier.common.ranges import Count, Size
 from espalier.model.axes import Rules
 from espalier.trainers import initialise, partitioning
@@ -26,7 +27,7 @@ class CheckpointReward:
     Attributes:
       model: a `model.heads.reward_model.RewardModel`.
       checkpoint: step or run directory of its parameters; a run uses the same step at every start.
-      vocabulary: its EOS is appended to completions that ended.
+      vocabulary: its EOS, as in `common.end_tokens.read_ends`, is appended to completions that ended.
       start_token: token before each prompt; None for none.
       batch_size: texts at a time, a multiple of the mesh's parts of a batch.
     """
@@ -53,12 +54,11 @@ class CheckpointReward:
         stored = FrozenCheckpoint(macro="REWARD_CHECKPOINT", path=path, model_dir=run)
         meta = {**meta, "start_token": self.start_token}
         stored.check(stored.resolve(record=False), meta, encodes=self.model.row.encodes)
-        end = self.vocabulary.eos_id
         return ModelReward(
             self.model,
             FrozenModel(model=self.model, checkpoint=stored).read(mesh, rules),
             start_token=self.start_token,
-            end_token=None if end in (None, -1) else end,
+            end_token=next(iter(read_ends(self.vocabulary)), None),
             batch_size=self.batch_size,
             sharding=partitioning.batch_sharding(mesh, rules),
         )

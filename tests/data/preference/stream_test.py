@@ -249,6 +249,50 @@ def test_last_tokens_are_read_at_a_place_of_their_own(make, start_token):
         make(**once, length=48, read_last=True)
 
 
+def test_completions_are_read_to_their_last_end_token_as_the_first_of_these(caches):
+    """Against plain Python; `MAX_LENGTH` cuts some completions before their ends."""
+    ends = (7, *range(100, 130))
+    sizes = {"row_length": 2 * MAX_LENGTH, "max_length": MAX_LENGTH - 1, "read_last": 1}
+    planned = pair_plan.plan_pairs("a", caches["a"], ends=ends, **sizes)
+    made = PairEvalStream(PairSource("a", caches["a"], planned), batch_size=8, start_token=0)
+    read = shortened = 0
+    for step in range(made.num_steps):
+        batch, documents = made.batch(step, 0, 8), made.documents(step, 0, 8)
+        for b, row in enumerate(documents):
+            for part in row["documents"]:
+                pair = example_of("a", part["record"])
+                for segment, which in enumerate(IDS[1:], 1):
+                    ids = pair[which].tolist()
+                    last = max((i for i, id in enumerate(ids) if id in ends), default=len(ids) - 1)
+                    expected = [*pair["prompt"].tolist(), *ids[: last + 1]][: MAX_LENGTH - 1]
+                    expected[-1] = 7 if expected[-1] in ends else expected[-1]
+                    here = batch["decoder_segment_ids"][b] == segment
+                    assert batch["decoder_input_tokens"][b][here].tolist() == [0, *expected]
+                    assert batch["decoder_ends"][b][here].tolist() == [0] * len(expected) + [1]
+                    read, shortened = read + 1, shortened + (last + 1 < len(ids))
+    assert read == 2 * len(planned.records) and 10 < shortened < read
+    without = sum(
+        not all(set(ends) & {*pair[w].tolist()} for w in IDS[1:]) for pair in EXAMPLES["a"]
+    )
+    assert planned.counts["unended"] == without
+    notices = [text for name, text in made.notices() if name == "WARNING"]
+    assert (
+        f"of 50 pairs, {without} ({without / 50:.1%}) have a completion without an end"
+        in notices[0]
+    )
+
+
+def test_rows_of_completions_that_all_end_with_eos_are_as_without_other_ends(tmp_path):
+    """Their order too, which is drawn from the plan's policy."""
+    examples = [{**pair, **{w: [*pair[w], 1] for w in IDS[1:]}} for pair in draw(3, 4)]
+    opened = write(tmp_path / "ended", examples)
+    sizes = {"row_length": 2 * MAX_LENGTH, "max_length": 20, "read_last": 1}
+    plain, ended = (pair_plan.plan_pairs("a", opened, ends=e, **sizes) for e in ((), (1, 7)))
+    assert plain.policy == ended.policy and ended.ends == () and ended.counts["unended"] == 0
+    other = pair_plan.plan_pairs("a", opened, ends=(7, 1), **sizes)
+    assert other.policy != plain.policy and other.ends == (7, 1)
+
+
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_batches_do_not_depend_on_the_number_of_hosts(make, hosts):
     whole, mine = make(packing="best_fit", length=112), make(packing="best_fit", length=112)

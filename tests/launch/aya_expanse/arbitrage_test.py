@@ -456,6 +456,7 @@ def test_a_hugging_face_folder_teaches_and_other_weights_in_it_answer_anew(arbit
         (["--reward=judge:x"], "is not a judge"),
         (["--reward=checkpoint:/nowhere"], "/nowhere"),
         (["--answer_key=none"], "--answer_key"),
+        (["--missing_end_penalty=1"], "--missing_end_penalty is for cut answers"),
         (["--out=/proc/none/x"], "cannot be created"),
     ],
 )

@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 from espalier.common.bars import Bar
+from espalier.common.end_tokens import eos_ids
 from espalier.common.ranges import CalledWith, Count, Fraction, NonNegative, Seed, Size
 from espalier.model.protocol import inference_model, inference_params
 from espalier.trainers.decoding.policy_sampler import Generator
 from espalier.trainers.decoding.sampling import Sampling
-from espalier.trainers.decoding.settings import Settings, eos_ids
+from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.hooks import Hook, HookInterruptedError, RunContext
 from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.preference.indicators import measures, samples
