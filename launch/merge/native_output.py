@@ -65,7 +65,8 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
                 )
             record = output.record(planner)
             pathlib.Path(folder, output.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            meta = facts_of(record, donor, changed=bool(fields))
+            inputs = [planner.models[path] for path in planner.merge.models()]
+            meta = facts_of(record, inputs, changed=bool(fields))
             transformed_run.save(folder, arrays, meta, interrupted)
             journal.finish()
 
@@ -82,12 +83,19 @@ def _interrupted(folder: str, fingerprint: str) -> tuple[Journal, Interrupted]:
     )
 
 
-def facts_of(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
+def facts_of(
+    record: Mapping[str, Any], inputs: Sequence[NativeModel], *, changed: bool
+) -> dict[str, Any]:
     """Returns the facts of the result: the first model's facts that hold for a merge, and the record of the merge."""
-    # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
-    hf = {} if changed else donor.source.hf_meta()
+    first = inputs[0].source
+    origin = first.origin_meta()
+    if changed:  # the record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong
+        origin.pop("hf", None)
+    if own := origin.pop("upcycled", None):  # what all mixtures say of their experts
+        others = [model.source.meta.get("upcycled", {}) for model in inputs]
+        origin["upcycled"] = {k: x for k, x in own.items() if all(o.get(k) == x for o in others)}
     facts = {key: value for key, value in record.items() if key not in ("made_of", "inputs")}
-    return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
+    return {**first.text_meta(), **origin, "made_of": record["made_of"], "merged": facts}
 
 
 def changed_fields(planner: Planner, planned: Sequence[Planned]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def made(tmp_path):
         (folder / "config.gin").write_text("\n".join([header, *lines, ""]))
         model_record.write(folder)
         run_vocabulary.save(folder, vocabularies.byte())
-        shapes = transformed_run.abstract_params(transformed_run.model_of(str(folder)))
+        shapes = transformed_run.abstract_params(source_models.model_of(str(folder)))
         params = {name: random(name, leaf) for name, leaf in shapes.items()}
         with Checkpointer(folder / "checkpoints") as checkpointer:
             checkpointer.save(1, {"params": state_tree.nest(params)}, meta={})

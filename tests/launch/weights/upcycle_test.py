@@ -508,6 +508,74 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
         base.plan(transform, [Source(name, {"old/scale": (3,)}) for name in "ab"], {})
 
 
+def low_rank(command, run, to):
+    flags = ("--rank=0.5", "--layers=.*/attention/query", f"--checkpoint={run}", f"--to={to}")
+    assert command("upcycle factorise", *flags) == 0
+    return str(to)
+
+
+def test_adapters_and_factors_are_not_averaged(make, branches, changed, command, tmp_path, capsys):
+    """The mean of products is not the product of means."""
+    folders = branches.folders[1:3]
+    lines = transformed_run.method_lines(
+        ["t5x_configs/methods/adapters/lora.gin"],
+        {"LORA_RANK": 2, "LORA_LAYERS": [".*attention/query"]},
+    )
+    adapted = [changed(x, f"lora{i}", *lines) for i, x in enumerate(folders)]
+    factored = [low_rank(command, x, tmp_path / f"low{i}") for i, x in enumerate(folders)]
+    kinds = {
+        "has adapters: merge them into its weights first, espalier upcycle merge": adapted,
+        "stores layers/block_0/attention/query as factors": factored,
+    }
+    for message, runs in kinds.items():
+        for method in ("soup", "btx", "bam"):
+            capsys.readouterr()
+            assert make(experts=runs, method=method) == 2
+            assert f"{runs[0]} {message}" in capsys.readouterr().err
+        # Of copies the mean is what they are; nothing is averaged where all else stays the mixture's.
+        mixture = make("--copies=2", experts=runs[:1], method="btx", name=f"of{len(message)}")
+        added = (f"--moe={mixture}", "--add", f"x={runs[1]}", f"--to={mixture}3")
+        assert command("upcycle extend", *added) == 2
+        assert f"{mixture} {message}" in capsys.readouterr().err
+        assert command("upcycle extend", *added, "--merge=0") == 0
+        for path in SourceModel(mixture, "auto").abstract.shapes:
+            if "/mlp/" not in path:
+                np.testing.assert_array_equal(stored(f"{mixture}3", path), stored(mixture, path))
+
+
+def test_models_that_compute_differently_are_not_upcycled(
+    make, branches, changed, command, tmp_path, capsys
+):
+    seed, code, law, _ = branches.folders
+    settings = {
+        "block.attention.rope.base is 10000.0, not 1000000.0": ("rope", "Rope.base = 1e6"),
+        "block.mlp.activation is silu, not gelu": ("mlp", "GatedMlp.activation = 'gelu'"),
+    }
+    mixture = make(experts=[seed, code])
+    for i, (message, (module, line)) in enumerate(settings.items()):
+        imported = f"from espalier.model import {module}"
+        other = changed(law, f"other{i}", imported, f"{module}.{line}")
+        for run in (
+            lambda x: make(experts=[seed, code, x], name="more"),
+            lambda x: make(
+                f"--seed_model={x}",
+                "--router=linear",
+                experts=[seed, code],
+                method="nexus",
+                name="more",
+            ),
+            lambda x: command(
+                "upcycle extend", f"--moe={mixture}", "--add", x, f"--to={tmp_path}/more"
+            ),
+        ):
+            capsys.readouterr()
+            assert run(other) == 2
+            assert f"{other} are not of one model: {message}" in capsys.readouterr().err
+    begun = changed(law, "begun", add_bos=True)
+    make(experts=[seed, begun], method="soup", name="soup")
+    assert f"add_bos is False in {seed}, whose setting the result has" in capsys.readouterr().err
+
+
 def test_a_model_of_someone_elses_code_is_refused_before_it_is_imported(
     trained_run, tmp_path, monkeypatch, command, capsys
 ):
