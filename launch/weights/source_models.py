@@ -172,9 +172,10 @@ def check_related(
       TransformError: a model does not fit the first, or has parameters whose mean is not that of the matrices.
     """
     different = {source.path: source for source in sources}.values()
-    for source in different if averaged else ():
-        source.check_no_adapters()
-        if modules := source.factors():
+    for source in different:
+        if averaged or not mixture:
+            source.check_no_adapters()
+        if averaged and (modules := source.factors()):
             raise TransformError(
                 f"{source.path} stores {modules[0]} as factors, and the product of mean factors is not the mean of the "
                 "matrices: make it dense first, espalier upcycle factorise --recompose."

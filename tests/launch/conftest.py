@@ -380,7 +380,7 @@ def changed(tmp_path):
         leaves = transformed_run.abstract_params(source_models.model_of(str(folder)))
         known = source.abstract.shapes
         values = {
-            path: source.open(path).read() if path in known else drawn(path, leaf)
+            path: jnp.asarray(source.open(path).read()) if path in known else drawn(path, leaf)
             for path, leaf in leaves.items()
         }
         with Checkpointer(folder / "checkpoints") as checkpointer:

@@ -11,13 +11,10 @@ import pytest
 
 from espalier.launch.convert import __main__ as convert
 from espalier.launch.load import load_run
-from espalier.launch.run import model_record, run_vocabulary
 from espalier.launch.weights import transformed_run
-from espalier.launch.weights.source_models import SourceModel
 from espalier.model.adapters.adapter import AdapterError, is_adapter
-from espalier.trainers.checkpoints import base_step, state_tree, step_dir
+from espalier.trainers.checkpoints import base_step, step_dir
 from espalier.trainers.checkpoints.base_step import BaseModelError
-from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 TOKENS = jnp.array([[7, 100, 3, 42, 42, 9]])
 

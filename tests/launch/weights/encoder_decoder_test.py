@@ -11,7 +11,7 @@ import pytest
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.load import load_run
 from espalier.launch.run import model_record, run_vocabulary
-from espalier.launch.weights import transformed_run
+from espalier.launch.weights import source_models, transformed_run
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import state_tree, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer

@@ -508,39 +508,45 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
         base.plan(transform, [Source(name, {"old/scale": (3,)}) for name in "ab"], {})
 
 
-def low_rank(command, run, to):
-    flags = ("--rank=0.5", "--layers=.*/attention/query", f"--checkpoint={run}", f"--to={to}")
-    assert command("upcycle factorise", *flags) == 0
-    return str(to)
-
-
 def test_adapters_and_factors_are_not_averaged(make, branches, changed, command, tmp_path, capsys):
     """The mean of products is not the product of means."""
-    folders = branches.folders[1:3]
-    lines = transformed_run.method_lines(
-        ["t5x_configs/methods/adapters/lora.gin"],
-        {"LORA_RANK": 2, "LORA_LAYERS": [".*attention/query"]},
-    )
-    adapted = [changed(x, f"lora{i}", *lines) for i, x in enumerate(folders)]
-    factored = [low_rank(command, x, tmp_path / f"low{i}") for i, x in enumerate(folders)]
-    kinds = {
-        "has adapters: merge them into its weights first, espalier upcycle merge": adapted,
-        "stores layers/block_0/attention/query as factors": factored,
-    }
-    for message, runs in kinds.items():
+    *dense, more = branches.folders[1:]
+    file, query = "t5x_configs/methods/adapters/lora.gin", ".*/attention/query"
+    lines = transformed_run.method_lines([file], {"LORA_RANK": 2, "LORA_LAYERS": [query]})
+
+    def adapted(run):
+        return changed(run, f"{pathlib.Path(run).name}_lora", *lines)
+
+    def factored(run):
+        to = f"{tmp_path}/{pathlib.Path(run).name}_low"
+        flags = (f"--checkpoint={run}", f"--to={to}", "--rank=0.5", f"--layers={query}")
+        assert command("upcycle factorise", *flags) == 0
+        return to
+
+    mixture = make(experts=dense, method="btx")
+    for change, added, words in (
+        (adapted, more, "has adapters: merge them into its weights first, espalier upcycle merge"),
+        (factored, factored(more), f"stores {BLOCK}/attention/query as factors"),
+    ):
+        runs, changed_mixture = [change(run) for run in dense], change(mixture)
         for method in ("soup", "btx", "bam"):
             capsys.readouterr()
-            assert make(experts=runs, method=method) == 2
-            assert f"{runs[0]} {message}" in capsys.readouterr().err
-        # Of copies the mean is what they are; nothing is averaged where all else stays the mixture's.
-        mixture = make("--copies=2", experts=runs[:1], method="btx", name=f"of{len(message)}")
-        added = (f"--moe={mixture}", "--add", f"x={runs[1]}", f"--to={mixture}3")
-        assert command("upcycle extend", *added) == 2
-        assert f"{mixture} {message}" in capsys.readouterr().err
-        assert command("upcycle extend", *added, "--merge=0") == 0
-        for path in SourceModel(mixture, "auto").abstract.shapes:
-            if "/mlp/" not in path:
-                np.testing.assert_array_equal(stored(f"{mixture}3", path), stored(mixture, path))
+            assert make(experts=runs, method=method, name="none") == 2
+            assert f"{runs[0]} {words}" in capsys.readouterr().err
+        # Nothing is averaged where all that is shared stays the mixture's.
+        to = f"{changed_mixture}3"
+        flags = (f"--moe={changed_mixture}", "--add", f"x={added}", f"--to={to}")
+        assert command("upcycle extend", *flags) == 2
+        assert f"{changed_mixture} {words}" in capsys.readouterr().err
+        assert command("upcycle extend", *flags, "--merge=0") == 0
+        shared = [x for x in SourceModel(to, "auto").abstract.shapes if "/mlp/" not in x]
+        for path in shared:
+            np.testing.assert_array_equal(stored(to, path), stored(changed_mixture, path))
+        assert len(shared) > 7
+    # The mean of copies is what they are.
+    copies = make("--copies=2", experts=runs[:1], method="soup", name="copies")
+    for path in (f"{BLOCK}/attention/query/{x}" for x in "uv"):
+        np.testing.assert_array_equal(stored(copies, path), stored(runs[0], path))
 
 
 def test_models_that_compute_differently_are_not_upcycled(
