@@ -178,19 +178,18 @@ def _check_native(merge: Merge, first: NativeModel, other: NativeModel, *, deep:
     except TransformError as error:
         raise MergeError(f"{merge.file}: {error}") from None
     records = [x.source.meta.get("upcycled") for x in (first, other)]
-    if merge.method == "passthrough" or None in records:
-        return
-    for what, here, there in zip(("experts", "domains"), *map(_experts, records), strict=True):
-        if here != there:
-            raise MergeError(
-                f"{merge.file}: the {what} of {first.path} are {here}, and those of {other.path} {there}, so that different "
-                "experts would be merged: give mixtures with the same experts in one order."
-            )
+    here, there = (record and _experts(record) for record in records)
+    if merge.method != "passthrough" and here and there and here != there:
+        raise MergeError(
+            f"{merge.file}: the experts of {first.path} are {here}, and those of {other.path} are {there}, so that different "
+            "experts would be merged: give mixtures with the same experts in one order."
+        )
 
 
-def _experts(record: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the names of a mixture's experts in order, and the digest of their domains."""
-    return ", ".join(record.get("experts", ())), record.get("domains", {}).get("digest", "none")
+def _experts(record: Mapping[str, Any]) -> str:
+    """Returns the names of a mixture's experts in order, and the digest of their domains' embeddings."""
+    digest = record.get("domains", {}).get("digest")
+    return ", ".join(record.get("experts", ())) + (f" (domains {digest})" if digest else "")
 
 
 def tokenizer_of(folder: str | os.PathLike) -> bytes | None:

@@ -163,13 +163,13 @@ def check_related(
     """Checks that models can become one: they are alike and, unless `unrelated`, have one seed model.
 
     Args:
-      sources: the models, of which some may be the same.
-      unrelated: accept embeddings that are not correlated.
+      sources: some may be the same.
+      unrelated: see `espalier upcycle`.
       averaged: whether parameters of different models are averaged.
       mixture: see `check_alike`.
 
     Raises:
-      TransformError: a model does not fit the first, or has parameters whose mean is not that of the matrices.
+      TransformError: a model does not fit the first, or its parameters cannot be averaged.
     """
     different = {source.path: source for source in sources}.values()
     for source in different:

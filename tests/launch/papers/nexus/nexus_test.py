@@ -448,10 +448,14 @@ def test_a_merge_is_of_the_same_experts(make, extend, branches, changed, command
         return status or str(tmp_path / name)
 
     assert merged(make(names=("law", "code"))) == 2
-    assert f"the experts of {two} are code, law, and those of" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"the experts of {two} are code, law (" in told and "are law, code (" in told
     moved = changed(two, "moved", upcycled={**own, "domains": {**own["domains"], "digest": "0"}})
     assert merged(moved) == 2
-    assert f"and those of {moved} 0, so that different experts" in capsys.readouterr().err
+    assert (
+        f"and those of {moved} are code, law (domains 0), so that different experts"
+        in capsys.readouterr().err
+    )
     again = merged(make("--router_seed=1"), "nexus_merged")
     assert record(again) == own
     assert record(extend(again, "--add", math, to="nexus3"))["experts"] == ["code", "law", "math"]
