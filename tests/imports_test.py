@@ -47,10 +47,10 @@ INTO_SLUGS: dict[str, set[str]] = {
         "distillation"
     },  # what a pool's teachers predict is stored as one teacher's is
     "launch.evaluate": {"nexus"},
-    "launch.merge": {"low_rank"},
     "launch.nexus": {"bam"},
     "launch.precompile": {"influence"},
     "launch.upcycle": {"bam", "nexus"},
+    "launch.weights": {"low_rank"},
 }
 
 # Packages each one may import of the project's own, and what it must not import from outside.

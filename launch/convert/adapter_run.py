@@ -94,7 +94,7 @@ def write(
         file = pathlib.Path(folder, base_step.FILE)
         file.write_text(json.dumps({"path": record["path"]}) + "\n", encoding="utf-8")
         streamed = {name: _whole(array) for name, array in arrays.items()}
-        origin = {**source.text_meta(), **source.hf_meta(), base_step.META: record}
+        origin = {**source.text_meta(), **source.origin_meta(), base_step.META: record}
         transformed_run.save(folder, streamed, {**origin, **adapter.record(model)})
     count = sum(array.size for array in arrays.values())
     size = sum(array.nbytes for array in arrays.values())

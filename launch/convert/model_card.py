@@ -120,7 +120,7 @@ def _parents(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Iterator[str
     experts = _mapping(meta, "upcycled").get("experts")
     if isinstance(experts, list):
         yield f"experts {', '.join(f'`{name}`' for name in experts)}"
-    elif isinstance(made_of := meta.get("made_of"), list):
+    if isinstance(made_of := meta.get("made_of"), list):
         yield f"made of {'; '.join(map(str, made_of))}"
     family = _mapping(meta, "hf").get("family")
     for _ in range(_MOST_PARENTS):

@@ -221,7 +221,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         config=bindings,
         gin_files=flags.gin_file,
         whole_config=flags.trust_config,
-        meta=source.hf_meta(),
+        meta=source.origin_meta(),
     )
     notes, totals = ({}, []) if options.recompose else _sizes(recipes, decomposition)
     print("\n".join([*base.table(recipes, notes), *totals, f"written to {options.to}"]))

@@ -11,13 +11,13 @@ import numpy as np
 from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
 from espalier.launch.merge.models import HfModel, Model, NativeModel
 from espalier.launch.merge.settings import Merge, MergeError
+from espalier.launch.weights import source_models
 from espalier.model.hf import registry
 from espalier.model.hf.config_fields import SILENT, UnsupportedConfig
 from espalier.model.hf.family import UnsupportedModel
+from espalier.model.transforms.base import TransformError
 
 _ROPE = ("rope_scaling", "rope_parameters", "rope_theta")
-_RELATED = 0.1  # least correlation of embeddings of models of one start; others have none
-_COMPARED = 1 << 20  # values
 _EMBEDDING = re.compile(r"(^|[./])(token_embed|embed_tokens|wte|shared|word_embeddings)([./]|$)")
 # Numbers of layers, and what else differs with them; hf_output compares the kinds of the layers themselves.
 _OF_DEPTH = {
@@ -70,32 +70,20 @@ def warn(merge: Merge, models: Mapping[str, Model]) -> None:
 
 
 def _warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
-    """Warns of models whose embeddings are not correlated: weights of models of other starts do not correspond."""
-    opened = [models[path] for path in merge.models()]
-    names = [next(filter(_EMBEDDING.search, x.tensors), None) for x in opened]
-    first = _some_values(opened[0], names[0])
-    for model, name in zip(opened[1:], names[1:], strict=True):
-        values = _some_values(model, name)
-        if first is None or values is None or values.size != first.size or not first.size:
-            continue
-        with np.errstate(invalid="ignore", divide="ignore"):
-            correlation = float(np.corrcoef(first, values)[0, 1])
-        if abs(correlation) < _RELATED:
-            print(
-                f"warning: the embeddings of {opened[0].path} and {model.path} have a correlation of {correlation:.2f}, as "
-                "models of different starts do: their mean is hardly of use.",
-                file=sys.stderr,
-            )
+    """Warns of models whose embeddings are not correlated."""
+    paths = merge.models()
+    for path, correlation in source_models.unlike({x: _embedding(models[x]) for x in paths}):
+        print(
+            f"warning: the embeddings of {paths[0]} and {path} have a correlation of {correlation:.2f}, as "
+            "models of different starts do: their mean is hardly of use.",
+            file=sys.stderr,
+        )
 
 
 def _warn_factors(merge: Merge, models: Mapping[str, Model]) -> None:
     """Warns of matrices stored as factors: the product of the merged factors is not the merge of the products."""
-    from espalier.model.low_rank.decompose import factorised_modules
-
     model = models[merge.models()[0]]
-    if isinstance(model, NativeModel) and (
-        modules := factorised_modules(model.source.abstract.shapes)
-    ):
+    if isinstance(model, NativeModel) and (modules := model.source.factors()):
         print(
             f"warning: {len(modules)} matrices, such as {modules[0]}, are stored as factors U and V, which are merged apart: "
             "their product is not the merge of the matrices. For that, make the models dense first: "
@@ -104,11 +92,11 @@ def _warn_factors(merge: Merge, models: Mapping[str, Model]) -> None:
         )
 
 
-def _some_values(model: Model, name: str | None) -> np.ndarray | None:
-    if name is None:
+def _embedding(model: Model) -> np.ndarray | None:
+    if (name := next(filter(_EMBEDDING.search, model.tensors), None)) is None:
         return None
     size = int(np.prod(model.tensors[name].shape))
-    return model.read(name)(0, min(size, _COMPARED)).astype(np.float64)
+    return model.read(name)(0, min(size, source_models.COMPARED))
 
 
 def facts(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -184,23 +172,24 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _check_native(merge: Merge, first: NativeModel, other: NativeModel, *, deep: bool) -> None:
-    from espalier.model.hf.description import describe, differences
+    but = ("config.num_layers", "layers") if deep else ()
+    try:
+        source_models.check_alike(first.source, other.source, but=but)
+    except TransformError as error:
+        raise MergeError(f"{merge.file}: {error}") from None
+    records = [x.source.meta.get("upcycled") for x in (first, other)]
+    here, there = (record and _experts(record) for record in records)
+    if merge.method != "passthrough" and here and there and here != there:
+        raise MergeError(
+            f"{merge.file}: the experts of {first.path} are {here}, and those of {other.path} are {there}, so that different "
+            "experts would be merged: give mixtures with the same experts in one order."
+        )
 
-    here, there = describe(first.model), describe(other.model)
-    if deep:
-        for side in (here, there):
-            for key in ("config.num_layers", "layers"):
-                side.pop(key, None)
-    if words := differences(here, there):
-        raise MergeError(
-            f"{merge.file}: {first.path} and {other.path} are not of one model: {'; '.join(words[:5])}. Models that compute "
-            "differently cannot be merged."
-        )
-    if first.source.meta.get("vocabulary") != other.source.meta.get("vocabulary"):
-        raise MergeError(
-            f"{merge.file}: {other.path} was trained with another vocabulary than {first.path}, in which the same ids "
-            "are other words: merge models of one vocabulary."
-        )
+
+def _experts(record: Mapping[str, Any]) -> str:
+    """Returns the names of a mixture's experts in order, and the digest of their domains' embeddings."""
+    digest = record.get("domains", {}).get("digest")
+    return ", ".join(record.get("experts", ())) + (f" (domains {digest})" if digest else "")
 
 
 def tokenizer_of(folder: str | os.PathLike) -> bytes | None:

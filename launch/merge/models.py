@@ -188,19 +188,13 @@ class NativeModel(_Tensors):
     kind = "native"
 
     def __init__(self, path: str):
-        from espalier.launch.weights import transformed_run
         from espalier.launch.weights.source_models import SourceModel
-        from espalier.model.adapters.adapter import adapters_of
-        from espalier.model.protocol import inference_model
 
         self.path = path
         self.source = SourceModel(path, "auto")
         self.folder = pathlib.Path(os.fspath(self.source.folder))
-        self.model = inference_model(transformed_run.model_of(os.fspath(self.folder)))
-        if adapters_of(self.model) is not None:
-            raise MergeError(
-                f"{path} has adapters: merge them into its weights first, espalier upcycle merge."
-            )
+        self.model = self.source.model
+        self.source.check_no_adapters()
         self.scanned = bool(getattr(self.model.config, "scan_layers", False))
         self._shapes = self.source.abstract.shapes
         self._open: tuple[str, Any] | None = None

@@ -65,7 +65,7 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
                 )
             record = output.record(planner)
             pathlib.Path(folder, output.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            meta = facts_of(record, donor, changed=bool(fields))
+            meta = facts_of(record, planner, changed=bool(fields))
             transformed_run.save(folder, arrays, meta, interrupted)
             journal.finish()
 
@@ -82,12 +82,17 @@ def _interrupted(folder: str, fingerprint: str) -> tuple[Journal, Interrupted]:
     )
 
 
-def facts_of(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
+def facts_of(record: Mapping[str, Any], planner: Planner, *, changed: bool) -> dict[str, Any]:
     """Returns the facts of the result: the first model's facts that hold for a merge, and the record of the merge."""
-    # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
-    hf = {} if changed else donor.source.hf_meta()
+    first, *others = (planner.models[path].source for path in planner.merge.models())  # type: ignore[union-attr]
+    origin = first.origin_meta()
+    if changed:  # the record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong
+        origin.pop("hf", None)
+    if "upcycled" in origin:  # what all mixtures say of their experts
+        own, records = origin["upcycled"], [x.meta.get("upcycled", {}) for x in others]
+        origin["upcycled"] = {k: x for k, x in own.items() if all(r.get(k) == x for r in records)}
     facts = {key: value for key, value in record.items() if key not in ("made_of", "inputs")}
-    return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
+    return {**first.text_meta(), **origin, "made_of": record["made_of"], "merged": facts}
 
 
 def changed_fields(planner: Planner, planned: Sequence[Planned]) -> dict[str, Any]:

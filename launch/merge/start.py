@@ -99,7 +99,8 @@ class Merged:
         self._parts = native_output.by_array(config, self._planned)
         self.steps: Sequence[Any] = [models[path].source.step for path in merge.models()]
         record = output.record(self._planner)
-        self.meta: Mapping[str, Any] = native_output.facts_of(record, donor, changed=bool(fields))
+        facts = native_output.facts_of(record, self._planner, changed=bool(fields))
+        self.meta: Mapping[str, Any] = facts
         self.entries: Mapping[str, ArrayEntry] = {path: self._entry(path) for path in self._parts}
 
     def _entry(self, path: str) -> ArrayEntry:

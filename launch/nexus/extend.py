@@ -104,11 +104,12 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
     from espalier.launch.weights.source_models import SourceModel
 
     options: ExtendFlags = upcycle_flags.parsed(flags, ExtendFlags)
-    moe = SourceModel(options.moe, options.params)
+    moe = SourceModel(options.moe, options.params, flags.gin_file)
     record = moe.meta.get("upcycled")
     if record is None or "sources" not in record:
         raise TransformError(
-            f"{options.moe} was not made by espalier upcycle, so its experts have no names: give another --moe."
+            f"{options.moe} has no record of the names and sources of its experts, as runs of espalier upcycle have and merges of "
+            "mixtures from different sources do not: give another --moe."
         )
     mixture = _mixture(config.model, moe, record)
     levelled = getattr(_first_mixture(config.model).mlp.router, "levelled", None)
@@ -213,14 +214,18 @@ def _addition(
     from espalier.model.nexus.extend import Addition
 
     name, path = upcycle_flags.split(add)
-    new = source_models.SourceModel(path, options.params)
+    new = source_models.SourceModel(path, options.params, moe.gin_files)
     name = name or new.folder.name
     experts = record["experts"]
     if name in experts:
         raise TransformError(
             f"{moe.path} already has an expert {name}: give the new one another name, --add NAME=DIR."
         )
-    source_models.check_related([moe, new], unrelated=options.unrelated)
+    count = mixture.experts + 1
+    merge = 1 / count if options.merge is None else options.merge
+    source_models.check_related(
+        [moe, new], unrelated=options.unrelated, averaged=0 < merge < 1, mixture=True
+    )
     record = {**record, "experts": [*experts, name], "sources": [*record["sources"], new.path]}
     domains, router = _domains(mixture), mixture.router
     if domains is None and options.level:
@@ -242,11 +247,9 @@ def _addition(
         domains = np.concatenate([domains, file.vectors([name])])
         router = dataclasses.replace(router, domains=domains)
         record["domains"] = upcycling.domains_record(file, domains)
-    count = mixture.experts + 1
     larger = dataclasses.replace(
         mixture, experts=count, router=router, seed=options.router_seed or 0
     )
-    merge = 1 / count if options.merge is None else options.merge
     transform = Addition(larger, merge=merge, router=options.router or "append")
     return _Change(transform, [moe, new], record)
 

@@ -99,7 +99,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         config=_LINES,
         gin_files=flags.gin_file,
         whole_config=flags.trust_config,
-        meta=source.hf_meta(),
+        meta=source.origin_meta(),
     )
     print("\n".join([*base.table(recipes), *notes, f"written to {options.to}"]))
 

@@ -21,7 +21,7 @@ means of large ones in blocks of rows.
 import argparse
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.common.ranges import Size
@@ -200,11 +200,12 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
     from espalier.model.transforms.experts import Upcycle
 
     options: UpcycleFlags = upcycle_flags.parsed(flags, UpcycleFlags)
-    names, experts = map(list, zip(*_experts(options), strict=True))
+    names, experts = map(list, zip(*_experts(options, flags.gin_file), strict=True))
     sources = experts.copy()
     if options.seed_model:
-        sources.append(SourceModel(options.seed_model, options.params))
-    source_models.check_related(sources, unrelated=options.unrelated)
+        sources.append(SourceModel(options.seed_model, options.params, flags.gin_file))
+    averaged = len({source.path for source in experts}) > 1
+    source_models.check_related(sources, unrelated=options.unrelated, averaged=averaged)
     dense = config.model
     for mlp in (layer.mlp for layer in dense.layer_settings()):
         if not mlp.gated or mlp.experts:
@@ -268,14 +269,14 @@ def expert_lines(record: dict[str, Any]) -> list[str]:
     return [f"expert {i}  {name.ljust(wide)}  {source}" for i, (name, source) in enumerate(pairs)]
 
 
-def _experts(options: UpcycleFlags) -> list[tuple[str, "SourceModel"]]:
+def _experts(options: UpcycleFlags, gin_files: Sequence[str]) -> list[tuple[str, "SourceModel"]]:
     """Returns names and models of the experts."""
     from espalier.launch.weights.source_models import SourceModel
 
     named: list[tuple[str, SourceModel]] = []
     for entry in options.experts:
         name, path = upcycle_flags.split(entry)
-        source = SourceModel(path, options.params)
+        source = SourceModel(path, options.params, gin_files)
         named.append((name or source.folder.name, source))
     for name, count in collections.Counter(name for name, _ in named).items():
         if count > 1:

@@ -20,7 +20,7 @@ from espalier.launch.inference import row_files
 from espalier.launch.load.load_run import EXAMPLE
 from espalier.launch.run import model_record, run_vocabulary
 from espalier.launch.run.model_record import CONFIG
-from espalier.launch.weights.source_models import SourceModel
+from espalier.launch.weights.source_models import SourceModel, model_of
 from espalier.launch.weights.target_folder import new_directory
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Recipe, TransformError, TreeTransform
@@ -184,17 +184,6 @@ def _check_foreign(source: SourceModel, gin_files: Sequence[str]) -> None:
     reader.read_file(os.path.join(source.folder, model_file.NAME))
     if problems := [reader.refused] if reader.refused else reader.checked.problems:
         raise gin_config.ConfigError(problems)
-
-
-def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
-    """Returns the linen module in the model.json of a run's directory, which needs no checkpoint."""
-    loaded: Any = gin_config.load(
-        gin_files,
-        entry="espalier.launch.load.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
-    ).entry
-    return loaded().model
 
 
 def abstract_params(model: Any) -> state_tree.Flat:

@@ -352,6 +352,46 @@ def branches(trained_run, tmp_path_factory):
 
 
 @pytest.fixture
+def changed(tmp_path):
+    """Copies a run with further lines of its model's configuration and with other facts; returns its directory.
+
+    Parameters that the run does not have are drawn.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    from espalier.launch.run import model_record, run_vocabulary
+    from espalier.launch.weights import source_models, transformed_run
+    from espalier.trainers.checkpoints import state_tree
+    from espalier.trainers.checkpoints.checkpoint import Checkpointer
+
+    def drawn(path, leaf):
+        rng = np.random.default_rng(sum(map(ord, path)))
+        return jnp.asarray(rng.normal(0.3, 0.3, leaf.shape), leaf.dtype)
+
+    def make(run, name, *lines, params="auto", **facts):
+        source = source_models.SourceModel(str(run), params)
+        folder = tmp_path / name
+        folder.mkdir()
+        text = source.config(whole=False)
+        (folder / "config.gin").write_text("\n".join([text, *lines, ""]))
+        model_record.write(folder)
+        run_vocabulary.copy(source.folder, folder)
+        leaves = transformed_run.abstract_params(source_models.model_of(str(folder)))
+        known = source.abstract.shapes
+        values = {
+            path: jnp.asarray(source.open(path).read()) if path in known else drawn(path, leaf)
+            for path, leaf in leaves.items()
+        }
+        with Checkpointer(folder / "checkpoints") as checkpointer:
+            meta = {**source.meta, **facts}
+            checkpointer.save(2, {"params": state_tree.nest(values)}, meta=meta)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
 def command(monkeypatch):
     """Runs `python -m espalier.launch.<name>` with arguments in this process; returns its exit status."""
     from espalier.launch import environment

@@ -11,47 +11,25 @@ import pytest
 
 from espalier.launch.convert import __main__ as convert
 from espalier.launch.load import load_run
-from espalier.launch.run import model_record, run_vocabulary
 from espalier.launch.weights import transformed_run
-from espalier.launch.weights.source_models import SourceModel
 from espalier.model.adapters.adapter import AdapterError, is_adapter
-from espalier.trainers.checkpoints import base_step, state_tree, step_dir
+from espalier.trainers.checkpoints import base_step, step_dir
 from espalier.trainers.checkpoints.base_step import BaseModelError
-from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 TOKENS = jnp.array([[7, 100, 3, 42, 42, 9]])
 
 
 @pytest.fixture
-def adapted(trained_run, tmp_path):
+def adapted(trained_run, changed):
     """Makes a run with adapters on the tiny run's averaged parameters."""
 
     def make(file, **settings):
-        folder = tmp_path / file.replace("/", "_")
-        folder.mkdir()
         lines = transformed_run.method_lines([f"t5x_configs/methods/{file}.gin"], settings)
-        text = SourceModel(trained_run.path, "ema").config(whole=False)
-        (folder / "config.gin").write_text("\n".join([text, *lines, ""]))
-        model_record.write(folder)
-        run_vocabulary.copy(trained_run.path, folder)
-        base = state_tree.flatten(trained_run.params["ema"])
-        model = transformed_run.model_of(str(folder))
-        params = {
-            name: base[name] if name in base else random(name, leaf)
-            for name, leaf in transformed_run.abstract_params(model).items()
-        }
-        step = str(step_dir.resolve(trained_run.path))
-        meta = {**step_dir.read_meta(trained_run.path), "initial": {"path": step}}
-        with Checkpointer(folder / "checkpoints") as checkpointer:
-            checkpointer.save(2, {"params": state_tree.nest(params)}, meta=meta)
-        return folder
+        initial = {"path": str(step_dir.resolve(trained_run.path))}
+        name = file.replace("/", "_")
+        return changed(trained_run.path, name, *lines, params="ema", initial=initial)
 
     return make
-
-
-def random(name, leaf):
-    rng = np.random.default_rng(sum(map(ord, name)))
-    return jnp.asarray(rng.normal(0.3, 0.3, leaf.shape), leaf.dtype)
 
 
 def logits(run, *gin_files):

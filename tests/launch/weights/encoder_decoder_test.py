@@ -11,7 +11,7 @@ import pytest
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.load import load_run
 from espalier.launch.run import model_record, run_vocabulary
-from espalier.launch.weights import transformed_run
+from espalier.launch.weights import source_models, transformed_run
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import state_tree, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
@@ -37,7 +37,7 @@ def made(tmp_path):
         (folder / "config.gin").write_text("\n".join([header, *lines, ""]))
         model_record.write(folder)
         run_vocabulary.save(folder, vocabularies.byte())
-        shapes = transformed_run.abstract_params(transformed_run.model_of(str(folder)))
+        shapes = transformed_run.abstract_params(source_models.model_of(str(folder)))
         params = {name: random(name, leaf) for name, leaf in shapes.items()}
         with Checkpointer(folder / "checkpoints") as checkpointer:
             checkpointer.save(1, {"params": state_tree.nest(params)}, meta={})

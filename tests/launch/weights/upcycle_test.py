@@ -508,6 +508,80 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
         base.plan(transform, [Source(name, {"old/scale": (3,)}) for name in "ab"], {})
 
 
+def test_adapters_and_factors_are_not_averaged(make, branches, changed, command, tmp_path, capsys):
+    """The mean of products is not the product of means."""
+    *dense, more = branches.folders[1:]
+    file, query = "t5x_configs/methods/adapters/lora.gin", ".*/attention/query"
+    lines = transformed_run.method_lines([file], {"LORA_RANK": 2, "LORA_LAYERS": [query]})
+
+    def adapted(run):
+        return changed(run, f"{pathlib.Path(run).name}_lora", *lines)
+
+    def factored(run):
+        to = f"{tmp_path}/{pathlib.Path(run).name}_low"
+        flags = (f"--checkpoint={run}", f"--to={to}", "--rank=0.5", f"--layers={query}")
+        assert command("upcycle factorise", *flags) == 0
+        return to
+
+    mixture = make(experts=dense, method="btx")
+    for change, added, words in (
+        (adapted, more, "has adapters: merge them into its weights first, espalier upcycle merge"),
+        (factored, factored(more), f"stores {BLOCK}/attention/query as factors"),
+    ):
+        runs, changed_mixture = [change(run) for run in dense], change(mixture)
+        for method in ("soup", "btx", "bam"):
+            capsys.readouterr()
+            assert make(experts=runs, method=method, name="none") == 2
+            assert f"{runs[0]} {words}" in capsys.readouterr().err
+        # Nothing is averaged where all that is shared stays the mixture's.
+        to = f"{changed_mixture}3"
+        flags = (f"--moe={changed_mixture}", "--add", f"x={added}", f"--to={to}")
+        assert command("upcycle extend", *flags) == 2
+        assert f"{changed_mixture} {words}" in capsys.readouterr().err
+        assert command("upcycle extend", *flags, "--merge=0") == 0
+        shared = [x for x in SourceModel(to, "auto").abstract.shapes if "/mlp/" not in x]
+        for path in shared:
+            np.testing.assert_array_equal(stored(to, path), stored(changed_mixture, path))
+        assert len(shared) > 7
+    # The mean of copies is what they are.
+    copies = make("--copies=2", experts=runs[:1], method="soup", name="copies")
+    for path in (f"{BLOCK}/attention/query/{x}" for x in "uv"):
+        np.testing.assert_array_equal(stored(copies, path), stored(runs[0], path))
+
+
+def test_models_that_compute_differently_are_not_upcycled(
+    make, branches, changed, command, tmp_path, capsys
+):
+    seed, code, law, _ = branches.folders
+    settings = {
+        "block.attention.rope.base is 10000.0, not 1000000.0": ("rope", "Rope.base = 1e6"),
+        "block.mlp.activation is silu, not gelu": ("mlp", "GatedMlp.activation = 'gelu'"),
+    }
+    mixture = make(experts=[seed, code])
+    for i, (message, (module, line)) in enumerate(settings.items()):
+        imported = f"from espalier.model import {module}"
+        other = changed(law, f"other{i}", imported, f"{module}.{line}")
+        for run in (
+            lambda x: make(experts=[seed, code, x], name="more"),
+            lambda x: make(
+                f"--seed_model={x}",
+                "--router=linear",
+                experts=[seed, code],
+                method="nexus",
+                name="more",
+            ),
+            lambda x: command(
+                "upcycle extend", f"--moe={mixture}", "--add", x, f"--to={tmp_path}/more"
+            ),
+        ):
+            capsys.readouterr()
+            assert run(other) == 2
+            assert f"{other} are not of one model: {message}" in capsys.readouterr().err
+    begun = changed(law, "begun", add_bos=True)
+    make(experts=[seed, begun], method="soup", name="soup")
+    assert f"add_bos is False in {seed}, whose setting the result has" in capsys.readouterr().err
+
+
 def test_a_model_of_someone_elses_code_is_refused_before_it_is_imported(
     trained_run, tmp_path, monkeypatch, command, capsys
 ):

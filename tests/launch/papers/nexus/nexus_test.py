@@ -12,6 +12,7 @@ import pytest
 from espalier.data.nexus import domain_embeddings
 from espalier.launch.config import gin_config, model_file
 from espalier.launch.nexus import upcycling
+from espalier.launch.weights import transformed_run
 from espalier.model.kv_cache import policies
 from espalier.model.moe import moe
 from espalier.model.moe.routing import Routes
@@ -415,6 +416,56 @@ def test_routers_without_embeddings_get_a_column_or_are_drawn_anew(
     assert reset.shape == found.shape and not (reset == found).any()
 
 
+def test_experts_are_known_after_adapters_and_factors(
+    make, extend, branches, changed, command, tmp_path
+):
+    two, math = make(), f"math={branches.folders[3]}"
+    layers = {"LORA_RANK": 2, "LORA_LAYERS": [".*attention/query"]}
+    file = "t5x_configs/methods/adapters/lora.gin"
+    tuned = changed(two, "tuned", *transformed_run.method_lines([file], layers))
+    path, low = f"{BLOCK}/attention/query/kernel", ("--rank=1.0", "--layers=.*/attention/query")
+    last = tuned
+    for i, (name, *flags) in enumerate(
+        (("merge",), ("factorise", *low), ("factorise", "--recompose"))
+    ):
+        before, last = last, str(tmp_path / f"nexus{i}")
+        assert command(f"upcycle {name}", f"--checkpoint={before}", f"--to={last}", *flags) == 0
+        assert record(last) == record(two)
+    assert not np.allclose(arrays(last)[path], arrays(two)[path])
+    three = extend(last, "--add", math, to="nexus3")
+    assert record(three) == record(make(names=("code", "law", "math")))
+
+
+def test_a_merge_is_of_the_same_experts(make, extend, branches, changed, command, tmp_path, capsys):
+    two, math = make(), f"math={branches.folders[3]}"
+    own = record(two)
+
+    def merged(other, name="x", method="linear"):
+        file = tmp_path / f"{name}.yml"
+        models = [{"model": x, "parameters": {"weight": 1}} for x in (two, other)]
+        file.write_text(json.dumps({"merge_method": method, "models": models}))
+        status = command("merge", f"--config={file}", f"--out={tmp_path / name}")
+        return status or str(tmp_path / name)
+
+    assert merged(make(names=("law", "code"))) == 2
+    told = capsys.readouterr().err
+    assert f"the experts of {two} are code, law (" in told and "are law, code (" in told
+    moved = changed(two, "moved", upcycled={**own, "domains": {**own["domains"], "digest": "0"}})
+    assert merged(moved) == 2
+    assert (
+        f"and those of {moved} are code, law (domains 0), so that different experts"
+        in capsys.readouterr().err
+    )
+    again = merged(make("--router_seed=1"), "nexus_merged")
+    assert record(again) == own
+    assert record(extend(again, "--add", math, to="nexus3"))["experts"] == ["code", "law", "math"]
+    others = changed(again, "others", upcycled={**own, "sources": ["elsewhere", "there"]})
+    of_others = merged(others, "nexus_of_others")
+    assert record(of_others) == {key: x for key, x in own.items() if key != "sources"}
+    assert extend(of_others, "--add", math, to="none") == 2
+    assert "has no record of the names and sources of its experts" in capsys.readouterr().err
+
+
 def test_what_makes_no_mixture_or_extension_is_named(make, extend, branches, domains, capsys):
     math = branches.folders[3]
 
@@ -440,7 +491,7 @@ def test_what_makes_no_mixture_or_extension_is_named(make, extend, branches, dom
         extend(two, "--add", f"math={math}", "--router=reset", to="x")
     )
     dense = error(extend(math, "--remove", "code", to="x"))
-    assert "was not made by espalier upcycle" in dense
+    assert "has no record of the names and sources" in dense
     used = ("--remove", "law", "--gin.moe.MoeMlp.top_k=2")
     assert "fewer than MoeMlp.top_k = 2" in error(extend(two, *used, to="x"))
 
