@@ -202,7 +202,7 @@ def forward_objective(
         variables: Mapping[str, Any],
         extras: Any,
     ) -> LossOut:
-        settings = {"method": method, "arguments": arguments, "noise": noise}
+        settings: Any = {"method": method, "arguments": arguments, "noise": noise}
         return loss(forward(model, params, batch, rng, variables, **settings), extras)
 
     return Objective(loss_fn=loss_fn, stored_extras=stored_extras)
