@@ -202,8 +202,10 @@ def forward_objective(
         variables: Mapping[str, Any],
         extras: Any,
     ) -> LossOut:
-        settings: Any = {"method": method, "arguments": arguments, "noise": noise}
-        return loss(forward(model, params, batch, rng, variables, **settings), extras)
+        out = forward(
+            model, params, batch, rng, variables, method=method, arguments=arguments, noise=noise
+        )
+        return loss(out, extras)
 
     return Objective(loss_fn=loss_fn, stored_extras=stored_extras)
 
