@@ -11,6 +11,7 @@ from espalier.launch.papers.bam.experiment import Runs, biased, long, matched, w
 from espalier.launch.papers.nexus import lag_domains
 from espalier.launch.papers.shared import domain_panels, results, sweeps
 from espalier.launch.papers.shared import domains as domain_runs
+from tests.launch.papers.judged import verdict_of
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 DOMAINS = ("lag_general", "lag_4", "lag_7", "lag_11")
@@ -175,7 +176,7 @@ def test_all_claims_hold_where_they_should():
     ],
 )
 def test_verdicts_follow_the_losses(changed, name, verdict):
-    assert verdicts(everything(**changed))[name] == verdict
+    assert verdict_of(report.REPORT, everything(**changed), name) == verdict
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from espalier.launch.papers.nexus import experiment, figures, report
 from espalier.launch.papers.nexus.experiment import BUDGETS, NEW, OLD
 from espalier.launch.papers.shared import domains as domain_runs
 from espalier.launch.papers.shared import sweeps
+from tests.launch.papers.judged import verdict_of
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 DOMAINS = ("lag_general", "kin_a", "kin_a70", "kin_c", "kin_c40", "kin_d", "kin_b")
@@ -154,10 +155,13 @@ def with_biases(**changed):
     return {**measured, "rows": rows, "planned": planned}
 
 
-def judged(text=None, biases=None, **changed):
+def everything(text=None, biases=None, **changed):
     measured = {"synthetic": part(**changed), "text": part(**text or {})}
-    measured["balance"] = with_biases(**biases or {})
-    return {claim.name: claim for claim in report.REPORT.judge(measured)}
+    return {**measured, "balance": with_biases(**biases or {})}
+
+
+def judged():
+    return {claim.name: claim for claim in report.REPORT.judge(everything())}
 
 
 def test_all_claims_hold_where_they_should():
@@ -193,7 +197,7 @@ def test_all_claims_hold_where_they_should():
     ],
 )
 def test_each_claim_is_judged_by_its_arms(changed, name, verdict):
-    assert judged(**changed)[name].verdict == verdict
+    assert verdict_of(report.REPORT, everything(**changed), name) == verdict
 
 
 def test_the_new_experts_share_is_judged_in_the_last_layer_and_shown_for_each():

@@ -20,6 +20,7 @@ from espalier.launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, Arm,
 from espalier.launch.papers.shared import results
 from espalier.launch.sweep import file
 from espalier.trainers.preference.indicators.alarm import StoppingRule
+from tests.launch.papers.judged import verdict_of
 
 SWEEP = "launch/papers/preference/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
@@ -114,7 +115,7 @@ def test_other_methods_are_shown_and_no_claim_is_of_them():
     ],
 )  # fmt: skip
 def test_a_claim_fails_on_runs_that_say_the_contrary(name, change):
-    assert verdicts(rows(change=change))[name] == "fails"
+    assert verdict_of(report.REPORT, rows(change=change), name) == "fails"
 
 
 @pytest.mark.parametrize(
