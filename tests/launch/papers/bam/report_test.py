@@ -281,7 +281,7 @@ def test_the_report_has_every_figure_and_the_loads_by_layer(tmp_path):
     assert "lag_4 (1.110)" in text
 
 
-def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
+def test_a_report_of_partial_results_names_what_is_missing(tmp_path, unsaved):
     measured = part()
     few = [r for r in measured["rows"] if r["arm"] in ("seed", "btx", "bam", "bam_shared_kv")]
     measured["rows"] = [r for r in few if r["run"] != "bam/seed21" and r["seed"] < 24]

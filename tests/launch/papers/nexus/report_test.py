@@ -261,7 +261,7 @@ def test_the_report_has_every_figure(tmp_path):
     assert "| Nexus (`nexus`) | FFN | top-1 | 0.20 (0.20) |" in text
 
 
-def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
+def test_a_report_of_partial_results_names_what_is_missing(tmp_path, unsaved):
     measured = part()
     measured["rows"] = [r for r in measured["rows"] if r["arm"] in ("seed", "nexus", "linear")]
     written = report.REPORT.write({"synthetic": measured}, tmp_path, FACTS)
