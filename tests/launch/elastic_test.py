@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-import os
 import pathlib
-import re
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
+from tests.processes import free_port, with_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -60,10 +58,7 @@ def uninterrupted(train, tmp_path_factory):
 def begun(train, tmp_path_factory):
     """A run that two processes of one device each have taken to step STOP."""
     path = tmp_path_factory.mktemp("begun")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    xla_flags = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+    address = f"127.0.0.1:{free_port()}"
     with contextlib.ExitStack() as stack:
         processes = [
             subprocess.Popen(
@@ -75,7 +70,7 @@ def begun(train, tmp_path_factory):
                     f"--process_index={index}",
                 ],
                 cwd=ROOT,
-                env={**os.environ, "XLA_FLAGS": xla_flags},
+                env=with_devices(1),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import Goodput
 from tests.launch.merge import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
+from tests.processes import free_port, with_devices
 
 WEIGHTS = "model.safetensors"
 SLOWLY = "--gin.train.train.hooks=[@local_text.LongSleep]"
@@ -125,10 +125,7 @@ def test_the_record_of_a_life_is_in_the_store_before_any_checkpoint(store, capsy
 
 def _start_pair(train, path, folder, *more):
     """Starts the run as two processes, each of a host of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    device = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+    port, device = free_port(), with_devices(1)["XLA_FLAGS"]
     return [
         _start(
             *(train, path, folder / f"host{index}", "--gin.TRAIN_STEPS=8", *more),
