@@ -130,8 +130,8 @@ def test_blocks_have_the_layers_of_their_groups_and_the_mlps_of_their_kinds():
     assert [layer.kind.depth for layer in settings] == list(range(7))
 
 
-@pytest.mark.parametrize(("pattern", "layers"), [(PREFIXED, 7), (CUT, 8)])
-def test_every_layer_has_initial_values_and_dropout_of_its_own(pattern, layers):
+def test_every_layer_has_initial_values_and_dropout_of_its_own():
+    pattern, layers = CUT, 8
     blocks = layer_stack.unroll(params_of(pattern, layers), make(pattern, layers).config)["layers"]
     kernels = [np.asarray(block["attention"]["query"]["kernel"]) for block in blocks.values()]
     assert len({kernel.tobytes() for kernel in kernels}) == layers
