@@ -1,10 +1,10 @@
 """Runs a sweep: arms x sizes x seeds of one file, with shared parents, as a whole that can be resumed.
 
 Started again, the command skips finished runs, continues stopped ones, and retries failed ones. Results are in
-OUT/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
-cooldowns, about four times the work of the quickstart:
+OUT/results.jsonl, a row per finished run. Example: what code does
+to a tiny model of bytes, in five arms with two seeds, a few minutes on two cores:
 
-  espalier sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
+  espalier sweep --sweep launch/papers/code_mix/tiny_sweep.py --out runs/tiny_code_mix
 
 `--out DIR --status` in a second terminal shows its progress. The exit status is 0 when all runs are done, 1 when
 some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command resumes it.

@@ -15,6 +15,7 @@ import pytest
 
 from espalier.common import pipelines, versions
 from espalier.common.pipelines import PipelineError, Step
+from tests.processes import free_port
 
 beam = pytest.mark.beam
 PROCESSES = "--runner=DirectRunner,--direct_running_mode=multi_processing,--direct_num_workers=2"
@@ -133,12 +134,6 @@ def test_a_pipeline_fails_with_the_error_of_the_work(tmp_path):
     with pytest.raises(PipelineError, match="does not see /not/here: mount the folder"):
         pipelines.run([lacking], beam_options=["--runner=DirectRunner"])
     assert list(tmp_path.iterdir()) == []
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

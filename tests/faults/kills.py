@@ -7,7 +7,6 @@ import pathlib
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from espalier.launch import cli, environment
 from tests.faults import program, shim
 from tests.faults.table import Bench, Case, Lost, Row, Unclear
+from tests.processes import free_port
 
 # Stage -> function at whose call the signal comes, and the calls that are tried.
 _STAGES = {
@@ -226,10 +226,10 @@ def _lost_processes(seed: int) -> Iterator[Case]:
 
 def _lose(index: int, number: int, bench: Bench) -> None:
     """Loses one of two processes; the other one must say so, with status 75."""
-    run, address = bench.folder / "run", _free_address()
+    run, port = bench.folder / "run", free_port()
     flags = program.train_flags(bench, run, "TRAIN_STEPS=5000", "CHECKPOINT_PERIOD=20")
     logs = [bench.folder / f"peer_{i}.log" for i in range(2)]
-    peers = [_peer(i, address, logs[i], "--heartbeat_timeout=10", *flags) for i in range(2)]
+    peers = [_peer(i, port, logs[i], "--heartbeat_timeout=10", *flags) for i in range(2)]
     end = time.monotonic() + 900
     while program.good_step(run) == 0:
         if time.monotonic() > end or any(p.poll() is not None for p in peers):
@@ -259,20 +259,15 @@ def _tree(pid: int) -> list[int]:
 def _never_comes(bench: Bench) -> None:
     log = bench.folder / "peer_0.log"
     flags = program.train_flags(bench, bench.folder / "run")
-    status = _peer(0, _free_address(), log, "--initialization_timeout=5", *flags).wait(900)
+    status = _peer(0, free_port(), log, "--initialization_timeout=5", *flags).wait(900)
     text = log.read_text()
     if status != cli.INTERRUPTED or "did not come" not in text or "Traceback" in text:
         raise Unclear(f"status {status} in place of {cli.INTERRUPTED}: ...{text[-500:]}")
 
 
-def _free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
-def _peer(index: int, address: str, log: pathlib.Path, *flags: str) -> subprocess.Popen:
+def _peer(index: int, port: int, log: pathlib.Path, *flags: str) -> subprocess.Popen:
     """Starts one of two processes of a run, not forked: its supervisor starts the same command again."""
+    address = f"localhost:{port}"
     words = [f"--coordinator_address={address}", "--process_count=2", f"--process_index={index}"]
     variables = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     return subprocess.Popen(

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import re
-import socket
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from gin import utils as gin_utils
 from espalier.launch import cli, environment, input_errors
 from espalier.launch.submit import slurm
 from tests import transcripts
+from tests.processes import free_port
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -396,11 +396,8 @@ def test_programs_for_cpus_are_optimised_as_far_as_it_pays(monkeypatch, before, 
 
 @pytest.mark.multiprocess
 def test_two_processes_find_each_other(toy_modules):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     code = "from espalier.launch import cli; cli.main('Doc.', 'toy_run:processes')"
-    flags = [f"--coordinator_address=localhost:{port}", "--process_count=2"]
+    flags = [f"--coordinator_address=localhost:{free_port()}", "--process_count=2"]
     started = [
         subprocess.Popen(
             **command(toy_modules, "-c", code, *flags, f"--process_index={i}"),

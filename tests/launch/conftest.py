@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import runpy
 import sys
@@ -473,3 +474,13 @@ def train(tmp_path_factory):
             patch.setenv(name, value)
         patch.syspath_prepend(programs)
         yield run
+
+
+@pytest.fixture
+def tpu_environment(monkeypatch):
+    """Variables as for compiling for TPUs; they are put back."""
+    from espalier.launch.precompile import tpu_topology
+
+    for name in list(os.environ):
+        monkeypatch.setenv(name, os.environ[name])
+    tpu_topology.prepare_environment()

@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-import os
 import pathlib
-import re
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
+from tests.launch.resume_test import rows
+from tests.processes import free_port, with_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -38,32 +36,20 @@ def flags(train, path, *bindings):
     ]
 
 
-def numbers(path):
-    """What was logged and does not depend on the clock, by step."""
-    found = {}
-    for row in read_jsonl(f"{path}/metrics.jsonl"):
-        untimed = {k: v for k, v in row.items() if not measures_time(k)}
-        found.setdefault(row["step"], {}).update(untimed)
-    return found
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(train, tmp_path_factory):
     """All steps in one process of eight devices."""
     path = tmp_path_factory.mktemp("uninterrupted")
     result = train(*flags(train, path))
     assert result.status == 0, result.err
-    return numbers(path)
+    return rows(path)
 
 
 @pytest.fixture(scope="module")
 def begun(train, tmp_path_factory):
     """A run that two processes of one device each have taken to step STOP."""
     path = tmp_path_factory.mktemp("begun")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    xla_flags = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+    address = f"127.0.0.1:{free_port()}"
     with contextlib.ExitStack() as stack:
         processes = [
             subprocess.Popen(
@@ -75,7 +61,7 @@ def begun(train, tmp_path_factory):
                     f"--process_index={index}",
                 ],
                 cwd=ROOT,
-                env={**os.environ, "XLA_FLAGS": xla_flags},
+                env=with_devices(1),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -86,8 +72,10 @@ def begun(train, tmp_path_factory):
             stack.callback(process.kill)
         results = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
+    said = [f"done at step {STOP}" in out for out, _ in results]
+    assert said == [True, False]  # one of them speaks
     assert json.loads((path / "run.json").read_text())["mesh"]["processes"] == 2
-    assert max(numbers(path)) == STOP
+    assert max(rows(path)) == STOP
     return path
 
 
@@ -104,7 +92,7 @@ def test_one_process_on_another_mesh_ends_what_two_began_with_the_same_numbers(
     assert facts["mesh"]["axes"] == axes
     assert (facts["mesh"]["processes"], facts["earlier"][-1]["mesh"]["processes"]) == (1, 2)
 
-    found = numbers(begun)
+    found = rows(begun)
     assert list(found) == list(uninterrupted) == [1, *range(2, END + 1, 2)]
     for step, row in uninterrupted.items():
         assert found[step].keys() == row.keys()

@@ -10,7 +10,7 @@ from espalier.launch.report import __main__ as report
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry import lifetime
-from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
+from tests.launch.resume_test import rows
 
 
 def flags(train, path, *bindings):
@@ -28,15 +28,6 @@ def local(train, path, *bindings):
 def arrays(path):
     """Name of each array of the last step -> shape, dtype and digest."""
     return step_dir.read_manifest(epath.Path(path) / "checkpoints" / "24").arrays
-
-
-def rows(path):
-    """What was logged and does not depend on the clock, by step."""
-    found = {}
-    for row in read_jsonl(f"{path}/metrics.jsonl"):
-        untimed = {k: v for k, v in row.items() if not measures_time(k)}
-        found.setdefault(row["step"], {}).update(untimed)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -188,13 +188,6 @@ def test_tpu_budgets(name, tpu_environment):
     assert not report.unknown_kernels
 
 
-@pytest.fixture
-def tpu_environment(monkeypatch):
-    for name in list(os.environ):
-        monkeypatch.setenv(name, os.environ[name])  # so that it is put back
-    tpu_topology.prepare_environment()
-
-
 # Four chips of each generation, their devices' kind, and meshes with what their chips exchange.
 SLICES = [
     ("v5e:2x2", "TPU v5 lite", "fsdp", {"fsdp": 4}, {"all-gather", "reduce-scatter"}),

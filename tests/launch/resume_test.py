@@ -1,4 +1,4 @@
-"""Runs that are cut short, split over processes, or go on from others, against one that is not."""
+"""Runs that are cut short, or go on from others, against one that is not."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import pathlib
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -78,17 +77,10 @@ def whole(train, tmp_path_factory):
     return path
 
 
-def start(train, path, *arguments, devices=8):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": re.sub(
-            r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"]
-        ),
-    }
+def start(train, path, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "espalier.launch.train", *flags(train, path), *arguments],
         cwd=ROOT,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -121,41 +113,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, whole,
     assert points(tmp_path) == points(whole)
     facts = json.loads((tmp_path / "run.json").read_text())
     assert len(facts["earlier"]) >= 2  # of the first start only if it came to train
-
-
-@pytest.mark.multiprocess
-def test_two_processes_train_the_same_numbers_as_one(train, whole, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
-        start(
-            train,
-            tmp_path,
-            f"--coordinator_address={address}",
-            "--process_count=2",
-            f"--process_index={index}",
-            devices=1,
-        )
-        for index in range(2)
-    ]
-    try:
-        results = [process.communicate(timeout=180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], results
-    assert ["done at step 24" in out for out, _ in results] == [True, False]  # one of them speaks
-    facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["mesh"]["processes"] == 2
-    found, want = rows(tmp_path), rows(whole)
-    assert list(found) == list(want)
-    for step, row in want.items():
-        # Sums over two devices in place of eight are added in another order.
-        assert found[step] == pytest.approx(row, rel=1e-5)
-    # One process goes on where two stopped: nothing is left to do.
-    again = run(train, tmp_path)
-    assert "step 24" in again.out
 
 
 def test_a_requested_stop_between_two_checkpoints_goes_on_exactly(

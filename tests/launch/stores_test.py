@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import Goodput
 from tests.launch.merge import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
+from tests.processes import free_port, with_devices
 
 WEIGHTS = "model.safetensors"
 SLOWLY = "--gin.train.train.hooks=[@local_text.LongSleep]"
@@ -55,6 +55,7 @@ def whole(train, tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("store", ["s3"], indirect=True)  # two hosts below use the other kind
 def test_a_run_killed_on_one_host_goes_on_on_another(train, whole, store, tmp_path, capsys):
     address = f"{store.address}/runs/small"
     process = _start(train, address, tmp_path / "host_a", SLOWLY)
@@ -92,8 +93,6 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, whole, store, tmp_pa
     assert score.main([f"--checkpoint={whole}", f"--inputs={inputs}", f"--output={here}"]) == 0
     assert json.loads(paths.read(output)) == json.loads(here.read_bytes())
 
-    if address.startswith("gs:"):
-        return  # `convert` reads and writes by the same functions as `score`
     # From a store to a store, the weights are those of the run that was never in one.
     exported, imported = f"{store.address}/hf", f"{store.address}/imported"
     assert convert.main([f"--from={address}", f"--to_hf={exported}"]) == 0
@@ -125,10 +124,7 @@ def test_the_record_of_a_life_is_in_the_store_before_any_checkpoint(store, capsy
 
 def _start_pair(train, path, folder, *more):
     """Starts the run as two processes, each of a host of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    device = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+    port, device = free_port(), with_devices(1)["XLA_FLAGS"]
     return [
         _start(
             *(train, path, folder / f"host{index}", "--gin.TRAIN_STEPS=8", *more),
@@ -169,6 +165,7 @@ def test_two_hosts_are_killed_and_two_others_go_on(train, store, tmp_path):
     assert not [name for name in paths.names(address) if name.startswith(".lock")]
 
 
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
 def test_models_in_a_store_are_merged_into_a_store(store, tmp_path, branches):
     first = folders.drawn(0, folders.shapes())
     for name, tensors in (("a", first), ("b", folders.drawn(1, folders.shapes(), around=first))):

@@ -14,6 +14,7 @@ from espalier.launch.environment import ROOT
 from espalier.launch.submit import __main__ as submit
 from espalier.launch.submit import group, launch_config
 from espalier.launch.submit.base import SubmitError
+from tests.processes import with_devices
 
 TINY = (
     "--gin_file=t5x_configs/models/tiny.gin",
@@ -315,12 +316,11 @@ def test_two_processes_of_this_machine_train(train, tmp_path, capfdbinary, monke
         "LENGTH=32",
         "recipe.Recipe.mesh={'fsdp': 2}",
     )
-    xla_flags = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
     words = [
         "--config=launch/submit/configs/local.py",
         "--config.processes_here=2",
         "--config.devices_here=2",
-        f"--config.env=('XLA_FLAGS={xla_flags}',)",
+        f"--config.env=('XLA_FLAGS={with_devices(1)['XLA_FLAGS']}',)",
         f"--gin_file={train.programs}/small_text.gin",
         *(f"--gin.{binding}" for binding in bindings),
     ]

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.model import axes
 from espalier.model.attention import Attention
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.kv_cache import policies
@@ -21,6 +20,7 @@ from espalier.model.transformer import Block, Transformer
 from espalier.model.transforms import layer_stack
 from espalier.trainers import partitioning
 from espalier.trainers.decoding import prefill
+from tests.drawn import drawn
 
 TOKENS = jax.random.randint(jax.random.key(1), (8, 10), 0, 40)
 L = 4
@@ -57,8 +57,7 @@ def make(attention=DeepAttention, mlp=DeepMlp, pattern=("sliding", "full"), **se
 
 
 def params_of(model):
-    boxed = jax.jit(lambda: model.init(jax.random.key(0), TOKENS)["params"])()
-    return jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
+    return nn.unbox(drawn(model, TOKENS))
 
 
 def logits(model, params):

@@ -37,6 +37,7 @@ from espalier.trainers.decoding import prefill
 from espalier.trainers.optim import optimizers
 from espalier.trainers.optim.gradient_terms import ParamAxes
 from espalier.trainers.recipe import Recipe
+from tests.drawn import drawn
 
 L, D, F, HEADS, R, N = 2, 16, 24, 2, 3, 4
 H = D // HEADS
@@ -254,7 +255,7 @@ def test_a_mixture_of_experts_has_mov_at_attention_and_ia3_at_its_experts():
 def test_a_compressed_cache_holds_the_rescaled_keys_and_values_of_a_longer_prompt():
     model = model_of(scan=False, mov=functools.partial(Mov, num_experts=N))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 1, 32)
-    params = filled(nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"])
+    params = filled(nn.meta.unbox(drawn(model, tokens)))
     whole = jax.jit(model.apply)({"params": params}, tokens)
     caches = {}
     for name, settings in (("full", {}), ("snapkv", {"capacity": 4, "window": 2})):
@@ -319,13 +320,13 @@ def test_scanned_unrolled_and_cached_layers_give_the_same_logits():
     """Unrolled layers have other paths than the patterns name; caches are invariant 10 of arXiv 2309.05444."""
     model = model_of(**BOTH)
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 1, 32)
-    params = filled(nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"])
+    params = filled(nn.meta.unbox(drawn(model, tokens)))
     whole = jax.jit(model.apply)({"params": params}, tokens)
     unrolled = layer_stack.unrolled(model)
     values = layer_stack.unroll(params, model.config)
     got = jax.jit(unrolled.apply)({"params": values}, tokens)
     np.testing.assert_allclose(got, whole, atol=1e-5)
-    base = {"params": nn.meta.unbox(jax.jit(model_of().init)(jax.random.key(0), tokens))["params"]}
+    base = {"params": nn.meta.unbox(drawn(model_of(), tokens))}
     assert np.abs(jax.jit(model.apply)(base, tokens) - whole).max() > 0.01
     policy = policies.policy_named("full")
     caches = prefill.empty_caches(unrolled, policy, batch=2, length=8)

@@ -1,15 +1,14 @@
 """What several tests of training share."""
 
 import functools
-import os
 import pathlib
-import re
-import socket
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from tests.processes import free_port, with_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -22,19 +21,11 @@ def processes(tmp_path):
     """
 
     def run(script: str, *, count: int) -> list[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment = {
-            **os.environ,
-            # Two devices; else as here, so that programs are optimised as little.
-            "XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"]),
-            "PYTHONPATH": str(ROOT),
-        }
+        port = free_port()
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(i), str(port)],
-                env=environment,
+                env=with_devices(2, PYTHONPATH=str(ROOT)),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -1,9 +1,7 @@
 """Real signals to real processes."""
 
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from espalier.trainers.signals import StopRequest
+from tests.processes import free_port, with_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,16 +33,9 @@ def test_a_stop_can_be_asked_for_without_a_signal():
 
 
 def start(script, *arguments, devices=1):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": re.sub(
-            r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"]
-        ),
-        "PYTHONPATH": str(ROOT),
-    }
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env=environment,
+        env=with_devices(devices, PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,9 +91,7 @@ def test_all_processes_stop_at_the_same_step_when_one_is_asked(service):
                     break
         print("stopped", step)
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [start(script, i, port, service) for i in range(2)]
     try:
         results = [process.communicate(timeout=60) for process in processes]

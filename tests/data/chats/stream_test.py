@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from espalier.data.cache import in_place, store
+from espalier.data.cache import store
 from espalier.data.chats import stream as chats
 from espalier.data.stream.row_stream import EvalStream
 from espalier.launch.convert import model_card
+from tests.data.cache import reading_in_place
 
 VOCABULARY, LENGTH = 300, 32
 TOKENS, WEIGHTS = "targets", "loss_weights"
@@ -246,12 +247,4 @@ def test_a_row_length_in_which_nothing_is_learnt_is_one_error(tmp_path):
 
 
 def test_rows_of_caches_that_are_read_in_place_are_the_same(make, caches, monkeypatch):
-    want = [make().batch(step, 0, 8) for step in range(3)]
-    for name, opened in list(caches.items()):
-        monkeypatch.setitem(caches, name, in_place.open_cache(opened.directory))
-    stream = make()
-    for step, batch in enumerate(want):
-        got = stream.batch(step, 0, 8)
-        assert list(got) == list(batch)
-        for name in batch:
-            np.testing.assert_array_equal(got[name], batch[name], err_msg=name)
+    reading_in_place.check(make, caches, monkeypatch)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from espalier.data.cache import in_place, store
+from espalier.data.cache import store
 from espalier.data.preference import pair_plan, pair_rows
 from espalier.data.preference.pair_rows import PairSource
 from espalier.data.preference.stream import PairEvalStream, PairStream
+from tests.data.cache import reading_in_place
 
 VOCABULARY = 300
 LENGTH, MAX_LENGTH = 64, 24
@@ -477,12 +478,4 @@ def test_digests_depend_on_where_the_prompt_ends():
 
 
 def test_rows_of_caches_that_are_read_in_place_are_the_same(make, caches, monkeypatch):
-    want = [make().batch(step, 0, 8) for step in range(3)]
-    for name, opened in list(caches.items()):
-        monkeypatch.setitem(caches, name, in_place.open_cache(opened.directory))
-    stream = make()
-    for step, batch in enumerate(want):
-        got = stream.batch(step, 0, 8)
-        assert list(got) == list(batch)
-        for name in batch:
-            np.testing.assert_array_equal(got[name], batch[name], err_msg=name)
+    reading_in_place.check(make, caches, monkeypatch)

@@ -18,6 +18,10 @@ from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "txt")
+# Each kind of file in one store, and one of them in the other.
+in_stores = pytest.mark.parametrize(
+    ("store", "kind"), [*(("s3", kind) for kind in KINDS), ("gs", "parquet")], indirect=["store"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +110,7 @@ def read_texts(store):
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@in_stores
 def test_caches_are_those_of_local_files_and_other_hosts_read_no_text(
     store, host, tmp_path, monkeypatch, kind
 ):
@@ -165,7 +169,7 @@ def test_only_changed_objects_are_digested_anew(store, host, tmp_path, monkeypat
     assert digests()[0] == second and digests() == (second, set())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@in_stores
 def test_an_object_that_is_replaced_after_its_digest_is_named(store, host, tmp_path, kind):
     path = tmp_path / "texts" / f"a.{kind}"
     write(path, texts())

@@ -26,9 +26,6 @@ from espalier.data.tokenizers.hf_tokenizer import TokenizerError
 from espalier.model.hf.files import safetensors_files
 
 USER = [{"role": "user", "content": "hi"}]
-DOUBLE = (
-    "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set n.x = EXPR %}{% endfor %}"
-)
 
 
 @pytest.fixture
@@ -48,19 +45,13 @@ def render(source):
             "{% for i in [1] * 10000000 %}{% for j in [1] * 10000000 %}{% endfor %}{% endfor %}",
             "CPU",
         ),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-            "CPU",
-        ),
-        ("{% set n = namespace(x=3) %}" + "{% set n.x = n.x ** 64 %}" * 9, "CPU"),
         ("{{ 9 ** 99999999999 }}", "CPU"),
-        (DOUBLE.replace("EXPR", "n.x ~ n.x"), "memory|CPU"),
-        (DOUBLE.replace("EXPR", "n.x.replace('a', 'aa')"), "memory|CPU"),
-        ("{{ [1] | batch(10**10, 'x') | list }}", "memory"),
+        (
+            "{% set n = namespace(x='aaaaaaaa') %}"
+            "{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "memory|CPU",
+        ),
         ("{{ [1] | tojson(indent=2000000000) }}", "memory"),
-        ("{{ ('\t' * 9999).expandtabs(10**9) }}", "memory|CPU"),
-        ("{{ ('a\n' * 9999) | indent('x' * 90000) }}", "memory|CPU"),
-        ("{{ 1 }}" * 100_000, "memory|CPU"),
         ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "RecursionError"),
         ("{{ 1 }}" * 3_000_000, "longer than 1,048,576"),
     ],

@@ -6,7 +6,6 @@ Shapes: B batch, S slots, M new tokens, V vocabulary, D width, K key/value heads
 """
 
 import math
-import os
 
 import flax.linen as nn
 import jax
@@ -105,13 +104,6 @@ def remade(compiled, shards):
         if max(sizes, default=0) >= whole and root.opcode not in IN_PLACE:
             found.append(f"{instruction.name} = {root.opcode} {instruction.shape}")
     return found
-
-
-@pytest.fixture
-def tpu_environment(monkeypatch):
-    for name in list(os.environ):
-        monkeypatch.setenv(name, os.environ[name])  # so that it is put back
-    tpu_topology.prepare_environment()
 
 
 CASES = [

@@ -5,7 +5,6 @@ What compiles for TPUs needs libtpu (the extra `tpu`) and is skipped without it.
 
 import dataclasses
 import functools
-import os
 import warnings
 
 import jax
@@ -25,13 +24,6 @@ from tests.benchmarks.jax import accelerator_jax
 from tests.launch import precompile_test as runs
 
 needs_libtpu = runs.needs_libtpu
-
-
-@pytest.fixture
-def tpu_environment(monkeypatch):
-    for name in list(os.environ):
-        monkeypatch.setenv(name, os.environ[name])  # so that it is put back
-    tpu_topology.prepare_environment()
 
 
 @pytest.mark.tpu

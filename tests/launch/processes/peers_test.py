@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 
 from espalier.launch.environment import ROOT
 from espalier.launch.processes import supervisor
+from tests.processes import free_port, with_devices
 
 pytestmark = pytest.mark.multiprocess
 
@@ -61,19 +61,14 @@ def pair(tmp_path):
         """Starts the processes; the second has one more binding, and then nothing is waited for."""
         head = "from __gin__ import dynamic_registration\nimport exchanging\n"
         gin_file.write_text(head + "".join(f"exchanging.exchange.{b}\n" for b in bindings))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+        address = f"localhost:{free_port()}"
         flags = [f"--coordinator_address={address}", "--process_count=2", f"--gin_file={gin_file}"]
         flags.append(f"--heartbeat_timeout={TIMEOUT}")
-        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-        one_device = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
-        environment["XLA_FLAGS"] = one_device
         started.extend(
             subprocess.Popen(
                 [sys.executable, "-c", CODE, *flags, f"--process_index={index}"]
                 + ([f"--gin.{differing}"] if differing and index else []),
-                env=environment,
+                env=with_devices(1, PYTHONPATH=f"{tmp_path}:{ROOT}"),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

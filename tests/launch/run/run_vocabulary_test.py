@@ -17,6 +17,7 @@ from espalier.data.text import document_files
 from espalier.data.tokenizers import chat_template, vocabularies
 from espalier.launch.config import model_file
 from espalier.launch.run import model_record, run_vocabulary
+from tests.drawn import drawn
 
 WORDS = ["def", "return", "import", "naïve", "語", "while", "class", "yield", "lambda", "assert"]
 TEXTS = [f"{a} {b}\n    {c}" for a in WORDS for b in WORDS for c in WORDS]
@@ -34,7 +35,6 @@ def run(tmp_path_factory):
     the vocabulary, and the parameters.
     """
     import flax.linen as nn
-    import jax
     import jax.numpy as jnp
 
     from espalier.launch.config import gin_config
@@ -70,7 +70,7 @@ def run(tmp_path_factory):
         model_record.write(run)
         vocabulary = config.value("VOCABULARY")
         model = config.arguments()["recipe"].model
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), int)))["params"]
+    params = nn.meta.unbox(drawn(model, jnp.zeros((1, 4), int)))
     with Checkpointer(run / "checkpoints") as checkpointer:
         meta = {"vocabulary": rows.vocabulary_digest(vocabulary), "add_bos": True}
         checkpointer.save(3, {"params": params}, meta=meta)

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from tests.processes import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 CONF = """\
 ClusterName=test
@@ -45,12 +47,6 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 """
 
 
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def slurm():
     """Starts the cluster and sets SLURM_CONF; skips the test where SLURM is not installed."""
@@ -66,7 +62,7 @@ def slurm():
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
-    ports = {"controller_port": _free_port(), "node_port": _free_port()}
+    ports = {"controller_port": free_port(), "node_port": free_port()}
     conf = CONF.format(host=socket.gethostname().partition(".")[0], folder=folder, **ports)
     (folder / "slurm.conf").write_text(conf)
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")

@@ -1,6 +1,5 @@
 """A run of two processes on a real SLURM cluster: preempted, queued again, and continued bit for bit."""
 
-import os
 import pathlib
 import re
 import subprocess
@@ -11,10 +10,11 @@ import pytest
 from espalier.launch.environment import ROOT
 from espalier.launch.submit import __main__ as submit
 from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
+from tests.processes import with_devices
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slurm, pytest.mark.timeout(600)]
 
-ONE_DEVICE = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+ONE_DEVICE = with_devices(1)["XLA_FLAGS"]
 CONFIG = (
     "--config=launch/submit/configs/slurm.py",
     "--config.nodes=1",

@@ -109,6 +109,8 @@ def test_unrolled_layers_import_the_same_function(name):
     flat_params = arrays.to_native(family, flat, tensors)
     expected = layer_stack.unroll(params, model.config)
     jax.tree.map(np.testing.assert_array_equal, flat_params, expected)
+    if name not in ("gemma3_text", "mixtral"):  # layers of two kinds, and mixtures, stand for all
+        return
     tokens = jnp.asarray(case["tokens/2"])[None]
     logits = jax.jit(flat.apply)({"params": flat_params}, tokens)
     log_probs_TV = jax.nn.log_softmax(logits[0], axis=-1)

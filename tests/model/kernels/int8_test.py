@@ -174,8 +174,7 @@ def test_the_tree_is_as_large_as_it_should_be(experts, tied):
     assert not any("router" in path or "embed" in path or "norm" in path for path in small)
 
 
-@pytest.mark.parametrize("scanned", [True, False])
-@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize(("experts", "scanned"), [(0, True), (0, False), (3, True)])
 def test_logits_are_those_of_the_same_float_weights(experts, scanned):
     model, boxed = made(experts=experts, scanned=scanned)
     whole, same = quantised(with_values(model))

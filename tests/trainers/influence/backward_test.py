@@ -27,10 +27,7 @@ V, T = 13, 8
 F64 = "float64"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 BIASED = functools.partial(GatedMlp, use_bias=True)

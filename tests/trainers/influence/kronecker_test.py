@@ -15,10 +15,7 @@ from espalier.trainers.influence.sites import Site
 X, Y = 5, 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def eigen_of(a_TX, g_TY, count=None):

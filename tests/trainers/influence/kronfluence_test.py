@@ -19,10 +19,7 @@ GOLDEN = pathlib.Path(__file__).parent / "goldens" / "kronfluence.npz"
 F64 = "float64"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(scope="module")

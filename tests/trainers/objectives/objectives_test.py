@@ -16,14 +16,14 @@ from espalier.model.transforms import layer_stack
 from espalier.trainers.objectives.lm import language_modelling
 from espalier.trainers.step import make_train_step
 from espalier.trainers.train_state import TrainState
+from tests.drawn import drawn
 
 
 @pytest.fixture(scope="module")
 def setup():
     config = TransformerConfig(vocab_size=31, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8)
     model = Transformer(config=config, logit_scale=3.0)
-    key = jax.random.key(0)
-    params = nn.meta.unbox(jax.jit(model.init)(key, jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32)))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 31, (4, 7)).astype(np.int32)
     batch = {
@@ -282,7 +282,7 @@ def test_sown_metrics_are_means_over_layers_in_training_alone(setup, pattern):
     )
     model = Transformer(config=config, block=functools.partial(Block, mlp=_Watched))
     ids = batch["decoder_input_tokens"]
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids))["params"]
+    params = nn.meta.unbox(drawn(model, ids))
     plain = layer_stack.unrolled(model)
     loss = jax.jit(language_modelling(model=model))
     out = loss(params, batch, jax.random.key(0))

@@ -15,6 +15,7 @@ from espalier.model.transformer import Transformer
 from espalier.trainers.scoring import likelihoods
 from espalier.trainers.scoring.likelihoods import LikelihoodScorer
 from espalier.trainers.scoring.scoring import Row
+from tests.drawn import drawn
 
 V = 31
 
@@ -29,8 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
-    params = nn.meta.unbox(init(jax.random.key(0)))["params"]
+    params = nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32)))
     return jax.tree.map(lambda x: 4 * x, params)
 
 
@@ -95,8 +95,7 @@ def test_continuations_that_fit_the_learned_positions_are_read_after_their_conte
 ):
     """17 tokens that follow 3 others are rounded to 24, more than the table has."""
     limited = model.clone(position_embed=functools.partial(Positions, num_positions=20))
-    init = jax.jit(lambda key: limited.init(key, jnp.zeros((1, 4), jnp.int32)))
-    params = nn.meta.unbox(init(jax.random.key(0)))["params"]
+    params = nn.meta.unbox(drawn(limited, jnp.zeros((1, 4), jnp.int32)))
     rows = [Row(context=[3, 9, 1], targets=[*range(n, n + 18)]) for n in (4, 5)]
     whole = dict(LikelihoodScorer(limited, params, batch_tokens=64).stream(rows))
     monkeypatch.setattr(likelihoods, "_WORTH_SHARING", 3)

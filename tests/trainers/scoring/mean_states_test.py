@@ -13,6 +13,7 @@ from espalier.model.embed import Positions
 from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Transformer
 from espalier.trainers.scoring.scoring import MeanStates, Row
+from tests.drawn import drawn
 
 V = 11
 
@@ -27,8 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
-    return nn.meta.unbox(init(jax.random.key(0)))["params"]
+    return nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32)))
 
 
 def test_the_mean_is_over_targets_alone_in_batches_of_other_lengths(model, params):
@@ -49,8 +49,7 @@ def test_the_mean_is_over_targets_alone_in_batches_of_other_lengths(model, param
 
 def test_of_an_encoder_decoder_the_states_are_its_encoders(model):
     encodes = EncoderDecoder(config=model.config)
-    init = jax.jit(lambda key: encodes.init(key, jnp.zeros((1, 4), jnp.int32)))
-    params = nn.meta.unbox(init(jax.random.key(0)))["params"]
+    params = nn.meta.unbox(drawn(encodes, jnp.zeros((1, 4), jnp.int32)))
     rows = [Row(context=[5], targets=[3, 7, 2]), Row(context=[], targets=[1, 9, 4, 2])]
     found = list(MeanStates(encodes, params, batch_size=3).stream(rows))
     states_of = jax.jit(lambda ids: encodes.apply({"params": params}, ids, method="encode"))

@@ -12,6 +12,7 @@ from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
 from espalier.model.transformer import Transformer
 from espalier.trainers.scoring.scoring import Row, Scorer
+from tests.drawn import drawn
 
 V = 31
 
@@ -26,8 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
-    params = nn.meta.unbox(init(jax.random.key(0)))["params"]
+    params = nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32)))
     return jax.tree.map(lambda x: 4 * x, params)
 
 

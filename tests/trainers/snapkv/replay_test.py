@@ -10,9 +10,9 @@ from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.by_layer import ByLayer
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.transformer import Transformer
-from espalier.trainers import initialise
 from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.snapkv import replay
+from tests.drawn import drawn
 
 CONFIG = TransformerConfig(
     vocab_size=16, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8, scan_layers=False
@@ -23,8 +23,7 @@ SNAPKV = policy_named("snapkv", capacity=8, window=2)
 @pytest.fixture(scope="module")
 def model():
     model = Transformer(config=CONFIG)
-    init = jax.jit(lambda key: initialise.variables(model, key))
-    return model, nn.meta.unbox(init(jax.random.key(0)))["params"]
+    return model, nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32)))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import Goodput
 from espalier.trainers.telemetry.lifetime import DamagedLifetimeError, Lifetime, Start
+from tests.trainers.telemetry.goodput_test import Clock
 
 
 def starts():
@@ -103,13 +104,6 @@ def test_a_row_of_metrics_after_the_last_sign_of_life_counts():
     assert lifetime.lost_steps([start]) == "at least 35"
     start.ended = "interrupted"  # it has written its end
     assert lifetime.lost_steps([start]) == "35"
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 def test_a_start_is_recorded_while_it_runs_and_the_next_one_knows_what_was_lost(tmp_path):

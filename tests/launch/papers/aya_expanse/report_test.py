@@ -199,7 +199,7 @@ def test_shuffled_measurements_hold_rarely(everything):
     assert all(count <= 4 for count in held.values()), held
 
 
-def test_the_report_has_every_figure_and_says_what_is_missing(everything, tmp_path):
+def test_the_report_has_every_figure(everything, tmp_path):
     report.REPORT.write(everything, tmp_path, FACTS)
     text = (tmp_path / "aya_expanse.md").read_text()
     drawn = {path.name for path in (tmp_path / "aya_expanse").glob("*.png")}
@@ -207,6 +207,9 @@ def test_the_report_has_every_figure_and_says_what_is_missing(everything, tmp_pa
     assert drawn == {f"{name}.png" for name in names} and "Missing" not in text
     written = json.loads((tmp_path / "aya_expanse" / "results.json").read_text())
     assert verdicts(written["measured"]) == verdicts(everything)
+
+
+def test_a_report_of_partial_results_names_what_is_missing(everything, tmp_path, unsaved):
     partial = [row for row in everything["small"] if row["arm"] in ("merged", "pool")]
     report.REPORT.write({"small": partial}, tmp_path, FACTS)
     assert "`student_reward`" in (tmp_path / "aya_expanse.md").read_text()

@@ -7,6 +7,7 @@ import pytest
 
 from espalier.launch.papers.influence import plan
 from espalier.trainers.influence.sites import Site
+from tests.drawn import drawn
 
 WIDTH, HIDDEN, LAYERS = 4096, 14336, 32
 
@@ -59,7 +60,6 @@ def test_experts_are_all_stored_and_only_chosen_ones_compute():
 
 def test_sizes_are_those_of_the_arrays_of_a_fit(tmp_path):
     import flax.linen as nn
-    import jax
     import jax.numpy as jnp
 
     from espalier.model.config import TransformerConfig
@@ -70,9 +70,7 @@ def test_sizes_are_those_of_the_arrays_of_a_fit(tmp_path):
 
     config = TransformerConfig(vocab_size=13, num_layers=2, embed_dim=6, num_heads=1, mlp_dim=9)
     model = Transformer(config=config)
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))[
-        "params"
-    ]
+    params = nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32)))
     reader = stages.Reader(model=model, params=params, batch_size=2)
     rows = [Row(context=[0], targets=[3, 4, 5]), Row(context=[0], targets=[1, 2])]
     stages.fit(reader, tmp_path, lambda: rows, stages.FitSettings(blocks=2))

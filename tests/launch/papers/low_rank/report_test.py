@@ -352,7 +352,7 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     assert [c.verdict for c in again] == [c.verdict for c in judged]
 
 
-def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
+def test_a_report_of_partial_results_names_what_is_missing(tmp_path, unsaved):
     kept = [row for row in rows() if row["arm"] in ("dense", "he", "spectral")]
     partial = {"lm": [row for row in kept if row["run"] != "he/seed21"]}
     judged = {claim.name: claim for claim in report.REPORT.write(partial, tmp_path, FACTS)}

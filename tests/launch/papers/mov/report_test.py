@@ -12,6 +12,7 @@ from espalier.data.instructions import templates
 from espalier.launch.papers.mov import compositions, evaluations, experiment, report, rows, runs
 from espalier.launch.papers.shared import sweeps
 from espalier.trainers.checkpoints import step_dir
+from tests.launch.papers.judged import verdict_of
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 TASKS = ("reverse_shift1", "shift1_reverse", "rotate_shift2")
@@ -93,7 +94,7 @@ def test_all_claims_hold_where_they_should():
     ],
 )
 def test_each_claim_is_judged_by_its_arms(changed, name, verdict):
-    assert judged(**changed)[name].verdict == verdict
+    assert verdict_of(report.REPORT, measured(**changed), name) == verdict
 
 
 def test_reach_is_a_share_of_what_full_tuning_gains():

@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -58,6 +59,23 @@ def _without_figures(lines):
     others = [at for at, x in enumerate(lines) if x.startswith("![") and "/claims.png)" not in x]
     gone = {at + i for at in others for i in range(4)}
     return [line for at, line in enumerate(lines) if at not in gone]
+
+
+@pytest.mark.parametrize("slug", RUN)
+def test_an_exchange_leaves_arms_and_seeds_in_place_and_measurements_as_they_were(slug):
+    report, record = stored(slug)
+    shuffled = report.shuffle(record["measured"], np.random.default_rng(0))
+    assert _runs(shuffled) == _runs(record["measured"]) and record == record_of(slug)
+    assert shuffled != record["measured"]
+
+
+def _runs(measured):
+    """Returns (part, arm, seed) of every row."""
+    parts = {
+        name: part.get("rows", ()) if isinstance(part, dict) else part
+        for name, part in measured.items()
+    }
+    return [(name, row["arm"], row["seed"]) for name, rows in parts.items() for row in rows]
 
 
 @pytest.mark.parametrize("slug", RUN)

@@ -19,6 +19,7 @@ from espalier.trainers.decoding.decode import decode
 from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.snapkv import replay
+from tests.drawn import drawn
 
 CONFIG = TransformerConfig(
     vocab_size=13,
@@ -36,11 +37,8 @@ LENGTHS = jnp.array([9, 12])
 @pytest.fixture(scope="module")
 def prompts():
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 12), 1, 13)
-    params = jax.tree.map(
-        lambda x: 3 * x,  # far from uniform attention
-        jax.jit(MODEL.init)(jax.random.key(0), tokens_BT)["params"],
-    )
-    return nn.meta.unbox(params), tokens_BT
+    params = nn.meta.unbox(drawn(MODEL, tokens_BT))
+    return jax.tree.map(lambda x: 3 * x, params), tokens_BT  # far from uniform attention
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """The measurements of latency, on a tiny model."""
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 import pytest
 
 from espalier.launch.papers.snapkv import latency, results
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
-from espalier.trainers import initialise
+from tests.drawn import drawn
 
 CONFIG = TransformerConfig(
     vocab_size=16, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=8, scan_layers=False
@@ -20,8 +20,7 @@ LENGTHS = (48, 64)
 def model(monkeypatch):
     monkeypatch.setattr(latency, "CONFIG", CONFIG)
     model = Transformer(config=CONFIG)
-    init = jax.jit(lambda key: initialise.variables(model, key))
-    return model, nn.meta.unbox(init(jax.random.key(0)))["params"]
+    return model, nn.meta.unbox(drawn(model, jnp.zeros((1, 4), jnp.int32)))
 
 
 def test_times_and_bytes_are_measured_for_both_caches(model):
