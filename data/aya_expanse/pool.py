@@ -224,7 +224,6 @@ def _text(value: Any, name: str, where: str) -> str:
 def _fixed(value: Any, teachers: Mapping[str, Teacher], path: str) -> Mapping[str, str]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: 'fixed' must be a mapping of languages to names of teachers")
-    tags: dict[str, str] = {}
     for language, name in value.items():
         where = f"{path}: 'fixed'"
         _text(language, "language", where)
@@ -234,8 +233,4 @@ def _fixed(value: Any, teachers: Mapping[str, Teacher], path: str) -> Mapping[st
             )
         if language != DEFAULT and not teachers[name].teaches(language):
             raise DataError(f"{where}: the languages of {name!r} do not include {language!r}")
-        if (other := tags.setdefault(table.code_of(language), language)) != language:
-            raise DataError(
-                f"{where} has {other!r} and {language!r}, which are one language: remove one"
-            )
     return table.ByLanguage(value)

@@ -1,9 +1,8 @@
 """Prompts of several languages, for a pool of teachers.
 
 Rows are {"prompt": ..., "language": "tr"}; "prompt" is a text, or the messages of a conversation that ends with a turn of
-the user. "text" and "messages" mean the same, as in files for `launch.generate`. Other columns, such as the
-"answer" that an exact reward reads, are copied to the outputs; so is "source_id", one value for a prompt and its translations, which
-training on preference pairs keeps in one split.
+the user. "text" and "messages" mean the same, as in files for `launch.generate`. Other columns, such as "id", the "source_id" of
+the prompt that a translation is of, or the "answer" that an exact reward reads, are copied to the outputs.
 """
 
 import dataclasses

@@ -119,13 +119,16 @@ def code_of(tag: str) -> str:
 
 
 class ByLanguage(Mapping[str, V]):
-    """Values by language: tags of one language, such as pt and pt-BR, are one key. Iteration gives codes."""
+    """Values by language: a tag without a value of its own, such as pt-BR, has that of the first tag of its language."""
 
     def __init__(self, values: Mapping[str, V]):
-        self._values = {code_of(tag): value for tag, value in values.items()}
+        self._values = dict(values)
+        self._of_code: dict[str, V] = {}
+        for tag, value in values.items():
+            self._of_code.setdefault(code_of(tag), value)
 
     def __getitem__(self, tag: str) -> V:
-        return self._values[code_of(tag)]
+        return self._values[tag] if tag in self._values else self._of_code[code_of(tag)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

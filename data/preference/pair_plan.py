@@ -113,10 +113,11 @@ def plan_pairs(
         )
     full = {f: np.asarray(opened.columns[f].lengths, np.int64) for f in FEATURES}
     check_prompts(name, opened, full["prompt"] >= read_only)
-    whole, unended_N = True, np.zeros(len(full["prompt"]), bool)
+    # Records that are read otherwise than they are stored, and those without an end.
+    other_N, unended_N = np.zeros((2, len(full["prompt"])), bool)
     for feature in FEATURES[1:] if ends else ():
         end_N, own_N = (_ended(opened.columns[feature], ids) for ids in (ends, ends[:1]))
-        whole &= not np.any((end_N > 0) & (own_N < full[feature]))
+        other_N |= (end_N > 0) & (own_N < full[feature])
         unended_N |= end_N == 0
         full[feature] = np.where(end_N > 0, end_N, full[feature])
     room_N = max_length - full["prompt"]
@@ -133,12 +134,13 @@ def plan_pairs(
     same_N = np.zeros_like(fits_N)
     if "labels" not in opened.columns:
         for record in np.flatnonzero(
-            fits_N & cut_N & (truncated["chosen"] == truncated["rejected"])
+            fits_N & (cut_N | other_N) & (truncated["chosen"] == truncated["rejected"])
         ):
             chosen, rejected = (
                 opened.columns[f].values(record)[: truncated[f][record]] for f in FEATURES[1:]
             )
-            same_N[record] = np.array_equal(chosen, rejected)
+            ended = chosen[-1] == rejected[-1] or {int(chosen[-1]), int(rejected[-1])} <= {*ends}
+            same_N[record] = ended and np.array_equal(chosen[:-1], rejected[:-1])
     events = {
         "prompt_too_long": ~fits_N,
         "same_when_truncated": same_N,
@@ -189,7 +191,7 @@ def plan_pairs(
             if event_N.any()
         },
         read_last=read_last,
-        ends=() if whole else tuple(ends),
+        ends=tuple(ends) if other_N.any() else (),
     )
 
 

@@ -6,8 +6,7 @@
 
 Prompt and completions are texts, or lists of messages {"role", "content"}. With messages, "tools" and
 "chat_template_kwargs" are passed to the chat template. A pair may have a "margin": a number, how much better
-the chosen completion is. Rows with one "source_id", a text or a whole number, are a prompt and its translations, which are
-in one split. Other keys are ignored.
+the chosen completion is. Other keys are ignored.
 """
 
 import itertools
@@ -29,7 +28,7 @@ from espalier.data.rows.records import (
 from espalier.data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
-VERSION = 3
+VERSION = 2
 Kind = Literal["paired", "unpaired"]
 PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
 EXAMPLE = '{"prompt": "...", "completion": "...", "label": true}'
@@ -50,7 +49,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
                 f"{where}: no key {name!r}; present are {', '.join(map(repr, row)) or 'none'}. A row is "
                 f"{PAIR} or {EXAMPLE}; rename its keys"
             )
-    for name in ("prompt", "source_id", *names):
+    for name in ("prompt", *names):
         check_unicode(row.get(name), name, where)
     completions = tuple(text_of(row[name], name, where) for name in names)
     chat = not isinstance(completions[0], str)
@@ -88,16 +87,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
         label=None if paired else _label(row["label"], where),
         margin=_margin(row.get("margin"), where) if paired else 0.0,
         template=template_variables(row, where),
-        source=_source(row.get("source_id"), where),
     )
-
-
-def _source(value: Any, where: str) -> str | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise DataError(
-            f"{where}: 'source_id' is {value!r}; it must be a text or a whole number, or be absent"
-        )
-    return None if value is None else str(value)
 
 
 def _label(value: Any, where: str) -> bool:

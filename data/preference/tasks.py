@@ -125,7 +125,7 @@ class PreferenceFiles(PromptedFiles):
             id = self._id(piece.path, row.number)
             try:
                 record = records.parse(row.content, row.where, id)
-                if split is not None and self._split_of(record.split_key, piece.path) != split:
+                if split is not None and self._split_of(record.prompt_text, piece.path) != split:
                     return
                 if noted is not None and record.has_invisible:
                     noted.add("invisible_characters", id)
@@ -163,7 +163,7 @@ class PreferenceFiles(PromptedFiles):
     def _count_piece(self, piece: Piece, bad: BadRows) -> _Counts:
         counts = _Counts.of(self.splits)
         for example in self._examples(piece, None, bad, counts.dropped, counts.noted):
-            split = self._split_of(example.record.split_key, piece.path)
+            split = self._split_of(example.record.prompt_text, piece.path)
             counts.examples[split] += 1
             counts.add_prompt(split, example.prompt)
         return counts
@@ -224,8 +224,6 @@ def register_pairs(
     the row has none). For 'unpaired' data, `chosen` is the completion, and `labels` (one float32) is 1 if it is
     desirable and 0 if not. `rejected` is then the completion of the next example, in the order of the files, with
     another prompt: KTO uses these to estimate the policy's KL divergence (arXiv 2402.01306).
-
-    Held-out rows are drawn by "source_id", or by prompt in rows without it: translations of one prompt are in one split.
 
     Malformed rows are an error. Degenerate pairs are dropped and counted by reason, or are an error too (see
     `invalid`): completions that are equal as texts, equal without invisible characters, or equal as tokens; empty

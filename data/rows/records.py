@@ -184,7 +184,6 @@ class Record:
     margin: float = 0.0  # margin of a pair; 0 if the row has none
     # variables of the chat template besides the messages
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    source: str | None = None  # id that a prompt and its translations share, if the row has one
 
     @property
     def is_chat(self) -> bool:
@@ -196,11 +195,6 @@ class Record:
         if isinstance(self.prompt, str):
             return self.prompt
         return json.dumps(self.prompt, ensure_ascii=False, sort_keys=True)
-
-    @property
-    def split_key(self) -> str:
-        """Returns the text by which the record is held out: the same for a prompt and its translations, and for equal prompts."""
-        return self.prompt_text if self.source is None else self.source
 
     @property
     def has_invisible(self) -> bool:

@@ -15,6 +15,7 @@ from espalier.launch.prepare.best_of_n import RewardFlags
 
 _JUDGE = "judge:"
 _VERSION = 1  # raise it when an exact scorer's rewards change
+_READ = 2  # raise it when a reward model is read at another token of an answer
 _JUDGED = 2  # raise it when judges are asked something else about a prompt
 REWARDS, JUDGEMENTS = "rewards.jsonl", "judgements.jsonl"
 
@@ -62,7 +63,7 @@ class Rewards:
 
             step = str(step_dir.resolve(checkpoint))
             text = load_run.configuration_of(step).text
-            identity = weights_identity(step, settings=text, params="auto")
+            identity = [weights_identity(step, settings=text, params="auto"), _READ]
         return fingerprint.of_json([identity, flags.missing_end_penalty])[:32]
 
     def __call__(

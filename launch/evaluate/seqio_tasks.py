@@ -6,7 +6,9 @@ from typing import Any
 
 from espalier.common import spelling
 from espalier.data.stream import rows
+from espalier.launch.inference.generate import decoder_for
 from espalier.launch.inference.score import row_of
+from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.lm_eval.arguments import (
     Generation,
     Generator,
@@ -15,28 +17,29 @@ from espalier.launch.lm_eval.arguments import (
 )
 from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.model.kv_cache.full import FullCache
-from espalier.trainers.decoding.settings import Sampling
-from espalier.trainers.scoring.encoder_likelihoods import EncoderLikelihoods
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.settings import Sampling, Settings
 from espalier.trainers.scoring.likelihoods import LikelihoodScorer
+from espalier.trainers.scoring.scoring import Scorer
 from espalier.trainers.telemetry import metric_writers
 
 FEATURES = ("inputs", "targets")
 PREDICTION, SCORE = "prediction", "score"
+_ROWS = 32  # rows of a batch of an encoder-decoder
 
 
 class Answers:
     """Computes predictions and scores of a run's model on examples of tasks.
 
-    An encoder-decoder reads the inputs as the task makes them, EOS included. With prompt tuning, virtual tokens come first.
-
     Args:
-      run: the model; the layers of a decoder are unrolled here, once for all users of the run.
+      run: the model; its layers are unrolled here, once for all users of the run.
       max_new_tokens: maximum new tokens of a prediction.
     """
 
     def __init__(self, run: LoadedRun, max_new_tokens: int):
         self.model = run.model
-        self._run = _unrolled(run)
+        run.unroll()
+        self._run = run
         self._greedy = Generation(
             until=(), max_gen_toks=max_new_tokens, sampling=Sampling(temperature=0.0)
         )
@@ -46,8 +49,7 @@ class Answers:
             batch_tokens=default_generation_tokens(),
             policy=FullCache(),
         )
-        scorer = EncoderLikelihoods if run.encodes else LikelihoodScorer
-        self._scorer = scorer(
+        self._scorer = LikelihoodScorer(
             run.model,
             run.params,
             batch_tokens=default_batch_tokens(),
@@ -57,12 +59,13 @@ class Answers:
 
     def use(self, run: LoadedRun) -> None:
         """Sets another run of an equal model, for which all programs stay."""
-        self._run = _unrolled(run)
+        run.unroll()
+        self._run = run
         self._generator.use(run)
         self._scorer.use(run.params)
 
     def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Returns greedy continuations of the inputs, or targets, without EOS."""
+        """Returns greedy continuations of the inputs, without EOS."""
         return list(self._generator.stream(self._contexts(examples), self._greedy))
 
     def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -74,23 +77,62 @@ class Answers:
 
     def _contexts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         run = self._run
-        if run.encodes:
-            return [run.prefixed(example["inputs"]) for example in examples]
         return [run.context(run.after_bos(example["inputs"])) for example in examples]
 
 
-def _unrolled(run: LoadedRun) -> LoadedRun:
-    if not run.encodes:
-        run.unroll()
-    return run
+class EncoderAnswers:
+    """The predictions and scores of an encoder-decoder, which reads the inputs as the task makes them, EOS included.
+    With prompt tuning, its virtual tokens come first.
+
+    Args:
+      run, max_new_tokens: see `Answers`.
+    """
+
+    def __init__(self, run: LoadedRun, max_new_tokens: int):
+        self.model = run.model
+        self._run = run
+        self._settings = Settings(max_new_tokens=max_new_tokens)
+        # By size of a batch; their programs serve all tasks.
+        self._decoders: dict[int, Decoder] = {}
+        self._scorers: dict[int, Scorer] = {}
+
+    def use(self, run: LoadedRun) -> None:
+        """Sets another run of an equal model, for which all programs stay."""
+        self._run = run
+        for each in (*self._decoders.values(), *self._scorers.values()):
+            each.use(run.params)
+
+    def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Returns greedy targets of the inputs, without EOS."""
+        run = self._run
+        size = run.batch_size(_ROWS, len(examples))
+        if size not in self._decoders:
+            self._decoders[size] = decoder_for(run, self._settings, batch_size=size)
+        texts = Texts(decoder_of(run.vocabulary), ends=run.eos_ids)
+        continued = self._decoders[size].stream(
+            [run.prefixed(example["inputs"]) for example in examples]
+        )
+        return [texts.text(continuation.tokens)[0] for continuation in continued]
+
+    def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Returns log-probabilities of the targets given the inputs, summed over tokens."""
+        run = self._run
+        size = run.batch_size(_ROWS, len(examples))
+        if size not in self._scorers:
+            options: dict[str, Any] = {"batch_size": size, "sharding": run.row_sharding}
+            self._scorers[size] = Scorer(run.model, run.params, **options)
+        scored = [row_of(run, run.prefixed(e["inputs"]), e["targets"]) for e in examples]
+        return [float(log_probs.sum()) for log_probs in self._scorers[size].stream(scored)]
 
 
-def answers_of(run: LoadedRun, max_new_tokens: int, earlier: Answers | None = None) -> Answers:
+def answers_of(
+    run: LoadedRun, max_new_tokens: int, earlier: Answers | EncoderAnswers | None = None
+) -> Answers | EncoderAnswers:
     """Returns the `Answers` that computes a run's predictions and scores: `earlier`, if it is of the same model."""
     if earlier is not None and earlier.model is run.model:
         earlier.use(run)
         return earlier
-    return Answers(run, max_new_tokens)
+    return (EncoderAnswers if run.encodes else Answers)(run, max_new_tokens)
 
 
 def find(name: str, split: str) -> Any:

@@ -194,6 +194,7 @@ def _sums(parts: Sequence[str], weights_K: np.ndarray) -> Iterator[dict[str, Any
                 "writes the rest."
             )
         summed = {**rows[0], "scores": _sum([row["scores"] for row in rows], weights_K)}
+        summed.pop("norm", None)
         if all(row.get("norm") is not None for row in rows):
             summed["norm"] = _sum([row["norm"] for row in rows], weights_K)
         if rows[0].get("layers"):

@@ -210,7 +210,6 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         bindings = [
             *_bindings(dense=False),
             "lowrank.Factorisation.rank_rule = 'absolute'",
-            "lowrank.Factorisation.multiple = 1",
             f"lowrank.Factorisation.layers = {tuple(map(re.escape, ranks))!r}",
             f"lowrank.Factorisation.ranks = {tuple((re.escape(x), r) for x, r in ranks.items())!r}",
         ]

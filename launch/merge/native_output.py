@@ -24,6 +24,7 @@ from espalier.trainers.checkpoints import step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.stream_checkpoint import Interrupted, StreamedArray
 
 _CHUNK_BYTES = 16 << 20
+_OF_EXPERTS = ("experts", "sources", "domains")  # of the record of a mixture
 _STORE = "merge.arrays"  # of a killed merge, on the way into the checkpoint
 
 
@@ -88,9 +89,12 @@ def facts_of(record: Mapping[str, Any], planner: Planner, *, changed: bool) -> d
     origin = first.origin_meta()
     if changed:  # the record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong
         origin.pop("hf", None)
-    if "upcycled" in origin:  # what all mixtures say of their experts
+    if (
+        "upcycled" in origin
+    ):  # how experts are added, and what all mixtures say of those that are there
         own, records = origin["upcycled"], [x.meta.get("upcycled", {}) for x in others]
-        origin["upcycled"] = {k: x for k, x in own.items() if all(r.get(k) == x for r in records)}
+        differ = {k for k in _OF_EXPERTS if any(r.get(k) != own.get(k) for r in records)}
+        origin["upcycled"] = {key: x for key, x in own.items() if key not in differ}
     facts = {key: value for key, value in record.items() if key not in ("made_of", "inputs")}
     return {**first.text_meta(), **origin, "made_of": record["made_of"], "merged": facts}
 

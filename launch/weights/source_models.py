@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -147,14 +148,21 @@ def checked(step: Any) -> tuple[Any, manifest.Manifest]:
 
 
 def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
-    """Returns the linen module in the model.json of a run's directory, which needs no checkpoint."""
-    loaded: Any = gin_config.load(
-        gin_files,
-        entry="espalier.launch.load.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
-    ).entry
-    return loaded().model
+    """Returns the linen module in the model.json of a run's directory, which needs no checkpoint.
+
+    Of the user's own gin files only the imports are read: their bindings are not the recorded model's.
+    """
+    modules = gin_source.imported_modules(gin_files, ())
+    with tempfile.NamedTemporaryFile("w", suffix=".gin") as imports:
+        imports.writelines(f"import {x}\n" for x in sorted(modules) if not x.startswith("__gin__"))
+        imports.flush()
+        loaded: Any = gin_config.load(
+            [imports.name],
+            entry="espalier.launch.load.load_run:RunConfig",
+            unused={"VOCABULARY": "None"},
+            defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
+        ).entry
+        return loaded().model
 
 
 def check_related(

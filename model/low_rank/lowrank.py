@@ -61,8 +61,7 @@ class Factorisation:
       ones_scale: the singular values of 'spectral_ones'.
 
     Raises:
-      ValueError: an unknown rule or initialisation, or `ones_scale` with another one, or a `multiple` of ranks that
-        are absolute.
+      ValueError: an unknown rule or initialisation, or `ones_scale` with another one.
     """
 
     rank: Positive = 0.5
@@ -81,8 +80,6 @@ class Factorisation:
                 )
         if self.init != "spectral_ones":
             refuse_set(self, ("ones_scale",), f"init = {self.init!r}")
-        if self.rank_rule == "absolute":
-            refuse_set(self, ("multiple",), "rank_rule = 'absolute'")
 
     def rank_at(self, path: str, rows: int, columns: int) -> int | None:
         """Returns the rank of the matrix [rows, columns] of the module at `path`; None if it stays dense.

@@ -202,7 +202,7 @@ def test_virtual_tokens_of_the_inputs_are_learnt(start, base, tmp_path):
 
 
 def test_virtual_tokens_come_before_all_inputs_of_an_encoder(start, base, command, tmp_path):
-    from espalier.launch.evaluate.seqio_tasks import Answers
+    from espalier.launch.evaluate.seqio_tasks import EncoderAnswers
     from espalier.launch.lm_eval.model import EspalierLM
     from espalier.launch.load import load_run
     from espalier.trainers.scoring.scoring import Row, Scorer
@@ -226,7 +226,7 @@ def test_virtual_tokens_come_before_all_inputs_of_an_encoder(start, base, comman
         )
         assert abs(plain - wanted) > 1e-2
         example = {"inputs": inputs, "targets": targets}
-        assert Answers(run, 1).scores([example]) == pytest.approx([wanted], abs=1e-4)
+        assert EncoderAnswers(run, 1).scores([example]) == pytest.approx([wanted], abs=1e-4)
     source, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     rows = [{"inputs": text, "targets": targets}, {"tokens": inputs, "targets": targets}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))

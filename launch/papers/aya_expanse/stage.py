@@ -277,7 +277,8 @@ def _check_clusters(recipe: Recipe, rows: Sequence[tuple[str, Mapping[str, Any]]
     """Raises RecipeError for a row of a language that no cluster has: teachers would answer it, and nothing would read the answers."""
     codes = {table.code_of(tag) for x in recipe.clusters for tag in recipe.languages(x)}
     for where, row in rows:
-        if _language(row) not in codes:
+        unknown = recipe.language_of is not None and row.get("language") is None
+        if not unknown and _language(row) not in codes:
             raise recipes.RecipeError(
                 f"{where}: the language {row.get('language')!r} is in no cluster of the recipe: add it to 'clusters' or 'shared', or "
                 "remove the row."

@@ -167,8 +167,6 @@ fixed: {pt: a, iw: a, SW_KE: b, default: b}
         assert routing.fixed(made, asked("x", tag)) == "a", tag
         assert routing.single(made, "a", asked("x", tag)) == "a"
     assert routing.fixed(made, asked("x", "es")) == "b" and made.fixed["sw"] == "b"
-    with pytest.raises(DataError, match="'fixed' has 'pt' and 'pt-BR', which are one language"):
-        read_pool("teachers: [{name: a, hf: x}]\nfixed: {pt: a, pt-BR: a}")
     rows = [
         (f"row {i}", {"prompt": f"p{i}", "language": tag})
         for i, tag in enumerate(("pt-BR", "tr", "pt", "sw-KE"))

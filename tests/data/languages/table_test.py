@@ -38,7 +38,9 @@ def test_another_language_is_known_by_the_first_part_of_its_tag():
     assert {tag: table.code_of(tag) for tag in codes} == codes
     by_language = table.ByLanguage({"iw": 1, "sw-KE": 2})
     assert (by_language["he-IL"], by_language.get("SW"), by_language.get("tr")) == (1, 2, None)
-    assert list(by_language) == ["he", "sw"] and len(by_language) == 2
+    assert list(by_language) == ["iw", "sw-KE"] and len(by_language) == 2
+    scripts = table.ByLanguage({"zh-Hans": 1, "zh-Hant": 2})
+    assert [scripts[x] for x in ("zh-Hant", "zh-Hans", "zh", "zh-TW")] == [2, 1, 1, 1]
 
 
 def test_an_unknown_language_is_an_error_with_a_hint():

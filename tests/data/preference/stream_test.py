@@ -294,6 +294,19 @@ def test_rows_of_completions_that_all_end_with_eos_are_as_without_other_ends(tmp
     assert other.policy != plain.policy and other.ends == (7, 1)
 
 
+def test_completions_that_are_equal_to_their_ends_are_no_pair(tmp_path):
+    prompt = np.array([3, 4])
+    pairs = [([5, 6, 7], [5, 6, 100]), ([5, 6, 7], [5, 6, 100, 9]), ([5, 6, 7], [5, 8, 7])]
+    names = IDS[1:]
+    examples = [{"prompt": prompt} | dict(zip(names, map(np.array, x), strict=True)) for x in pairs]
+    opened = write(tmp_path / "same", examples)
+    sizes = {"row_length": 24, "max_length": 10, "read_last": 1}
+    planned = pair_plan.plan_pairs("a", opened, ends=(7, 100), **sizes)
+    kept = [opened.columns["rejected"].values(record).tolist() for record in planned.records]
+    assert kept == [[5, 8, 7]] and planned.counts["same_when_truncated"] == 2
+    assert len(pair_plan.plan_pairs("a", opened, **sizes).records) == 3
+
+
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_batches_do_not_depend_on_the_number_of_hosts(make, hosts):
     whole, mine = make(packing="best_fit", length=112), make(packing="best_fit", length=112)

@@ -210,7 +210,6 @@ def test_completions_of_the_same_tokens_are_dropped(register, tmp_path):
         ({"prompt": "p", "chosen": "a"}, "line 2: no key 'rejected'"),
         ('{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "line 2: 'chosen' is not valid"),
         ({"prompt": "p", "completion": "a", "label": True}, "line 2: .*set kind='unpaired'"),
-        (pairs(1, source_id=[1])[0], r"line 2: 'source_id' is \[1\]; it must be a text or a whole"),
         (
             {"prompt": [{"role": "user", "content": "a"}], "chosen": [], "rejected": []},
             "no example",
@@ -313,38 +312,6 @@ def test_the_pairs_of_a_prompt_are_in_one_split(register):
     register(pairs(2), validation_fraction=1e-9)
     with pytest.raises(DataError, match="leaves none for the validation split.*validation_files"):
         read()
-
-
-@pytest.mark.parametrize("kind", ["paired", "unpaired"])
-def test_translations_of_one_prompt_are_in_one_split(register, kind):
-    def splits_of(rows):
-        register(rows, validation_fraction=0.3, kind=kind)
-        texts = {
-            split: {bytes(i - 3 for i in e["prompt"]).decode() for e in read(split=split)}
-            for split in ("train", "validation")
-        }
-        assert not texts["train"] & texts["validation"]
-        return texts
-
-    by_prompt = splits_of(pairs(60))
-    translated = [
-        {**row, "prompt": f"{tag}{row['prompt']}", "source_id": i if tag else str(i)}
-        for tag in ("", "tr ", "uk ")
-        for i, row in enumerate(pairs(60))
-    ]
-    found = splits_of(translated)
-    originals = {split: {x for x in each if " " not in x} for split, each in found.items()}
-    assert all(
-        found[split] == {f"{tag}{x}" for x in originals[split] for tag in ("", "tr ", "uk ")}
-        for split in found
-    )
-    assert 5 < len(originals["validation"]) < 35 and originals != by_prompt
-    # A row without the id is held out by its prompt, whatever others have.
-    mixed = [{**row, "source_id": None} for row in pairs(60)] + translated[60:]
-    of_prompts = splits_of(mixed)
-    for split, each in by_prompt.items():
-        assert {x for x in of_prompts[split] if " " not in x} == each
-        assert {x for x in of_prompts[split] if " " in x} == found[split] - originals[split]
 
 
 @pytest.mark.parametrize("kind", ["paired", "unpaired"])

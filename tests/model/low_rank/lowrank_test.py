@@ -127,11 +127,10 @@ def test_ranks_of_a_square_matrix(rule, rank, found):
         assert factors.rank_of(rank, rule, 768, 3072) == 381
 
 
-def test_fractions_are_rounded_to_a_multiple_and_absolute_ranks_refuse_one():
+def test_fractions_are_rounded_to_a_multiple_and_absolute_ranks_are_not():
     assert factors.rank_of(0.62, "min_dim", 768, 768, multiple=128) == 512
     assert factors.rank_of(0.62, "min_dim", 64, 64, multiple=128) == 40  # longer than the side
-    with pytest.raises(ValueError, match="multiple = 8 has no effect with rank_rule = 'absolute'"):
-        Factorisation(rank=3, rank_rule="absolute", multiple=8)
+    assert factors.rank_of(100, "absolute", 768, 768, multiple=128) == 100
 
 
 def model(which=EVERY, **settings):
