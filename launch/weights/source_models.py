@@ -154,7 +154,8 @@ def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
     """
     modules = gin_source.imported_modules(gin_files, ())
     with tempfile.NamedTemporaryFile("w", suffix=".gin") as imports:
-        imports.writelines(f"import {x}\n" for x in sorted(modules) if not x.startswith("__gin__"))
+        own = [f"import {x}" for x in sorted(modules) if not x.startswith("__gin__")]
+        imports.write("\n".join(["from __gin__ import dynamic_registration", *own]))
         imports.flush()
         loaded: Any = gin_config.load(
             [imports.name],

@@ -20,11 +20,9 @@ from espalier.launch.precompile.__main__ import RECIPE, UNREAD
 from espalier.launch.precompile.hlo import text
 from espalier.trainers import partitioning
 from espalier.trainers.optim import optimizers
-from tests.launch.precompile.tpu_programs_test import tpu_environment
 from tests.launch.precompile_test import needs_libtpu
 from tests.numerics.orders import DEVICES, ORDERS, total
 
-__all__ = ["tpu_environment"]
 FILES = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "runs/preference")]
 LORA = "t5x_configs/methods/adapters/lora.gin"
 SETTINGS = [

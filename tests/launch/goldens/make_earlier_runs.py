@@ -174,7 +174,7 @@ def main():
 def _train(folder, flags):
     script = (
         "import sys; import conftest; from espalier.launch import cli; "
-        "sys.exit(cli.main('Trains.', entry='launch.train:train', argv=sys.argv[1:]))"
+        "sys.exit(cli.main('Trains.', entry='espalier.launch.train:train', argv=sys.argv[1:]))"
     )
     paths = f"{HERE.parents[2]}{os.pathsep}{HERE.parents[1]}"
     environment = {**os.environ, "PYTHONPATH": paths, "ESPALIER_CACHE": f"{folder}/cache"}
