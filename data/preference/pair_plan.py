@@ -1,6 +1,6 @@
 """Row plans of preference pairs: the pairs of each row, and how far each is truncated.
 
-Shape suffixes: N records, P pairs in row order, R rows.
+Shape suffixes: N records, E end tokens, P pairs in row order, R rows.
 """
 
 import dataclasses
@@ -116,8 +116,8 @@ def plan_pairs(
     # Records that are read otherwise than they are stored, and those without an end.
     other_N, unended_N = np.zeros((2, len(full["prompt"])), bool)
     for feature in FEATURES[1:] if ends else ():
-        end_N, own_N = (_ended(opened.columns[feature], ids) for ids in (ends, ends[:1]))
-        other_N |= (end_N > 0) & (own_N < full[feature])
+        end_N, id_N = _ended(opened.columns[feature], ends)
+        other_N |= (end_N > 0) & ((end_N < full[feature]) | (id_N != ends[0]))
         unended_N |= end_N == 0
         full[feature] = np.where(end_N > 0, end_N, full[feature])
     room_N = max_length - full["prompt"]
@@ -195,11 +195,14 @@ def plan_pairs(
     )
 
 
-def _ended(column: Column, ends: Sequence[int]) -> np.ndarray:
-    """Returns the number of tokens of each record up to the last of `ends`, int64 [N]; 0 without one."""
-    shards = zip(column.shards, column.bounds[:-1].tolist(), strict=True)
-    found = [begin + np.flatnonzero(np.isin(np.asarray(shard), ends)) for shard, begin in shards]
-    places = np.concatenate([[-1], *found])
+def _ended(column: Column, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the number of tokens of each record up to the last of `ends`, int64 [N], and its id; 0 and any id without one."""
+    places, ids = [np.array([-1])], [np.array([-1])]
+    for shard, begin in zip(column.shards, column.bounds[:-1].tolist(), strict=True):
+        at = np.flatnonzero(np.isin(shard, ends))
+        places.append(begin + at)
+        ids.append(shard[at])
+    place_E, id_E = np.concatenate(places), np.concatenate(ids)  # of all ends
     starts_N = np.asarray(column.starts, np.int64)
-    last_N = np.searchsorted(places, starts_N + np.asarray(column.lengths, np.int64)) - 1
-    return np.maximum(places[last_N] + 1 - starts_N, 0)
+    last_N = np.searchsorted(place_E, starts_N + np.asarray(column.lengths, np.int64)) - 1
+    return np.maximum(place_E[last_N] + 1 - starts_N, 0), id_E[last_N]

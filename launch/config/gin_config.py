@@ -96,6 +96,7 @@ def check(
     fragment: bool = False,
     part: bool = False,
     arguments: Sequence[str] | None = None,
+    imports_of: Sequence[str] = (),
 ) -> Checked:
     """Reads a configuration and returns it with its problems.
 
@@ -115,9 +116,11 @@ def check(
       part: the configuration belongs to another entry point, and `entry` uses only a part of it. The
         rest may lack values, and bindings without effect are allowed.
       arguments: the arguments of `entry` that the caller uses; the others may lack values. None for all.
+      imports_of: gin files of which only the imports count: a model.json may use their modules.
     """
     function, entry_name = _entry(None if fragment else entry)
-    reader = Reader(search_paths, gin_source.imported_modules(files, search_paths))
+    own = gin_source.imported_modules([*files, *imports_of], search_paths)
+    reader = Reader(search_paths, own)
     checked, problems = reader.checked, reader.checked.problems
     for path in defaults:
         reader.read_file(path)

@@ -194,14 +194,14 @@ def _of_files(pattern: str, flags: Any) -> Iterator[str]:
     """Yields the texts in files."""
     from espalier.data.text import document_files
 
-    found = document_files.find(
+    domain_files = document_files.find(
         name="--domain",
         files=pattern,
         validation_fraction=0.0,
         text_key=flags.text_key,
         document_per=flags.document_per,
     )
-    return (document.text for document in found.documents("--domain", "train"))
+    return (document.text for document in domain_files.documents("--domain", "train"))
 
 
 def _of_task(name: str) -> Iterator[str]:

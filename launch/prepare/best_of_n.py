@@ -138,21 +138,23 @@ def _run(start: cli.Start) -> None:
             "--missing_end_penalty is for samples that were cut: give --keep_cut, or remove it."
         )
     groups, cut = grouped(rows), sum(_is_cut(row) for _, row in rows)
-    used = [(where, row) for where, row in rows if flags.keep_cut or not _is_cut(row)]
-    if not used:
+    prompts = len(groups)
+    if not flags.keep_cut:
+        rows = [(where, row) for where, row in rows if not _is_cut(row)]
+        groups = [whole for x in groups if (whole := [row for row in x if not _is_cut(row)])]
+    if not rows:
         raise RewardError(
             "All samples in --inputs were cut at the maximum length: give --keep_cut, or sample with a larger --max_new_tokens."
         )
-    values = iter(rewards_of(used, reward, start))
-    left = ([row for row in group if flags.keep_cut or not _is_cut(row)] for group in groups)
-    ranked = [(group, [next(values) for _ in group]) for group in left if group]
+    values = iter(rewards_of(rows, reward, start))
+    ranked = [(group, [next(values) for _ in group]) for group in groups]
     if flags.output is not None:
         row_files.write(flags.output, (best(*group) for group in ranked))
     if flags.pairs is not None:
         row_files.write(flags.pairs, filter(None, itertools.starmap(pair, ranked)))
     print(summary([its_rewards for _, its_rewards in ranked]), file=sys.stderr)
     if cut:
-        without = f"and {len(groups) - len(ranked):,} prompts without others are not used (--keep_cut uses them)"
+        without = f"and {prompts - len(groups):,} prompts without others are not used (--keep_cut uses them)"
         fate = "are used, and training ends them with EOS" if flags.keep_cut else without
         print(f"{cut:,} cut samples {fate}", file=sys.stderr)
 

@@ -4,7 +4,6 @@ import functools
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -152,18 +151,13 @@ def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
 
     Of the user's own gin files only the imports are read: their bindings are not the recorded model's.
     """
-    modules = gin_source.imported_modules(gin_files, ())
-    with tempfile.NamedTemporaryFile("w", suffix=".gin") as imports:
-        own = [f"import {x}" for x in sorted(modules) if not x.startswith("__gin__")]
-        imports.write("\n".join(["from __gin__ import dynamic_registration", *own]))
-        imports.flush()
-        loaded: Any = gin_config.load(
-            [imports.name],
-            entry="espalier.launch.load.load_run:RunConfig",
-            unused={"VOCABULARY": "None"},
-            defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
-        ).entry
-        return loaded().model
+    loaded: Any = gin_config.load(
+        entry="espalier.launch.load.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
+        imports_of=gin_files,
+    ).entry
+    return loaded().model
 
 
 def check_related(

@@ -72,8 +72,8 @@ def begun(train, tmp_path_factory):
             stack.callback(process.kill)
         results = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
-    said = [f"done at step {STOP}" in out for out, _ in results]
-    assert said == [True, False]  # one of them speaks
+    reported = [f"done at step {STOP}" in out for out, _ in results]
+    assert reported == [True, False]  # process 0 reports for both
     assert json.loads((path / "run.json").read_text())["mesh"]["processes"] == 2
     assert max(rows(path)) == STOP
     return path

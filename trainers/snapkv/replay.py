@@ -103,9 +103,8 @@ def compressed(
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
-    differs = isinstance(
-        policy, (ByLayer, PyramidKV, Random)
-    )  # the computation depends on the layer
+    # Whether the computation depends on the layer.
+    differs = isinstance(policy, (ByLayer, PyramidKV, Random))
     if differs or len({layer.form for layer in layers}) > 1:
         return [compressed_layer(layer, i) for i, layer in enumerate(layers)]
     # Layers with the same computation are one loop, which compiles much faster.

@@ -302,8 +302,8 @@ def test_completions_that_are_equal_to_their_ends_are_no_pair(tmp_path):
     opened = write(tmp_path / "same", examples)
     sizes = {"row_length": 24, "max_length": 10, "read_last": 1}
     planned = pair_plan.plan_pairs("a", opened, ends=(7, 100), **sizes)
-    kept = [opened.columns["rejected"].values(record).tolist() for record in planned.records]
-    assert kept == [[5, 8, 7]] and planned.counts["same_when_truncated"] == 2
+    rejected = [opened.columns["rejected"].values(record).tolist() for record in planned.records]
+    assert rejected == [[5, 8, 7]] and planned.counts["same_when_truncated"] == 2
     assert len(pair_plan.plan_pairs("a", opened, **sizes).records) == 3
 
 

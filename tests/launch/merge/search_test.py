@@ -111,11 +111,11 @@ def test_weights_are_absolute_where_their_sum_changes_the_merge(branches):
 def test_a_part_of_a_model_is_no_model_alone(branches, tmp_path):
     base, one = branches.folders[:2]
     content = {"merge_method": "task_arithmetic", "base_model": base}
-    found = Candidates("merge.yml", content, [one, branches.folders[2]])
-    assert found.on_disk([1.0, 0.0], str(tmp_path)) == one
-    half = found.merged([0.5, 0.0]).read(EMBEDDING)
+    candidates = Candidates("merge.yml", content, [one, branches.folders[2]])
+    assert candidates.on_disk([1.0, 0.0], str(tmp_path)) == one
+    half = candidates.merged([0.5, 0.0]).read(EMBEDDING)
     np.testing.assert_allclose(half, (stored(base) + stored(one)) / 2, atol=1e-6)
-    np.testing.assert_array_equal(half, stored(found.on_disk([0.5, 0.0], str(tmp_path))))
+    np.testing.assert_array_equal(half, stored(candidates.on_disk([0.5, 0.0], str(tmp_path))))
 
 
 @pytest.mark.parametrize("merge", [None, {"merge_method": "linear"}])
