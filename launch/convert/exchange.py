@@ -220,6 +220,12 @@ def _export(
     generation = _generation(folder, config, source)
     # A run that was not imported has these ids only in its tokenizer's files.
     config = {**{key: generation[key] for key in _TOKEN_IDS if key in generation}, **config}
+    if not (model.row.encodes or {"max_position_embeddings", "n_positions"} & config.keys()):
+        print(
+            "note: config.json has no max_position_embeddings, and other programs then cut texts at a length of their own, "
+            "such as 2,048: add the length of the rows of the training.",
+            file=sys.stderr,
+        )
     for name, content in (("config.json", config), (hf_tokenizer.GENERATION, generation)):
         # Not synced: an export that a power cut stops is repeated.
         style = {"indent": 2, "sort_keys": True, "ensure_ascii": True}
@@ -281,7 +287,8 @@ def _generation(
     """Returns generation_config.json: the one of the import, else the one of the tokenizer's files."""
     if original := source.get("generation_config"):
         return original
-    token_ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    keys = (*_TOKEN_IDS, "decoder_start_token_id")
+    token_ids = {key: config[key] for key in keys if config.get(key) is not None}
     path = pathlib.Path(folder, hf_tokenizer.GENERATION)
     return {**token_ids, **(json.loads(path.read_bytes()) if path.exists() else {})}
 

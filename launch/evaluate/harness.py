@@ -182,18 +182,32 @@ def _data(
     return present, missing
 
 
+def _model_args(text: str) -> dict[str, Any]:
+    """Returns --model_args as `espalier lm_eval` reads them; raises SuiteError for what cannot be read, or is a flag."""
+    from lm_eval._cli.utils import key_val_to_dict
+
+    try:
+        given = key_val_to_dict(text)
+    except ValueError as error:
+        raise SuiteError(f"--model_args={text}: {error}.") from None
+    for name in {"checkpoint", "params"} & given.keys():
+        raise SuiteError(f"--model_args: {name} is a flag of this command: give --{name}.")
+    return given
+
+
 def _evaluated(
     checkpoint: str, params: str, suite: "Suite", present: Sequence[str], flags: SuiteFlags
 ) -> dict[str, Any]:
     """Returns {"score", "stderr", "n", ...} for each benchmark."""
     import datasets
-    from lm_eval import simple_evaluate, utils
+    from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from espalier.launch.lm_eval.model import EspalierLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    model_args = _model_args(flags.model_args)
     # Sets are checked before the model is restored: errors in sets are more common.
     tasks = {name: suite.task(name) for name in present}
     manager = TaskManager(
@@ -202,7 +216,6 @@ def _evaluated(
         metadata={"data_dir": flags.data_dir},
     )
     loaded = manager.load(_specs(list(tasks.values())))
-    model_args = utils.simple_parse_args_string(flags.model_args)
     model = EspalierLM(checkpoint, params=params, **model_args)
     try:
         evaluated = simple_evaluate(

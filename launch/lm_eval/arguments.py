@@ -89,6 +89,9 @@ class Arguments:
                 f"--model_args: params={self.params} must be one of {', '.join(load_run.PARAMS)}."
             )
 
+        if not isinstance(self.mesh, Mapping | None):
+            raise LoadError(f"--model_args: mesh={self.mesh} must be like {{'fsdp':8}}.")
+
     def configuration(self) -> Any:
         """Returns the configuration of the run, whose entry makes a `RunConfig`."""
         return load_run.configuration_of(self.checkpoint, [self.gin_file] if self.gin_file else [])
@@ -177,9 +180,9 @@ def _without_middle(tokens: list[int], room: int) -> list[int]:
 
 def max_rows(batch_size: int | str | None, limit: int | None) -> int | None:
     """Returns the maximum rows of a batch; None for as many as its tokens allow."""
-    if batch_size is None or str(batch_size).startswith("auto") or int(batch_size) == 1:
+    if batch_size is None or str(batch_size).startswith("auto") or str(batch_size) == "1":
         return limit
-    if int(batch_size) < 1:
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise LoadError(f"--batch_size={batch_size} must be at least 1, or auto.")
     return int(batch_size) if limit is None else min(int(batch_size), limit)
 

@@ -106,16 +106,21 @@ def _keep_tokenizer(folder: str | os.PathLike, source: pathlib.Path) -> dict[str
     if not any(
         (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
     ):
-        print(f"{source} has no tokenizer: the run accepts tokens, not texts.", file=sys.stderr)
+        print(
+            f"{source} has no {hf_tokenizer.TOKENIZER} and no {hf_tokenizer.SENTENCEPIECE} (T5's spiece.model under that "
+            "name): the run accepts tokens, not texts.",
+            file=sys.stderr,
+        )
         return {}
     digest = run_vocabulary.save_files(folder, source)
-    files = getattr(run_vocabulary.load(folder=os.fspath(folder)), "files", None)
-    if files is not None:
-        return {"vocabulary": digest, "add_bos": files.adds_bos}
+    vocabulary = run_vocabulary.load(folder=os.fspath(folder))
+    if hasattr(vocabulary, "files"):
+        return {"vocabulary": digest, "add_bos": vocabulary.files.adds_bos}
     # A SentencePiece model alone; transformers begins texts with BOS by default.
     path = source / hf_tokenizer.CONFIG
     settings = read_json(path) if path.exists() else {}
-    return {"vocabulary": digest, "add_bos": bool(settings.get("add_bos_token", True))}
+    adds_bos = vocabulary.bos_id != -1 and bool(settings.get("add_bos_token", True))
+    return {"vocabulary": digest, "add_bos": adds_bos}
 
 
 def recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:

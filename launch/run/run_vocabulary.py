@@ -231,7 +231,8 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
     """Writes the tokenizer of a run into an existing directory, for other programs.
 
     The files of an imported tokenizer are copied. A SentencePiece model becomes `tokenizer.model` and, if
-    the library `tokenizers` can run it with the same ids, `tokenizer.json` with `tokenizer_config.json`.
+    the library `tokenizers` can run it with the same ids, `tokenizer.json` with `tokenizer_config.json`. The ids of BOS, EOS and
+    padding of a vocabulary of this project become `generation_config.json`.
 
     Returns:
       A sentence about missing or different files and the reason; None if nothing is missing.
@@ -239,6 +240,8 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
     run_dir, to_dir = pathlib.Path(run_dir), pathlib.Path(to_dir)
     record = _read_record(run_dir)
     if record is None or "kind" in record:
+        if record:
+            _write_special_ids(_without_files(record), to_dir)
         return (
             f"{run_dir} has no vocabulary with files, like all runs on bytes: no tokenizer files were "
             "written, and other programs can use the model only with token ids"
@@ -257,11 +260,19 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
         return missing
     model = (run_dir / MODEL).read_bytes()
     (to_dir / hf_tokenizer.SENTENCEPIECE).write_bytes(model)
+    _write_special_ids(load(folder=os.fspath(run_dir)), to_dir)
     try:
         differs = spm_tokenizer.write(model, to_dir)
     except spm_tokenizer.ConversionError as error:
         return f"only {hf_tokenizer.SENTENCEPIECE} was written: {error}"
     return "; ".join(part for part in (missing, differs) if part) or None
+
+
+def _write_special_ids(vocabulary: Any, folder: pathlib.Path) -> None:
+    ids = {name: getattr(vocabulary, f"{name}_id") for name in ("bos", "eos", "pad")}
+    known = {f"{name}_token_id": id for name, id in ids.items() if id not in (None, -1)}
+    # Not synced: an export that a power cut stops is repeated.
+    files.write_json(folder / hf_tokenizer.GENERATION, known, synced=False, indent=2, end="\n")
 
 
 def is_usable(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> bool:

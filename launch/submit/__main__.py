@@ -17,6 +17,7 @@ import contextlib
 import glob
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -255,6 +256,17 @@ def _other_job(settings: "Launch", command: list[str]) -> Job:
     if command[0] not in names:
         raise SubmitError(f"no command {command[0]!r}; {spelling.nearest(command[0], names)}")
     check_paths(settings, _flag_values(command), [])
+    if settings.processes > 1:
+        words = [word for word in command[:2] if not word.startswith("-")]
+        ask = (sys.executable, "-m", f"espalier.launch.{words[0]}", *words[1:], "--help")
+        if (
+            "--coordinator_address"
+            not in subprocess.run(ask, capture_output=True, text=True).stdout
+        ):
+            raise SubmitError(
+                f"{' '.join(words)} runs in one process, and the launch configuration has {settings.processes}: "
+                "give it one node with one process."
+            )
     return _job(settings, command, command[0], None)
 
 

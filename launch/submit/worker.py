@@ -93,13 +93,17 @@ def run(command: Sequence[str]) -> int:
 
 
 def _run_child(command: Sequence[str]) -> int:
-    """Runs a child process and returns its exit status, also when the job is cancelled.
+    """Runs a child process and returns its exit status; 75 if the job was cancelled and the child ended of that.
 
     SIGTERM reaches every process of the group. The child decides what to do with it; this process only waits,
     because the group is killed when it ends. A handler is reset in the child, where SIG_IGN would be inherited.
     """
-    with handled([signal.SIGTERM], lambda *_: None):
-        return subprocess.run(command, check=False).returncode
+    cancels: list[int] = []
+    with handled([signal.SIGTERM], lambda number, _: cancels.append(number)):
+        status = subprocess.run(command, check=False).returncode
+    return (
+        os.EX_TEMPFAIL if cancels and status in (-signal.SIGTERM, 128 + signal.SIGTERM) else status
+    )
 
 
 @contextlib.contextmanager

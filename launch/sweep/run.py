@@ -241,7 +241,8 @@ def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) ->
         file = pathlib.Path(temporary) / "result.json"
         places = {"run": str(directory), "json": str(file), "python": sys.executable}
         command = parts.filled(settings["command"], places)
-        status = worker.run(command)
+        if (status := worker.run(command)) == cli.INTERRUPTED:  # what is trained is recorded
+            raise SystemExit(status)
         if status != 0:
             raise EvaluationError(f"evaluation {name!r} ended with status {status}: {command}")
         try:

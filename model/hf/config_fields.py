@@ -63,6 +63,7 @@ _FLAGS = {
     *("use_bidirectional_attention", "scale_decoder_outputs", "truncate"),
     *("use_parallel_residual", "norm_topk_prob", "finetuned"),
     *("is_encoder_decoder", "is_decoder", "tie_encoder_decoder", "rope_interleaved", "use_mrope"),
+    *("qk_norm", "post_norm"),
     *("use_parallel_block", "use_gated_activation", "use_embedding_sharing"),
 }
 # Fields that say nothing of what a model computes from tokens, of any family: about files and versions, tokens with a
@@ -85,6 +86,7 @@ SILENT = {
     *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores"),
     *("return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty"),
     *("finetuning_task", "id2label", "label2id", "prefix", "problem_type", "num_labels"),
+    "_num_labels",
     *("task_specific_params", "output_past"),
 }
 # Common fields of which one value is known.

@@ -111,7 +111,8 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     same_bits(read_checkpoint(tmp_path / "back"), tensors)
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 7, "eos_token_id": [3, 5]}
+    start = {"decoder_start_token_id": 0} if run.model.row.encodes else {}
+    assert generation == {"bos_token_id": 7, "eos_token_id": [3, 5]} | start
 
 
 def test_loading_into_memory_is_the_same(tmp_path):
@@ -358,10 +359,18 @@ def test_damage_is_found_on_the_way_out(llama, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("params", ["raw", "ema", "auto"])
-def test_a_trained_run_goes_out_and_comes_in_again(trained_run, tmp_path, params):
+def test_a_trained_run_goes_out_and_comes_in_again(trained_run, tmp_path, params, capsys):
     flags = [f"--from={trained_run.path}", f"--to_hf={tmp_path}/hf", f"--params={params}"]
     assert convert.main(flags) == 0
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "cohere"
+    assert "config.json has no max_position_embeddings" in capsys.readouterr().err
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (written["model_type"], written["eos_token_id"], written["pad_token_id"]) == (
+        "cohere",
+        1,
+        0,
+    )
+    ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert ends == {"eos_token_id": 1, "pad_token_id": 0}
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| objective | language modelling |" in card and "`CohereForCausalLM`" in card
     assert ("(an average of the trained parameters)" in card) == (params != "raw")

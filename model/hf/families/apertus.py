@@ -25,6 +25,7 @@ FAMILIES = (
             *(parts.OWN_HEAD, parts.BIAS, parts.activation("hidden_act", "xielu")),
             field("rms_norm_eps", "norm.eps", default=1e-5),
         ),
+        neutral={"qk_norm": True, "post_norm": False},
         rows=_ROWS,
     ),
 )

@@ -43,7 +43,7 @@ FAMILIES = (
             field("attn_logit_softcapping", "block.attention.softcap", default=50.0, nullable=True),
             field("final_logit_softcapping", "logit_softcap", default=30.0, nullable=True),
         ),
-        silent=("hidden_act",),
+        silent=("hidden_act", "sliding_window_size"),
         neutral={"use_bidirectional_attention": False},
         whole_heads=True,
         rows=_ROWS,

@@ -69,6 +69,7 @@ FAMILIES = (
         silent=(
             *("n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout"),
             *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
+            *("n_special", "predict_special_tokens"),
         ),
         rows=_ROWS,
         # Causal masks, which old checkpoints store as tensors.

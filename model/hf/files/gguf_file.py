@@ -149,7 +149,9 @@ class GgufReader(TensorReader):
             self._unsupported("values wider or narrower than keys")
         if self._number("rope.dimension_count", head_dim) != head_dim:
             self._unsupported("rotation of a part of each head")
-        if self._number("rope.scaling.type", "none") != "none":
+        # Files without a type stretch linearly; the oldest ones have `rope.scale_linear`.
+        factors = (self._number(f"rope.{key}", 1) for key in ("scaling.factor", "scale_linear"))
+        if self._number("rope.scaling.type", "none") != "none" or set(factors) - {0, 1}:
             self._unsupported("stretched rotary embeddings")
         config = {
             "model_type": self._architecture,

@@ -202,6 +202,8 @@ def test_generation_options_are_read_as_the_harness_reads_them():
         ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1"),
         ({"max_length": 0}, "max_length=0 must be at least 1"),
         ({"batch_size": -4}, "--batch_size=-4 must be at least 1, or auto"),
+        ({"batch_size": "many"}, "--batch_size=many must be at least 1, or auto"),
+        ({"mesh": "fsdp"}, "mesh=fsdp must be like {'fsdp':8}"),
     ],
 )
 def test_wrong_arguments_are_named(trained_run, arguments, message):

@@ -12,6 +12,7 @@ import sentencepiece
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.config import model_file
 from espalier.launch.inference import generate
+from espalier.launch.load import hf_checkpoint
 from espalier.launch.load.load import Run, load
 from espalier.launch.load.loaded_run import LoadError
 from espalier.model.config import TransformerConfig
@@ -159,6 +160,18 @@ def test_generation_is_that_of_the_command(command, tmp_path, capsys):
     assert plain.tokens != answer.tokens
     (of_tokens,) = mine.generate([mine.encode("the ")])
     assert of_tokens.tokens == plain.tokens
+
+
+def test_texts_of_a_sentencepiece_model_without_bos_begin_with_none(run, tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=30,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    assert not hf_checkpoint.write_record(tmp_path, run.model, tmp_path)["add_bos"]
 
 
 def test_what_cannot_be_used_is_named(run, own, trained_run, tmp_path):

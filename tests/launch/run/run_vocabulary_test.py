@@ -514,6 +514,8 @@ def test_a_trained_vocabulary_is_exported_with_the_same_ids(run, tmp_path, algor
     said = run_vocabulary.export_files(folder, to)
     assert said is None if algorithm == "bpe" else "divides some runs of line ends" in said
     assert (to / "tokenizer.model").read_bytes() == path.read_bytes()
+    ids = {"bos_token_id": 3, "eos_token_id": 1, "pad_token_id": 0}
+    assert json.loads((to / "generation_config.json").read_bytes()) == ids
     exported = vocabularies.huggingface(path=to)
     assert exported.encode("</s>") == vocabulary.encode("</s>") != [vocabulary.eos_id]
     assert not exported.special_in_text

@@ -204,18 +204,25 @@ def test_arrays_orders_failures_and_the_taking_over_of_jobs(slurm, tmp_path):
 
 def test_status_75_queues_again_up_to_the_limit_and_not_after_cancelling(slurm, tmp_path):
     queue = settings(folder=str(tmp_path), requeues=1).submitter()
-    again = queue.submit(job(tmp_path, "again", "echo start; sleep 2; exit 75"))
+    early = '[ "$SLURM_RESTART_COUNT" ] || kill $$'  # as of a run that gets SIGTERM while it starts
+    again = queue.submit(job(tmp_path, "again", f"echo start; sleep 2; {early}; exit 75"))
     saves = "trap 'echo saved; exit 75' TERM; echo start; while :; do sleep 0.2; done"
     stopped = queue.submit(job(tmp_path, "stopped", saves))
     waiting = queue.submit(job(tmp_path, "waiting", "true", after=(stopped,)))
-    wait(queue, [stopped], State.RUNNING)
-    while "start" not in (pathlib.Path(stopped).read_text() if os.path.exists(stopped) else ""):
-        time.sleep(0.2)
+    by_hand = queue.submit(job(tmp_path, "by_hand", saves))
+    wait(queue, [stopped, by_hand], State.RUNNING)
+    for log in (stopped, by_hand):
+        while "start" not in (pathlib.Path(log).read_text() if os.path.exists(log) else ""):
+            time.sleep(0.2)
+    number = json.loads(pathlib.Path(f"{by_hand}.job").read_bytes())["id"]
+    subprocess.run(["scancel", number], check=True)
     another = settings(folder=str(tmp_path)).submitter()  # as `submit --cancel` does
     another.cancel(stopped)
     queue.cancel(waiting)
-    statuses = wait(queue, [again, stopped, waiting], *ENDED)
-    assert [status.exit_status for status in statuses] == [75, 75, None]
+    statuses = wait(queue, [again, stopped, waiting, by_hand], *ENDED)
+    assert [status.exit_status for status in statuses[:3]] == [75, 75, None]
+    text = pathlib.Path(by_hand).read_text()
+    assert text.count("start") == 1 and "saved" in text and "cancelled" in text
     assert 4 <= statuses[0].seconds < 8  # of both starts
     text = pathlib.Path(again).read_text()
     assert text.count("start") == 2 and "status 75 after 1 requeues, the limit" in text

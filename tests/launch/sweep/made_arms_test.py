@@ -456,6 +456,19 @@ def test_a_command_that_is_stopped_begins_anew_and_one_that_fails_stops_what_is_
 # ---- Commands.
 
 
+def test_an_evaluation_that_a_signal_stops_is_no_failure(tmp_path):
+    ends = "import os, signal; [os.kill(process, signal.SIGTERM) for process in (os.getppid(), os.getpid())]"
+    with pytest.raises(SystemExit) as end:
+        sweep_run.evaluate("slow", {"command": [sys.executable, "-c", ends]}, tmp_path)
+    assert end.value.code == 75
+    with pytest.raises(sweep_run.EvaluationError, match="ended with status -15"):
+        sweep_run.evaluate(
+            "own",
+            {"command": [sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"]},
+            tmp_path,
+        )
+
+
 def test_a_command_that_makes_no_run_and_one_that_fails(write, tmp_path):
     text = """ConfigDict(dict(arms=dict(
         a=dict(made=('true', '{run}')), b=dict(made=('sh', '-c', 'exit 4', '{run}')),

@@ -199,7 +199,7 @@ def write_gguf(path, *, architecture="llama", extra=None, metadata=(), bad=None)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(32)
     for key, value in metadata:
-        writer.add_string(key, value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     shapes = {
         "token_embd.weight": (32, WIDTH),
         "output_norm.weight": (WIDTH,),
@@ -283,6 +283,8 @@ def test_gguf_of_qwen_keeps_the_order_of_rows(tmp_path):
         ({"architecture": "bert"}, "architecture 'bert'"),
         ({"extra": {"rope_freqs.weight": (8,)}}, r"rope_freqs\.weight"),
         ({"metadata": [("llama.rope.scaling.type", "yarn")]}, "stretched"),
+        ({"metadata": [("llama.rope.scaling.factor", 4.0)]}, "stretched"),
+        ({"metadata": [("llama.rope.scale_linear", 4.0)]}, "stretched"),
     ],
 )
 def test_gguf_files_that_would_become_another_model(tmp_path, arguments, words):

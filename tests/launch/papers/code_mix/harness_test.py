@@ -84,6 +84,15 @@ def test_the_groups_of_the_harness_are_unweighted_means(data_dir, monkeypatch):
         assert mean == pytest.approx(sum(scores) / len(scores))
 
 
+def test_arguments_of_the_model_are_those_of_the_harness():
+    mesh = "mesh={'fsdp': 2, 'tensor': 2},batch_tokens=64"
+    assert harness._model_args(mesh) == {"mesh": {"fsdp": 2, "tensor": 2}, "batch_tokens": 64}
+    with pytest.raises(harness.SuiteError, match="params is a flag of this command: give --params"):
+        harness._model_args("params=ema")
+    with pytest.raises(harness.SuiteError, match="--model_args=dtype: expected `key=value`"):
+        harness._model_args("dtype")
+
+
 def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command, capsys):
     flags = f"--checkpoint={trained_run.path}", "--suite=code_mix", f"--data_dir={tmp_path}"
     assert command("evaluate harness", *flags) == 2

@@ -36,12 +36,14 @@ WANDB_API_KEY=$(cat -- /home/me/.wandb) && export WANDB_API_KEY || end 2
 srun --kill-on-bad-exit=0 --cpus-per-task=8 bash -c 'log=$1; shift; [ "$SLURM_PROCID" = 0 ] || log=$log.task$SLURM_PROCID; exec "$@" >>"$log" 2>&1' bash "$log" "${words[@]}"
 status=$?
 
-# 75: start again. Other statuses need a person.
-if [ "$status" = 75 ] && [ ! -e "$log.cancelled" ]; then
+# 75: start again, as after 143, a SIGTERM before the run could handle it. Other statuses need a person.
+if [[ $status = 75 || $status = 143 ]] && [ ! -e "$log.cancelled" ]; then
+  # After `scancel`, or a preemption without grace, after which SLURM itself queues the job again.
+  [ "$(squeue -h -j "$id" -o %T)" != COMPLETING ] || { echo "cancelled or preempted by SLURM"; exit 75; }
   if [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
     echo "$SECONDS" >"$log.seconds"; scontrol requeue "$id" && exit 75
   else
-    echo "error: status 75 after 100 requeues, the limit (requeues): submit again to go on."
+    echo "error: status $status after 100 requeues, the limit (requeues): submit again to go on."
   fi
 fi
 end "$status"
