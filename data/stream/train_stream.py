@@ -25,6 +25,8 @@ class Stream(RowStream):
         phases, max_epochs, on_cap, positions: see `data.stream.stream.make_stream`.
     """
 
+    updates = 1  # of a batch; steps are counted in updates
+
     def __init__(
         self,
         sources: Sequence[rows.Source],
@@ -113,11 +115,11 @@ class Stream(RowStream):
         if self._on_cap == "redistribute":
             if self._end is not None and self._end < steps:
                 raise ValueError(
-                    f"{self._no_more()} The run has {steps:,} steps: raise max_epochs, add data, or "
+                    f"{self._no_more()} The run has {steps * self.updates:,} steps: raise max_epochs, add data, or "
                     "lower the number of steps."
                 )
             return [
-                f"{', '.join(names)} reach max_epochs at step {step:,}; from then on the other sources "
+                f"{', '.join(names)} reach max_epochs at step {step * self.updates:,}; from then on the other sources "
                 "take their share"
                 for step, names in self._full
                 if step < steps
@@ -128,7 +130,7 @@ class Stream(RowStream):
             if limit is not None and used[index] > limit:
                 tokens, rows = source.plan.tokens(), source.plan.num_rows
                 warnings.append(
-                    f"source {source.name!r} has {tokens:,} tokens, and {steps:,} steps read "
+                    f"source {source.name!r} has {tokens:,} tokens, and {steps * self.updates:,} steps read "
                     f"{tokens * used[index] / rows:,.0f} tokens of it: {used[index] / rows:.2f} epochs, "
                     f"but max_epochs allows {limit / rows:.2f}"
                 )
@@ -240,14 +242,14 @@ class Stream(RowStream):
     def _no_more(self) -> str:
         assert self._end is not None
         return (
-            f"From step {self._end:,} on, all sources of the mixture have reached max_epochs "
+            f"From step {self._end * self.updates:,} on, all sources of the mixture have reached max_epochs "
             f"({self._repeats(self._schedule.used(self._end).tolist())})."
         )
 
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self._check_range(lo, hi)
         if self._end is not None and step >= self._end:
-            raise ValueError(f"There is no batch {step}. {self._no_more()}")
+            raise ValueError(f"There is no batch of step {step * self.updates}. {self._no_more()}")
         source_B, position_B = self._schedule.locate(step, lo, hi)
         epoch_B, row_B = np.zeros_like(position_B), np.zeros_like(position_B)
         for index in np.unique(source_B):

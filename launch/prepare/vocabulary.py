@@ -33,6 +33,9 @@ def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> d
     print(f"{'task':14s} {'kB':>6s} {'tokens':>8s} {'bytes/token':>11s}")
     rates = {}
     for name, source in registered.sources().items():
+        if not registered.find(name).tokenises:
+            print(f"{name:14s} its texts are parts of rows, and not measured")
+            continue
         size, tokens = _count(source, vocabulary)
         rates[name] = size / max(tokens, 1)
         print(f"{name:14s} {size / 1e3:6.0f} {tokens:8d} {rates[name]:11.2f}")

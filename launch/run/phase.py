@@ -27,6 +27,7 @@ class Parent:
       path: step directory of the parent; None for a run that begins with new parameters.
       scope, data: see `InitialCheckpoint`.
       step: the step at which this run begins.
+      skipped: steps before it whose updates were dropped, which schedules do not count.
       learning_rate: learning rate of the parent's next update; None if the parent did not record it.
       positions: the parent's position in each source (see TrainStream.positions); empty for the beginnings.
     """
@@ -37,6 +38,7 @@ class Parent:
     step: int = 0
     learning_rate: float | None = None
     positions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    skipped: int = 0
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form in run.json and checkpoints; empty without a parent."""
@@ -68,6 +70,7 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
         scope=initial.scope,
         data=initial.data,
         step=record["step"] if initial.scope == "state" else 0,
+        skipped=meta.get("skipped", 0) if initial.scope == "state" else 0,
         # What is computed from several checkpoints has no rate at which it stopped.
         learning_rate=None
         if initial.computed and initial.scope == "params"

@@ -181,14 +181,17 @@ def resolve(
         add_bos = registry.add_bos(opened.source_names)
         identity["vocabulary"] = facts["vocabulary"]["digest"]
         identity |= {"add_bos": add_bos, "start_token": facts["start_token"]}
-    hosts.check_same("data", {"data": opened.fingerprint})
+    held = {f"held-out {each.name}": each.fingerprint for each in held_out}
+    hosts.check_same("data", {"data": opened.fingerprint, **held})
     program.check_extras(lambda: identity)
     if parent.step >= total_steps:
         raise ValueError(
             f"TRAIN_STEPS = {total_steps}, but INITIAL_SCOPE = 'state' continues at step {parent.step} "
             f"of {parent.path}, so there is nothing to train: raise TRAIN_STEPS."
         )
-    program = program.with_span(Span(total_steps, parent.learning_rate, parent.step))
+    program = program.with_span(
+        Span(total_steps, parent.learning_rate, parent.step - parent.skipped)
+    )
     schedule = as_schedule(program.recipe.learning_rate)
     # A table, because single evaluations would wait for the running step.
     rates = jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))

@@ -148,7 +148,8 @@ class RunDir:
         """Adds facts to run.json that are known only after the start (mesh, data, parameter count).
 
         Raises:
-          RunDirectoryError: `data_fingerprint` differs from its value at an earlier start of this run.
+          RunDirectoryError: `data_fingerprint`, or one of `held_out_fingerprints`, differs from its value at an earlier start
+            of this run.
         """
         run = read_run(self.path)
         starts = (*run.get("earlier", []), run)
@@ -160,6 +161,18 @@ class RunDir:
                 f"{recorded[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
                 f"the data, vocabulary and preprocessing, {train_on(self.address)}."
             )
+        known: dict[str, str] = {}
+        for start in starts:
+            known |= start.get("held_out_fingerprints") or {}
+        for name, digest in facts.get("held_out_fingerprints", {}).items():
+            if known.get(name, digest) != digest:
+                raise RunDirectoryError(
+                    f"The held-out data of {name} of the run in {self.address} have changed: losses before and after would be of "
+                    f"different texts under one name. Restore their files, {train_on(self.address)}."
+                )
+            known[name] = digest
+        if known:
+            facts["held_out_fingerprints"] = known
         self.write("run.json", _json({**run, **facts}))
 
 

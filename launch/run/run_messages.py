@@ -31,6 +31,7 @@ def describe(run: ResolvedRun, folder: RunDir) -> None:
         initial=run.parent.record(),
         parameters=program.num_params(),
         data_fingerprint=run.stream.fingerprint,
+        held_out_fingerprints={each.name: each.fingerprint for each in run.eval_streams},
         data=run.stream.summary(),
         epochs=run.stream.epochs(run.total_steps),
         **run.tasks,

@@ -277,7 +277,7 @@ def _restore_variables(
         if restart is not None and initial.moments == "reset":
             new = restart(new)
         first = record["step"] if initial.scope == "state" else 0
-        new = _at_step(new, first) if first else new
+        new = _at_step(new, first, first - record["meta"].get("skipped", 0)) if first else new
         # Sums of the old model's metrics do not belong into a row of the new one.
         facts = record["meta"] if computed is None else computed.meta
         meta = {key: value for key, value in facts.items() if key != "window"}
@@ -330,17 +330,17 @@ def _at_phase_start(state: Any, extensions: Sequence[StepExtension]) -> Any:
     such as statistics of losses, is reset, because a new phase has others.
     """
     names = [extension.name for extension in extensions if extension.of_data]
-    return _at_step(state.with_parts({name: _filled(state.part(name), 0) for name in names}), 0)
+    return _at_step(state.with_parts({name: _filled(state.part(name), 0) for name in names}), 0, 0)
 
 
-def _at_step(state: Any, step: int) -> Any:
-    """Returns the state with its step and the counts of its schedules set; moments do not change."""
+def _at_step(state: Any, step: int, updates: int) -> Any:
+    """Returns the state with its step, and the counts of its schedules at `updates`; moments do not change."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     def moved(node: Any) -> Any:
-        return _filled(node, step) if is_schedule(node) else node
+        return _filled(node, updates) if is_schedule(node) else node
 
     opt_state = jax.tree.map(moved, state.opt_state, is_leaf=is_schedule)
     return state.replace(step=_filled(state.step, step), opt_state=opt_state)

@@ -110,6 +110,11 @@ def test_several_updates_read_the_same_prompts(tmp_path, register):
     assert thrice.steps_for_tokens(500) == 3 * once.steps_for_tokens(500)
     # Tokens of prompts have no loss: the model card of a run would tell them as tokens with one.
     assert "tokens_per_step" not in once.summary()["phases"][0]
+    capped = opened(tmp_path, updates=3, max_epochs=2, on_cap="redistribute")
+    with pytest.raises(ValueError, match="From step 9 on, .* The run has 15 steps"):
+        capped.check_repeats(15)
+    with pytest.raises(ValueError, match="no batch of step 15. From step 9 on"):
+        capped.info(15, 0, 4)
     with pytest.raises(ValueError, match="updates is 0"):
         opened(tmp_path, updates=0)
 

@@ -46,6 +46,14 @@ def test_trains_once_and_shows_every_task(run, tmp_path, capsys):
     assert "vocabulary of 700 pieces" not in capsys.readouterr().err
 
 
+def test_rows_that_are_no_documents_are_left_out(run, tmp_path, capsys):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    chats = (f"--gin.CHATS='{tmp_path}/chats.jsonl'", "--gin.TOKENIZER='bytes'")
+    assert run("--gin_file=t5x_configs/data/chat.gin", *chats) == 0
+    assert "chats          its texts are parts of rows" in capsys.readouterr().out
+
+
 def test_users_files(run, tmp_path, capsys):
     lines = [json.dumps({"body": f"A sentence about number {i} and {i * i}."}) for i in range(800)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))

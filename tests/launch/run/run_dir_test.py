@@ -98,9 +98,12 @@ def test_secrets_of_the_environment_are_not_recorded(tmp_path, monkeypatch):
 
 
 def test_a_continued_run_may_change_how_long_it_runs_and_keeps_its_history(tmp_path):
-    begin(tmp_path).record(data_fingerprint="abc")
+    begin(tmp_path).record(data_fingerprint="abc", held_out_fingerprints={"one": "1"})
     longer = CONFIG.replace("TRAIN_STEPS = 10", "TRAIN_STEPS = 20")
-    run_dir.prepare(str(tmp_path), longer).record(data_fingerprint="abc")
+    again = run_dir.prepare(str(tmp_path), longer)
+    again.record(data_fingerprint="abc", held_out_fingerprints={"other": "2"})
+    with pytest.raises(RunDirectoryError, match="held-out data of one of the run .* have changed"):
+        again.record(data_fingerprint="abc", held_out_fingerprints={"one": "3"})
     facts = run_dir.read_run(str(tmp_path))
     assert len(facts["earlier"]) == 1
     assert facts["earlier"][0]["data_fingerprint"] == "abc"

@@ -22,6 +22,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from espalier.launch.run import phase
+from espalier.model.transforms import base
 from espalier.trainers.checkpoints import manifest, state_tree, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.commit import CheckpointSaveError, Retention
@@ -523,6 +525,26 @@ def test_a_moving_average_starts_from_the_initial_parameters(two_steps, tmp_path
         ).state
     assert_same(state.ema_params, make_state(20).params)
     jax.jit(lambda s: s, donate_argnums=0)(state)  # No buffer is there twice.
+
+
+class Copies:
+    def plan(self, sources, target):
+        return [base.copied(path, shape, sources[0]) for path, shape in target.items()]
+
+
+def test_schedules_of_transformed_parameters_count_the_updates_that_were_made(tmp_path):
+    """Of a parent that dropped nine of its 20 updates, as its own schedule does."""
+    fresh = make_state(1, tx=optax.adamw(lambda count: 1e-3 / (1 + count)))
+    first, second = tmp_path / "first", tmp_path / "second"
+    with Checkpointer(first) as checkpointer:
+        checkpointer.save(20, fresh, meta={"skipped": 9})
+    initial = InitialCheckpoint(path=first, scope="state", transform=Copies())
+    with Checkpointer(second) as checkpointer:
+        made = restore_or_initialise(checkpointer, abstract(fresh), lambda: fresh, initial=initial)
+    (schedule,) = (s for s in made.state.opt_state if isinstance(s, optax.ScaleByScheduleState))
+    assert (made.step, int(made.state.step), int(schedule.count)) == (20, 20, 11)
+    parent = phase.find_parent(second, initial)
+    assert (parent.step, parent.skipped) == (20, 9)
 
 
 def test_a_damaged_run_is_not_silently_started_anew(two_steps, copied):
