@@ -34,7 +34,7 @@ from espalier.data.text.documents import DataError
 Kind = Literal["checkpoint", "hf", "url"]
 KINDS: tuple[Kind, ...] = ("checkpoint", "hf", "url")
 DEFAULT = "default"
-_MAX_BYTES = 1 << 16
+_MAX_BYTES = 1 << 20
 _OF_KIND = {
     "model": ("url",),
     "key_env": ("url",),
@@ -109,25 +109,28 @@ class Pool:
     fixed: Mapping[str, str]
 
 
+def content(path: str | os.PathLike, *, kind: str) -> Any:
+    """Returns the content of a YAML file of this kind; raises DataError if it is missing, too long, or not YAML."""
+    import yaml
+
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise DataError(f"{path}: there is no such file. Give a {kind} in YAML")
+    if file.stat().st_size > _MAX_BYTES:
+        raise DataError(f"{path} has more than {_MAX_BYTES:,} bytes: it is no {kind}")
+    try:
+        return yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+
+
 def read(path: str | os.PathLike) -> Pool:
     """Returns the pool that a YAML file declares.
 
     Raises:
       DataError: the file is missing, malformed, or has an unknown key or a value out of range.
     """
-    import yaml
-
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise DataError(f"{path}: there is no such file. Give a pool of teachers in YAML")
-    if file.stat().st_size > _MAX_BYTES:
-        raise DataError(f"{path} has more than {_MAX_BYTES:,} bytes: it is no pool of teachers")
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise DataError(f"{path} is not YAML: {problem[:300]}") from None
-    rows = _mapping(content, str(path), ("teachers", "fixed"))
+    rows = _mapping(content(path, kind="pool of teachers"), str(path), ("teachers", "fixed"))
     teachers: dict[str, Teacher] = {}
     listed = rows.get("teachers")
     if not isinstance(listed, list) or not listed:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, Protocol, TypeVar, cast
 
+from espalier.common.ranges import Size
+
 T = TypeVar("T")
 R = TypeVar("R")
 Report = Callable[[int], None]  # adds to what the bar counts
@@ -62,8 +64,11 @@ class Bar(Protocol):
 
 
 @contextlib.contextmanager
-def limited(workers: int | None) -> Iterator[None]:
+def limited(workers: Size | None = None) -> Iterator[None]:
     """Context manager: at most `workers` processes at once; None for no other limit than before.
+
+    Args:
+      workers: number of processes that read and tokenise (default: one for each core); the result is the same with any number.
 
     Raises:
       ValueError: `workers` is less than 1.

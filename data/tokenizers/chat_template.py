@@ -23,8 +23,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.data.tokenizers import chat_sandbox, checkpoint_files, control_tokens
-from espalier.data.tokenizers.checkpoint_files import TokenizerError
+from espalier.common import checkpoint_files
+from espalier.common.checkpoint_files import CheckpointFileError
+from espalier.data.tokenizers import chat_sandbox, control_tokens
 
 DEFAULT = "default"
 WITH_TOOLS = "tool_use"  # for conversations with tools, if a tokenizer has several templates
@@ -69,7 +70,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-class ChatTemplateError(TokenizerError):
+class ChatTemplateError(CheckpointFileError):
     """A conversation cannot be rendered: no template, a template error, or invalid messages."""
 
 
@@ -277,7 +278,7 @@ def _read(folder: pathlib.Path, name: str) -> str | None:
     """Returns the text of a template file; None if there is no such file."""
     try:
         return checkpoint_files.read_text(folder, name, max_bytes=chat_sandbox.MAX_SOURCE)
-    except TokenizerError as error:
+    except CheckpointFileError as error:
         raise ChatTemplateError(str(error)) from None
 
 

@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.data.tokenizers.chat_sandbox import Rendered, Written
-from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
 _MARKS = range(0xE000, 0xF900)  # private use
 _NAMES = 0xF0000  # private use; names of up to 65,534 tokens
@@ -33,11 +33,11 @@ def named(written: Written, text: str) -> str:
     """Returns the text with the names of `names` in the places of its control tokens.
 
     Raises:
-      TokenizerError: the text has characters of the names.
+      CheckpointFileError: the text has characters of the names.
     """
     given = names(written.tokens)
     if not frozenset("".join(given.values())).isdisjoint(text):
-        raise TokenizerError(
+        raise CheckpointFileError(
             f"a text that spells control tokens has private-use characters from U+{_NAMES:X} on"
         )
     parts, end = [], 0
@@ -66,7 +66,7 @@ def encode(vocabulary: Any, rendered: Rendered) -> tuple[list[int], list[bool]]:
     """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans.
 
     Raises:
-      TokenizerError: see `named`.
+      CheckpointFileError: see `named`.
     """
     if hasattr(vocabulary, "encode_marked"):
         return vocabulary.encode_marked(rendered)

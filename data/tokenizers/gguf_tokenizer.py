@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from espalier.common import files
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
 
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -60,11 +61,9 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     `values` are the metadata of a GGUF file, keys `tokenizer....`; the folder is created if it does not exist.
 
     Raises:
-      TokenizerError: the kind of tokenizer or pre-tokenizer is unknown, a key is missing, or the values are damaged.
+      CheckpointFileError: the kind of tokenizer or pre-tokenizer is unknown, a key is missing, or the values are damaged.
     """
-    with tokenizer_probe.failures_as(
-        hf_tokenizer.TokenizerError, "the GGUF file's tokenizer is damaged: "
-    ):
+    with tokenizer_probe.failures_as(CheckpointFileError, "the GGUF file's tokenizer is damaged: "):
         tokenizer, config, ends = _convert(values)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ def _convert(values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str,
     kind: Any = values.get(f"{_PREFIX}model")
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
     if build is None:
-        raise hf_tokenizer.TokenizerError(
+        raise CheckpointFileError(
             f"the kind of the GGUF file's tokenizer is {kind!r} ({_PREFIX}model); supported are gpt2 and "
             "llama. Use the tokenizer files of the original checkpoint"
         )
@@ -113,7 +112,7 @@ def _convert(values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str,
 
 def _needed(values: Mapping[str, Any], key: str) -> Any:
     if (value := values.get(_PREFIX + key)) is None:
-        raise hf_tokenizer.TokenizerError(
+        raise CheckpointFileError(
             f"the GGUF file has no {_PREFIX}{key}: it was written without its tokenizer. Use the "
             "tokenizer files of the original checkpoint"
         )
@@ -124,7 +123,7 @@ def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns a byte-level BPE tokenizer, whose pieces represent bytes as in GPT-2."""
     name: Any = values.get(f"{_PREFIX}pre")
     if name not in PRE_TOKENIZERS:
-        raise hf_tokenizer.TokenizerError(
+        raise CheckpointFileError(
             f"the GGUF file's pre-tokenizer is {name!r} ({_PREFIX}pre); supported are "
             f"{', '.join(PRE_TOKENIZERS)}. Use the tokenizer files of the original checkpoint"
         )

@@ -26,9 +26,10 @@ from typing import Any
 
 import tokenizers
 
+from espalier.common import checkpoint_files
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.data.limited_process import LimitedProcess, LimitError
-from espalier.data.tokenizers import chat_template, checkpoint_files, tokenizer_probe
-from espalier.data.tokenizers.checkpoint_files import TokenizerError
+from espalier.data.tokenizers import chat_template, tokenizer_probe
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -73,13 +74,13 @@ class TokenizerFiles:
         """Returns the id of a special token by its name, such as `bos_token`, or None.
 
         Raises:
-          TokenizerError: the named token is missing from tokenizer.json.
+          CheckpointFileError: the named token is missing from tokenizer.json.
         """
         if (text := self.tokens.get(name)) is None:
             return None
         token_id = load(self.content).token_to_id(text)
         if token_id is None:
-            raise TokenizerError(
+            raise CheckpointFileError(
                 f"{self.path}/{CONFIG}: {name} is {text!r}, which {TOKENIZER} does not have. Correct it, "
                 "or copy both files from the same checkpoint"
             )
@@ -91,7 +92,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
-      TokenizerError: a file is damaged, or the files are inconsistent.
+      CheckpointFileError: a file is damaged, or the files are inconsistent.
     """
     folder = pathlib.Path(path)
     content = checkpoint_files.read(folder, TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES)
@@ -99,8 +100,8 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
         raise FileNotFoundError(_missing(folder))
     try:
         load(content)
-    except TokenizerError as error:
-        raise TokenizerError(
+    except CheckpointFileError as error:
+        raise CheckpointFileError(
             f"{folder / TOKENIZER} is damaged or not a tokenizer: {error}. Copy it again from the checkpoint"
         ) from None
     config = checkpoint_files.read_json(folder, CONFIG)
@@ -110,7 +111,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
     tokens |= _named_tokens(folder / CONFIG, config)
     for key in ("add_bos_token", "split_special_tokens"):
         if not isinstance(value := config.get(key), bool | None):
-            raise TokenizerError(f"{folder / CONFIG}: {key} is {value!r}, not true or false")
+            raise CheckpointFileError(f"{folder / CONFIG}: {key} is {value!r}, not true or false")
     files = TokenizerFiles(
         path=os.fspath(folder),
         content=content,
@@ -131,7 +132,7 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Copies the files of a tokenizer into an existing directory.
 
     Raises:
-      TokenizerError: a file is too large, or a link leads out of the directory of the source.
+      CheckpointFileError: a file is too large, or a link leads out of the directory of the source.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     folder = source / chat_template.FOLDER
@@ -157,7 +158,7 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
       special_in_text: whether special tokens spelled in a text are encoded as special tokens.
 
     Raises:
-      TokenizerError: the file is damaged or needs too much time or memory; or the tokenizer already has such
+      CheckpointFileError: the file is damaged or needs too much time or memory; or the tokenizer already has such
         sentinels, or its ids have gaps.
     """
     _check(content)
@@ -168,33 +169,33 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
     tokenizer.encode_special_tokens = not special_in_text
     sentinels = [f"<extra_id_{number}>" for number in reversed(range(extra_ids))]
     if any(tokenizer.token_to_id(sentinel) is not None for sentinel in sentinels):
-        raise TokenizerError(f"the tokenizer already has {sentinels[-1]}: set extra_ids=0")
+        raise CheckpointFileError(f"the tokenizer already has {sentinels[-1]}: set extra_ids=0")
     size = num_ids(tokenizer)
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in sentinels])
     if num_ids(tokenizer) != size + extra_ids:
-        raise TokenizerError("the tokenizer's ids have gaps, so extra_ids cannot be added")
+        raise CheckpointFileError("the tokenizer's ids have gaps, so extra_ids cannot be added")
     return tokenizer
 
 
 @functools.lru_cache(maxsize=8)
 def _check(content: bytes) -> None:
-    """Raises TokenizerError unless a tokenizer.json loads and encodes in a child process with limits."""
+    """Raises CheckpointFileError unless a tokenizer.json loads and encodes in a child process with limits."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"it is not UTF-8 at byte offset {error.start}") from None
+        raise CheckpointFileError(f"it is not UTF-8 at byte offset {error.start}") from None
     try:
         problem = _probe.call(text, cpu_seconds=CPU_SECONDS, wall_seconds=WALL_SECONDS)
     except LimitError as error:
-        raise TokenizerError(f"trying it out {error}") from None
+        raise CheckpointFileError(f"trying it out {error}") from None
     if problem is not None:
-        raise TokenizerError(problem)
+        raise CheckpointFileError(problem)
 
 
 def failures(path: str | os.PathLike) -> AbstractContextManager[None]:
-    """Raises TokenizerError for any failure of the library on a text, panics included."""
+    """Raises CheckpointFileError for any failure of the library on a text, panics included."""
     return tokenizer_probe.failures_as(
-        TokenizerError, f"{os.fspath(path)}/{TOKENIZER} fails on this text: "
+        CheckpointFileError, f"{os.fspath(path)}/{TOKENIZER} fails on this text: "
     )
 
 
@@ -225,7 +226,9 @@ def _named_tokens(path: pathlib.Path, values: Mapping[str, Any]) -> dict[str, st
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
         elif name in _NAMED and value is not None:
-            raise TokenizerError(f"{path}: {name} is {str(value)[:200]}, not the text of a token")
+            raise CheckpointFileError(
+                f"{path}: {name} is {str(value)[:200]}, not the text of a token"
+            )
     return tokens
 
 
@@ -237,7 +240,7 @@ def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
         ids = value if isinstance(value, list) else [value]
         known = range(tokenizer_probe.MAX_IDS)
         if not ids or not all(type(id) is int and id in known for id in ids):
-            raise TokenizerError(
+            raise CheckpointFileError(
                 f"{folder / name}: eos_token_id is {str(value)[:200]!r}, not an id or a list of ids"
             )
         return tuple(ids)

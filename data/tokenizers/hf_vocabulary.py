@@ -113,7 +113,7 @@ class HFTokenizerVocabulary(Vocabulary):
         """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans.
 
         Raises:
-          TokenizerError: contents spell control tokens, and have private-use characters.
+          CheckpointFileError: contents spell control tokens, and have private-use characters.
         """
         text, written = rendered.text, rendered.written
         usual = self._tokenizer(special_in_text=True)

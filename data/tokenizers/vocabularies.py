@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from espalier.common import files
+from espalier.common import checkpoint_files, files
 from espalier.common.bars import Bar
 from espalier.common.ranges import Amount, Count, Fraction, Size, check_choice
 from espalier.common.stages import stage
@@ -32,15 +32,11 @@ from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.limited_process import LimitedProcess, LimitError
 from espalier.data.text.documents import Document
-from espalier.data.tokenizers import (
-    character_vocabulary,
-    checkpoint_files,
-    hf_vocabulary,
-    vocabulary,
-)
+from espalier.data.tokenizers import character_vocabulary, hf_vocabulary, vocabulary
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
+SUFFIXES = (".json", ".model", ".jinja", ".txt")  # of the files that a tokenizer may have
 _probe = LimitedProcess(
     "espalier.data.tokenizers.tokenizer_probe:check_sentencepiece", memory_bytes=2 << 30
 )
@@ -180,7 +176,7 @@ def huggingface(
       FileNotFoundError: the directory has no tokenizer.
       ValueError: its files are damaged, or the tokenizer does not allow extra ids or `special_in_text`.
     """
-    path = mirror.local(path, suffixes=checkpoint_files.SUFFIXES)
+    path = mirror.local(path, suffixes=SUFFIXES)
     folder = pathlib.Path(path)
     alone = not os.path.lexists(folder / "tokenizer.json")
     limit = checkpoint_files.MAX_BYTES
@@ -200,14 +196,14 @@ def huggingface(
 
 
 def _try_out(model: bytes, path: pathlib.Path) -> None:
-    """Raises TokenizerError unless a SentencePiece model loads and encodes in a child process with limits."""
+    """Raises CheckpointFileError unless a SentencePiece model loads and encodes in a child process with limits."""
     argument = base64.b64encode(model).decode()
     try:
         problem = _probe.call(argument, cpu_seconds=20.0, wall_seconds=60.0)
     except LimitError as error:
         problem = f"trying it out {error}"
     if problem is not None:
-        raise checkpoint_files.TokenizerError(
+        raise checkpoint_files.CheckpointFileError(
             f"{path} is damaged or not a SentencePiece model: {problem}. Copy it again from the checkpoint"
         )
 

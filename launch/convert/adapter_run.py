@@ -126,7 +126,7 @@ def import_peft(source: str, target: str, base: str) -> str:
       A description of the adapters.
 
     Raises:
-      ConvertError, PeftError, WeightFileError, UnsupportedModel, BaseModelError, DamagedCheckpointError,
+      ConvertError, PeftError, CheckpointFileError, UnsupportedModel, BaseModelError, DamagedCheckpointError,
       FileNotFoundError.
     """
     run = SourceModel(base, "auto")

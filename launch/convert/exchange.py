@@ -51,7 +51,7 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
       A description of the weights, see `described`.
 
     Raises:
-      ConvertError, WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,
+      ConvertError, CheckpointFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,
       CheckpointSaveError.
     """
     folder = pathlib.Path(source)

@@ -14,15 +14,23 @@ from espalier.trainers.telemetry.progress import held_out_text
 NAME = "README.md"
 _MOST_PARENTS = 10
 _UNKNOWN = "not recorded"
-_HEAD = """---
+
+
+def page(title: str, body: str, *, of: str, tags: str = "") -> str:
+    """Returns a model card; `of` names what its licence depends on, `tags` is a line of its head."""
+    return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-# license: fill in, such as apache-2.0
+{tags}# license: fill in, such as apache-2.0
 ---
-"""
-_LICENCE = """## Licence
 
-**To be filled in.** It depends on the licences of the data and of the parent checkpoints above.
+# {title}
+
+{body}
+
+## Licence
+
+**To be filled in.** It depends on the licences of {of}.
 """
 
 
@@ -57,11 +65,13 @@ def write(
         "parents": "; ".join(_parents(record, meta)) or none,
         "code": f"Espalier, commit `{str(record.get('commit') or _UNKNOWN)[:12]}`",
     }
-    lines = [_HEAD, f"# {_plain(run.name)}", "", "| | |", "|---|---|"]
+    lines = ["| | |", "|---|---|"]
     lines += [f"| {name} | {_plain(value)} |" for name, value in facts.items()]
     use = _use(folder, meta, architecture)
-    lines += ["", "## Data", "", *_data(record, rows), "", "## Use", "", *use, ""]
-    pathlib.Path(folder, NAME).write_text("\n".join([*lines, _LICENCE]), encoding="utf-8")
+    lines += ["", "## Data", "", *_data(record, rows), "", "## Use", "", *use]
+    of = "the data and of the parent checkpoints above"
+    text = page(_plain(run.name), "\n".join(lines), of=of)
+    pathlib.Path(folder, NAME).write_text(text, encoding="utf-8")
 
 
 def _record(run: str | os.PathLike, updates: int) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:

@@ -129,7 +129,7 @@ def recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:
     The directory is one for each checkpoint and state of its files, and deleted when the process ends.
 
     Raises:
-      WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
+      CheckpointFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
     """
     return _recorded(os.path.abspath(checkpoint), _state(checkpoint))
 
@@ -179,7 +179,7 @@ def restoring(
 
     Raises:
       LoadError: `params` asks for a moving average.
-      WeightFileError, UnsupportedConfig, UnsupportedModel, MismatchedTensors, UnsuitableDtypeError.
+      CheckpointFileError, UnsupportedConfig, UnsupportedModel, MismatchedTensors, UnsuitableDtypeError.
     """
     import jax
     from flax import traverse_util

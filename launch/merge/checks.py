@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
+from espalier.common import checkpoint_files
+from espalier.data.tokenizers import hf_tokenizer
 from espalier.launch.merge.models import HfModel, Model, NativeModel
 from espalier.launch.merge.settings import Merge, MergeError
 from espalier.launch.weights import source_models
@@ -202,7 +203,7 @@ def _check_tokenizers(merge: Merge, models: Sequence[HfModel]) -> None:
     """Raises MergeError if the models have tokenizers with different ids.
 
     Raises:
-      TokenizerError: a file is damaged or not safe to read.
+      CheckpointFileError: a file is damaged or not safe to read.
     """
     texts = {model: tokenizer_of(model.folder) for model in models}
     known = [(model, text) for model, text in texts.items() if text is not None]

@@ -9,6 +9,7 @@ import numpy as np
 
 from espalier.common import files
 from espalier.data.tokenizers import chat_template, hf_tokenizer
+from espalier.launch.convert import model_card
 from espalier.launch.merge import output, tokens
 from espalier.launch.merge.models import CONFIG, HfModel
 from espalier.launch.merge.output import Journal, Workers, progress
@@ -202,7 +203,7 @@ def _write_rest(
     if planner.merge.chat_template is not None:
         _set_template(folder, planner)
     files.write_json(folder / output.RECORD, record, synced=False, indent=2, end="\n")
-    (folder / output.NAME).write_text(
+    (folder / model_card.NAME).write_text(
         output.text(folder.name, planner.merge, record), encoding="utf-8"
     )
 

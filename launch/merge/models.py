@@ -111,7 +111,7 @@ class HfModel(_Tensors):
     """A folder with safetensors, and config.json if it has one; of an address, a copy.
 
     Raises:
-      WeightFileError: a file is missing, damaged, or not safe to read.
+      CheckpointFileError: a file is missing, damaged, or not safe to read.
       FileNotFoundError, StoreError: see mirror.local.
     """
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from espalier.common import files
 from espalier.common.bars import Bar
+from espalier.launch.convert import model_card
 from espalier.launch.merge.models import Model, NativeModel, Read
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import Merge, MergeError
@@ -26,16 +27,7 @@ from espalier.model.transforms.merge_methods import METHODS
 BLOCK_BYTES = 16 << 20
 RECORD = "merge.json"
 _JOURNAL = "merge.progress"
-NAME = "README.md"
 _CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [merge]
-# license: fill in, such as apache-2.0
----
-# {name}
-
 A merge by the method `{method}`{seed} of:
 
 {parents}
@@ -44,12 +36,7 @@ Made by Espalier (`espalier merge`) with this configuration, also in `{record}`:
 
 ```yaml
 {configuration}
-```
-
-## Licence
-
-**To be filled in.** It depends on the licences of the models above.
-"""
+```"""
 
 
 def progress(planned: Sequence[Planned], initial: int = 0) -> Bar:
@@ -166,14 +153,15 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
     configuration = yaml.safe_dump(
         record["configuration"], sort_keys=False, allow_unicode=True, default_flow_style=None
     )
-    return _CARD.format(
-        name=name.removeprefix(".").removesuffix(".partial"),
+    body = _CARD.format(
         method=merge.method,
         seed=f", seed {record['seed']}" if merge.is_random else "",
         parents="\n".join(f"- `{model}`" for model in record["made_of"]),
         record=RECORD,
         configuration=configuration.rstrip().replace("```", "` ` `"),
     )
+    title = name.removeprefix(".").removesuffix(".partial")
+    return model_card.page(title, body, of="the models above", tags="tags: [merge]\n")
 
 
 def fingerprint(planner: Planner, planned: Sequence[Planned], **settings: Any) -> str:

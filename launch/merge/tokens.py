@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common import checkpoint_files
 from espalier.common.storage import mirror
-from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
+from espalier.data.tokenizers import hf_tokenizer
 from espalier.launch.merge.checks import tokenizer_of
 from espalier.launch.merge.models import CONFIG, HfModel, Model, Read
 from espalier.launch.merge.settings import Merge, MergeError, Tokens, TokenSource
@@ -99,7 +100,7 @@ def with_token_ids(
     tokens that the output lacks are removed, with a warning.
 
     Raises:
-      TokenizerError: config.json beside the tokenizer is damaged.
+      CheckpointFileError: config.json beside the tokenizer is damaged.
     """
     if vocabulary.folder == donor.folder:
         return dict(config)

@@ -81,11 +81,6 @@ def resolved(recipe: Recipe, devices: Sequence[jax.Device] | int) -> Program:
     return recipe.with_span(span).program(devices=devices)
 
 
-def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
-    """Compiles the train step of a program; see `compile_work`."""
-    return compile_work(programs.train(program), program, hbm_bytes=hbm_bytes)
-
-
 def compile_work(work: Work, program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
     """Compiles a function of a program, whose devices may be absent.
 

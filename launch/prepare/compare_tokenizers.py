@@ -54,7 +54,7 @@ def compare(
 
     Raises:
       ValueError: two tokenizers of one name, or an unknown language.
-      FileNotFoundError, DataError, TokenizerError: files that are missing or damaged.
+      FileNotFoundError, DataError, CheckpointFileError: files that are missing or damaged.
     """
     from espalier.data.languages import parallel, table, tokenizer_report
     from espalier.launch.inference import row_files

@@ -9,22 +9,12 @@ from espalier.common.pipelines import PipelineError
 from espalier.data import by_beam
 from espalier.data.cache import pool
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers",
-        type=_count,
-        metavar="N",
-        help="number of processes that read and tokenise (default: one for each core); the result is the same with any number",
-    )
+    setting_flags.add(parser, pool.limited)
     pipelines.add_flag(parser)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
 
 
 def used(run: Callable[[cli.Start], Any]) -> Callable[[cli.Start], Any]:
@@ -32,12 +22,13 @@ def used(run: Callable[[cli.Start], Any]) -> Callable[[cli.Start], Any]:
 
     def kept(start: cli.Start) -> Any:
         options = start.flags.beam_pipeline_options
-        if options and start.flags.workers:
+        limit = setting_flags.given(start.flags, pool.limited)
+        if options and limit:
             raise PipelineError(
                 "--workers is the number of processes of this machine, and --beam_pipeline_options leaves the work to others: give "
                 "one of them. Runners have options for the number of their workers."
             )
-        with pool.limited(start.flags.workers), by_beam.used(options):
+        with pool.limited(**limit), by_beam.used(options):
             return run(start)
 
     return kept

@@ -23,17 +23,11 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.common import files
+from espalier.common import checkpoint_files, files
 from espalier.common.ranges import Count
 from espalier.common.storage import mirror
 from espalier.data.stream import rows
-from espalier.data.tokenizers import (
-    chat_template,
-    checkpoint_files,
-    hf_tokenizer,
-    spm_tokenizer,
-    vocabularies,
-)
+from espalier.data.tokenizers import chat_template, hf_tokenizer, spm_tokenizer, vocabularies
 from espalier.data.tokenizers.chat_template import ChatTemplate
 from espalier.launch.config import gin_source
 from espalier.launch.run import phase
@@ -109,7 +103,7 @@ def save_files(
 
     Raises:
       FileNotFoundError: there is no tokenizer.
-      TokenizerError: its files are damaged or inconsistent.
+      CheckpointFileError: its files are damaged or inconsistent.
     """
     options: dict[str, Any] = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     vocabulary = vocabularies.huggingface(path=hf_dir, **options)
@@ -178,7 +172,7 @@ def of(*, path: str, extra_ids: Count | None = None, special_in_text: bool | Non
     elif path.endswith(".model"):
         vocabulary = vocabularies.from_file(path=path, **more)
     else:
-        suffixes = checkpoint_files.SUFFIXES
+        suffixes = vocabularies.SUFFIXES
         folder = mirror.local(path, without=(step_dir.CHECKPOINTS,), suffixes=suffixes)
         if os.path.isfile(os.path.join(folder, RECORD)):
             vocabulary = load(folder=folder)

@@ -14,10 +14,11 @@ import pathlib
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 Handle = str
+ADDRESS = "give an address such as gs://BUCKET/PATH (docs/scale/remote_storage.md says for what)"
 _ANSWER_SECONDS = 120.0
 # Bytes at the end of a file that contain its last rows.
 _TAIL_BYTES = 16384
@@ -118,6 +119,11 @@ def name_of(job: Job) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")[:32].strip("-")
     readable = words if words[:1].isalpha() else f"run-{words}".strip("-")
     return f"{readable}-{digest}"
+
+
+def numbered(steps: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """Returns the commands of each step, below its number and text as a comment."""
+    return ["\n".join([f"# {i}. {text}", *lines, ""]) for i, (text, lines) in enumerate(steps, 1)]
 
 
 def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:

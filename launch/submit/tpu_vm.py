@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping
 from typing import ClassVar
 
-from espalier.launch.submit.base import Job, Printed, SubmitError, name_of
+from espalier.launch.submit.base import ADDRESS, Job, Printed, SubmitError, name_of, numbered
 from espalier.launch.submit.launch_config import Launch, texts
 
 # Software of a machine for each version of the TPU, as https://cloud.google.com/tpu/docs/runtimes lists it for JAX.
@@ -107,10 +107,7 @@ class Settings(Launch):
 
     def unseen(self, path: str) -> str:
         del path
-        return (
-            "the hosts of a slice share no folder: mount one there on every host before the start, or give an address such as "
-            "gs://BUCKET/PATH (docs/scale/remote_storage.md says for what)"
-        )
+        return f"the hosts of a slice share no folder: mount one there on every host before the start, or {ADDRESS}"
 
     @property
     def interpreter(self) -> str:
@@ -166,9 +163,7 @@ def commands(settings: Settings, job: Job) -> str:
             [shlex.join([*queue, "delete", name, *where, "--force", "--quiet"])],
         ),
     ]
-    return "\n".join(
-        f"# {i}. {text}\n" + "\n".join(lines) + "\n" for i, (text, lines) in enumerate(steps, 1)
-    )
+    return "\n".join(numbered(steps))
 
 
 def _comment(script: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import psutil
 
 from espalier.launch import environment
-from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError
+from espalier.launch.submit.base import ADDRESS, Handle, Job, State, Status, SubmitError
 from espalier.launch.submit.launch_config import Launch, texts
 
 SCRIPT = os.path.join(environment.ROOT, "launch", "submit", "xmanager_script.py")
@@ -82,10 +82,7 @@ class Settings(Launch):
         del path
         if not self.in_container:
             return ""
-        return (
-            "the container has no folder of this machine: give an address such as gs://BUCKET/PATH (docs/scale/remote_storage.md "
-            "says for what)"
-        )
+        return f"the container has no folder of this machine: {ADDRESS}"
 
     def notes(self) -> list[str]:
         python = self.xmanager_python or sys.executable

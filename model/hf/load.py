@@ -30,7 +30,7 @@ def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Tra
       dtype: dtype of the parameters; None for the dtypes of the files.
 
     Raises:
-      WeightFileError, MismatchedTensors, UnsupportedConfig, UnsuitableDtypeError.
+      CheckpointFileError, MismatchedTensors, UnsupportedConfig, UnsuitableDtypeError.
     """
     config = read_json(pathlib.Path(directory) / "config.json")
     with named(directory):

@@ -64,7 +64,7 @@ def read(
     Raises:
       PeftError: another kind of adapter, a setting that has no counterpart, tensors that do not fit the settings or the base
         model, or values that are not finite.
-      WeightFileError: damaged files, or only pickled weights.
+      CheckpointFileError: damaged files, or only pickled weights.
     """
     config = peft_config.read(folder)
     by_module = collections.defaultdict(list)

@@ -105,7 +105,7 @@ def read(folder: str) -> PeftConfig:
 
     Raises:
       PeftError: another kind of adapter, a value of another type, or a field that has an effect and no counterpart.
-      WeightFileError: the file is missing or damaged.
+      CheckpointFileError: the file is missing or damaged.
     """
     path = pathlib.Path(folder, CONFIG)
     fields = read_json(path)

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from espalier.launch.config import gin_config
-from espalier.launch.precompile import precompile
+from espalier.launch.precompile import precompile, programs
 from espalier.launch.sweep import file
 from espalier.model.low_rank import factors
 from espalier.trainers.checkpoints import step_dir
@@ -132,7 +132,7 @@ def test_an_images_flops_are_those_of_its_convolutions(name, macs):
 def test_a_step_is_compiled_ahead_and_its_flops_are_found():
     recipe = load("cpu/textures_low_rank", *SMALL).arguments()["recipe"]
     program = recipe.program(devices=jax.devices()[:1])
-    report, _ = precompile.compile_step(program, hbm_bytes=1e9)
+    report, _ = precompile.compile_work(programs.train(program), program, hbm_bytes=1e9)
     assert report.fits and report.flops.analytic == pytest.approx(16 * program.train_flops_per_unit)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from espalier.launch import environment
 from espalier.launch.config import gin_config
-from espalier.launch.precompile import compile_report, precompile, tpu_topology
+from espalier.launch.precompile import compile_report, precompile, programs, tpu_topology
 from espalier.launch.precompile.__main__ import RECIPE, UNREAD
 from espalier.launch.precompile.hlo.analysis import Kernel
 from espalier.launch.precompile.hlo.text import Array
@@ -79,7 +79,8 @@ def recipe(model, *, mesh, rules, rows, length, implementation="auto"):
 def compiled(run, devices, hbm_bytes=1e12):
     # As started from the command line, without the tests' exact products.
     with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
-        return precompile.compile_step(run.program(devices=devices), hbm_bytes=hbm_bytes)[0]
+        program = run.program(devices=devices)
+        return precompile.compile_work(programs.train(program), program, hbm_bytes=hbm_bytes)[0]
 
 
 @pytest.fixture(scope="module", params=BUDGETS)

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from espalier.common import files
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.model.hf.files.safetensors_files import (
     SINGLE,
     SafetensorsReader,
     SafetensorsWriter,
-    WeightFileError,
     read_json,
 )
 from espalier.trainers.checkpoints import agreement, manifest, state_tree
@@ -172,14 +172,14 @@ def opened(folder: pathlib.Path) -> Iterator[tuple[dict[str, Tensor], dict[str, 
                     "command again."
                 )
             yield {name: Tensor(reader, name) for name in reader.tensors}, record
-    except WeightFileError as error:
+    except CheckpointFileError as error:
         raise StageError(
             f"{folder} is missing or damaged. Delete it and run the command again. ({error})"
         ) from None
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns only the record; raises StageError if it is damaged, WeightFileError if there is none."""
+    """Returns only the record; raises StageError if it is damaged, CheckpointFileError if there is none."""
     record = read_json(folder / RECORD)
     # Stages of earlier versions have no checksum of the record.
     if record.get(_OWN, own := _record_checksum(record)) != own:

@@ -8,58 +8,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from espalier.trainers.decoding.buckets import bucket_length
 from espalier.trainers.objectives.forward import frozen_forward
-from espalier.trainers.scoring.likelihoods import Likelihood
+from espalier.trainers.scoring.likelihoods import Likelihood, Likelihoods
 from espalier.trainers.scoring.scoring import Batched, Row, encoded_columns
 
 
-class EncoderLikelihoods:
-    """`trainers.scoring.likelihoods.LikelihoodScorer`, for rows with encoder inputs, whose context is the start token.
+class EncoderLikelihoods(Likelihoods):
+    """Scores rows with encoder inputs, whose context is the start token; `model` is an encoder-decoder."""
 
-    Args:
-      model: an encoder-decoder.
-      batch_tokens: number of tokens of a batch, of inputs and targets including padding; determines its number of rows.
-      batch_size, row_shards, sharding: see `LikelihoodScorer`.
-    """
+    CONTEXT = "encoder_inputs"
 
-    def __init__(
-        self,
-        model: Any,
-        params: Any,
-        *,
-        batch_tokens: int,
-        batch_size: int | None = None,
-        row_shards: int = 1,
-        sharding: NamedSharding | None = None,
-    ):
+    def __init__(self, model: Any, params: Any, **batches: Any):
+        super().__init__(model, params, **batches)
+
         def scores(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
             out = frozen_forward(model, params, batch)
             return out.log_probs_BT(), out.most_likely_BT() == batch["decoder_target_tokens"]
 
-        self._params, self._model, self._scores = params, model, scores
-        self._batch_tokens, self._batch_size = batch_tokens, batch_size
-        self._row_shards, self._sharding = row_shards, sharding
+        self._scores = scores
         self._read: dict[int, Batched] = {}  # by rows of a batch
-
-    def use(self, params: Any) -> None:
-        """Sets other parameters of the same shapes, for which all programs stay."""
-        self._params = params
-
-    def stream(
-        self, rows: Sequence[Row], *, quiet: bool = False
-    ) -> Iterator[tuple[int, Likelihood]]:
-        """Yields (index, likelihood) of every row, batch by batch, the longest first; `quiet` hides the progress bar.
-
-        Raises:
-          ValueError: a row has no inputs or no targets.
-        """
-        for i, row in enumerate(rows):
-            if not len(row.encoder_inputs) or not len(row.targets):
-                raise ValueError(f"Row {i} has no inputs or no targets: nothing can be predicted.")
-        return self._stream(rows, quiet)
 
     def _stream(self, rows: Sequence[Row], quiet: bool) -> Iterator[tuple[int, Likelihood]]:
         read = self._reader(rows)

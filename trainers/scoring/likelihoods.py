@@ -8,12 +8,13 @@ Shapes: B rows, T length, K continuations of a row, C their length, R = B K, Q p
 D width, V vocabulary.
 """
 
+import abc
 import collections
 import dataclasses
 import functools
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,19 +194,18 @@ class Reading:
         return Shape(len(self.tails), tail_length, _rounded(len(self.tokens)))
 
 
-class LikelihoodScorer:
-    """Scores continuations in batches of similar length, with few programs.
-
-    A program's batches are equal in size and shape. Another program is made only if it saves more padding than it costs
-    (trainers/decoding/buckets.py); later calls use the programs of earlier ones, which cost nothing more.
+class Likelihoods(abc.ABC):
+    """Scores continuations in batches of similar length.
 
     Args:
-      model: a decoder-only module with unrolled layers.
+      model: see the classes.
       batch_tokens: maximum number of tokens of a batch, including padding, unless one row has more.
       batch_size: maximum number of rows; None for as many as batch_tokens allows.
       row_shards: the number of rows of a batch is a multiple of this.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
     """
+
+    CONTEXT: ClassVar[str]  # field of a row that may not be empty
 
     def __init__(
         self,
@@ -217,22 +217,9 @@ class LikelihoodScorer:
         row_shards: int = 1,
         sharding: NamedSharding | None = None,
     ):
-        self._params = params
-        self._max_length = model.max_length
-        self._batch_tokens = batch_tokens
-        self._batch_size = batch_size
-        self._row_shards = row_shards
-        self._sharding = sharding
-        self._program_tokens = buckets.program_tokens(model, params)
-        self._programs: set[Program] = set()
-        self._earlier: collections.Counter[Shape] = collections.Counter()  # of earlier calls
-        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-
-        def log_probs(params: Any, places_Q: Any, targets_Q: Any, count: Any, *rows: Any) -> Any:
-            hidden_XD = hidden_states(model, params, *rows)
-            return log_probs_at(model, params, hidden_XD, places_Q, targets_Q, count)
-
-        self._log_probs = jax.jit(log_probs, out_shardings=whole)
+        self._model, self._params, self._max_length = model, params, model.max_length
+        self._batch_tokens, self._batch_size = batch_tokens, batch_size
+        self._row_shards, self._sharding = row_shards, sharding
 
     def use(self, params: Any) -> None:
         """Sets other parameters of the same shapes, for which all programs stay."""
@@ -244,13 +231,43 @@ class LikelihoodScorer:
         """Yields (index, likelihood) of every row, batch by batch, the longest first; `quiet` hides the progress bar.
 
         Raises:
-          ValueError: a row has no context or no targets, or is longer than the learned positions.
+          ValueError: a row has no context (of an encoder-decoder: no inputs) or no targets, or is longer than the learned
+            positions.
         """
         for i, row in enumerate(rows):
-            if not len(row.context) or not len(row.targets):
-                raise ValueError(f"Row {i} has no context or no targets: nothing can be predicted.")
+            if not len(getattr(row, self.CONTEXT)) or not len(row.targets):
+                name = self.CONTEXT.removeprefix("encoder_")
+                raise ValueError(f"Row {i} has no {name} or no targets: nothing can be predicted.")
         check_lengths([row.inputs for row in rows], self._max_length)
         return self._stream(rows, quiet)
+
+    @abc.abstractmethod
+    def _stream(self, rows: Sequence[Row], quiet: bool) -> Iterator[tuple[int, Likelihood]]: ...
+
+
+class LikelihoodScorer(Likelihoods):
+    """Scores continuations with few programs; `model` is a decoder-only module with unrolled layers.
+
+    A program's batches are equal in size and shape. Another program is made only if it saves more padding than it costs
+    (trainers/decoding/buckets.py); later calls use the programs of earlier ones, which cost nothing more.
+    """
+
+    CONTEXT = "context"
+
+    def __init__(self, model: Any, params: Any, **batches: Any):
+        super().__init__(model, params, **batches)
+        self._program_tokens = buckets.program_tokens(model, params)
+        self._programs: set[Program] = set()
+        self._earlier: collections.Counter[Shape] = collections.Counter()  # of earlier calls
+        whole = (
+            None if self._sharding is None else NamedSharding(self._sharding.mesh, PartitionSpec())
+        )
+
+        def log_probs(params: Any, places_Q: Any, targets_Q: Any, count: Any, *rows: Any) -> Any:
+            hidden_XD = hidden_states(model, params, *rows)
+            return log_probs_at(model, params, hidden_XD, places_Q, targets_Q, count)
+
+        self._log_probs = jax.jit(log_probs, out_shardings=whole)
 
     def _stream(self, rows: Sequence[Row], quiet: bool) -> Iterator[tuple[int, Likelihood]]:
         with Bar(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:

@@ -11,7 +11,6 @@ Every stage of a cluster starts from the merge before it, which is also its froz
 import dataclasses
 import math
 import os
-import pathlib
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -21,8 +20,6 @@ import ml_collections
 from espalier.common import spelling
 from espalier.data.aya_expanse import pool
 from espalier.launch.papers.shared import sweeps
-
-_MAX_BYTES = 1 << 20
 
 
 class RecipeError(ValueError):
@@ -115,18 +112,10 @@ def read(path: str) -> Recipe:
     """Returns the recipe in a YAML file.
 
     Raises:
-      RecipeError: it is missing or malformed; the message names the key at fault.
-      DataError: its pool of further teachers is.
+      RecipeError: it is malformed; the message names the key at fault.
+      DataError: it is missing or not YAML, or its pool of further teachers is malformed.
     """
-    import yaml
-
-    file = pathlib.Path(path)
-    if not file.is_file() or file.stat().st_size > _MAX_BYTES:
-        raise RecipeError(f"{path} is no recipe: give a file recipe.yaml of at most 1 MB.")
-    try:
-        row = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    row = pool.content(path, kind="recipe")
     if not isinstance(row, dict):
         raise RecipeError(f"{path} must be a mapping, such as base: RUN.")
     fields = {field.name: field for field in dataclasses.fields(Recipe)}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from espalier.launch.submit import pods
-from espalier.launch.submit.base import Job, Printed, SubmitError, name_of
+from espalier.launch.submit.base import ADDRESS, Job, Printed, SubmitError, name_of, numbered
 from espalier.launch.submit.beam import settings as beam
 from espalier.launch.submit.launch_config import texts
 
@@ -86,10 +86,7 @@ class Settings(beam.Beam):
 
     def unseen(self, path: str) -> str:
         del path
-        return (
-            "the workers of Dataflow see no folder of this machine: give an address such as gs://BUCKET/PATH "
-            "(docs/scale/remote_storage.md says for what)"
-        )
+        return f"the workers of Dataflow see no folder of this machine: {ADDRESS}"
 
     def pipeline_options(self, processes: int, job: str = "") -> dict[str, object]:
         """Returns the options of a pipeline by name; a worker has one process for each core, or one alone."""
@@ -149,8 +146,4 @@ def commands(settings: Settings, job: Job) -> str:
         f"Reads and writes: {', '.join([settings.bucket, *beam.addresses(settings, words)])}",
         *settings.costs(words),
     ]
-    parts = [
-        f"# {i}. {text}\n" + "\n".join(lines) + "\n"
-        for i, (text, lines) in enumerate(steps.items(), 1)
-    ]
-    return "\n".join([beam.comment(head), *parts])
+    return "\n".join([beam.comment(head), *numbered(steps.items())])

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from espalier.model.hf.files.safetensors_files import TensorInfo, TensorReader, WeightFileError
+from espalier.common.checkpoint_files import CheckpointFileError
+from espalier.model.hf.files.safetensors_files import TensorInfo, TensorReader
 from espalier.model.hf.registry import family_named
 
 # Values of general.architecture; each is the model_type of its family.
@@ -60,23 +61,23 @@ class GgufReader(TensorReader):
       config: the contents of the equivalent config.json.
 
     Raises:
-      WeightFileError: the file is damaged, or its architecture or quantisation is not supported.
+      CheckpointFileError: the file is damaged, or its architecture or quantisation is not supported.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         if not self.path.is_file():
-            raise WeightFileError(f"{self.path} is not a file: give a .gguf file.")
+            raise CheckpointFileError(f"{self.path} is not a file: give a .gguf file.")
         try:
             _check_header(self.path)
             self.reader = gguf.GGUFReader(self.path)
         except (ValueError, LookupError, TypeError, OverflowError, MemoryError, OSError) as error:
-            raise WeightFileError(
+            raise CheckpointFileError(
                 f"{self.path} is damaged or not a GGUF file ({error}). Copy or download it again."
             ) from None
         self._architecture = self.metadata("general.architecture")
         if self._architecture not in _ARCHITECTURES:
-            raise WeightFileError(
+            raise CheckpointFileError(
                 f"{self.path} has architecture {self._architecture!r}; supported are "
                 f"{', '.join(_ARCHITECTURES)}. Import the model's safetensors with --from_hf."
             )
@@ -99,7 +100,7 @@ class GgufReader(TensorReader):
         try:
             return default if field is None else field.contents()
         except ValueError as error:
-            raise WeightFileError(f"{self.path}: {key} is not valid UTF-8 ({error}).") from None
+            raise CheckpointFileError(f"{self.path}: {key} is not valid UTF-8 ({error}).") from None
 
     def tokenizer(self) -> dict[str, Any]:
         """Returns the metadata of the tokenizer."""
@@ -111,7 +112,7 @@ class GgufReader(TensorReader):
         value = self.metadata(key, default)
         if value is None or isinstance(value, list):
             problem = "is a list" if isinstance(value, list) else "is missing"
-            raise WeightFileError(
+            raise CheckpointFileError(
                 f"{self.path}: {key} {problem}, but the model is built from its value. Import the model's "
                 "safetensors with --from_hf."
             )
@@ -132,7 +133,7 @@ class GgufReader(TensorReader):
         return _shortest(value)
 
     def _invalid(self, key: str, value: Any, expected: str) -> None:
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{self.path}: {self._architecture}.{key} is {str(value)[:100]!r}, not {expected}. Copy or "
             "download the file again."
         )
@@ -180,7 +181,7 @@ class GgufReader(TensorReader):
         return config
 
     def _unsupported(self, feature: str) -> None:
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{self.path}: {feature} are not supported in GGUF files. Import the model's safetensors "
             "with --from_hf."
         )
@@ -192,7 +193,7 @@ class GgufReader(TensorReader):
             return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
         if stem in _NAMES:
             return f"{_NAMES[stem]}.{kind}"
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{self.path}: the tensor {name} is not supported, and the model would be wrong without it. "
             "Import the model's safetensors with --from_hf."
         )
@@ -209,7 +210,7 @@ class GgufReader(TensorReader):
                 block, size = gguf.GGML_QUANT_SIZES[kind]
                 gguf.dequantize(np.zeros((1, size), np.uint8), kind)
             except (NotImplementedError, KeyError):
-                raise WeightFileError(
+                raise CheckpointFileError(
                     f"{self.path} has tensors of type {kind.name}, which cannot be dequantised. Use a "
                     "file of another quantisation, such as Q8_0 or Q4_K_M."
                 ) from None

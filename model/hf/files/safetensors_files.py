@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from espalier.common import files
+from espalier.common import checkpoint_files
+from espalier.common.checkpoint_files import CheckpointFileError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,10 +47,6 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class WeightFileError(ValueError):
-    """Weight files that cannot be read, or are not safe to read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +96,7 @@ class SafetensorsReader(TensorReader):
       single: name of that file.
 
     Raises:
-      WeightFileError: there are no weights or only pickled ones, the index refers to a file outside
+      CheckpointFileError: there are no weights or only pickled ones, the index refers to a file outside
         the directory, or a file is damaged.
     """
 
@@ -110,7 +107,7 @@ class SafetensorsReader(TensorReader):
         for file, names in _files(self.directory, single).items():
             header = _read_header(file)
             if missing := sorted(set(names or header) - set(header)):
-                raise WeightFileError(
+                raise CheckpointFileError(
                     f"{file} lacks {missing[0]}, which {INDEX} lists for this file. The checkpoint is "
                     "incomplete or mixed from two: copy it again."
                 )
@@ -122,7 +119,7 @@ class SafetensorsReader(TensorReader):
         """Fills a contiguous array with a tensor's rows from `start` on. Thread-safe.
 
         Raises:
-          WeightFileError: the file has become shorter since it was opened.
+          CheckpointFileError: the file has become shorter since it was opened.
         """
         info = self.tensors[name]
         width = math.prod(info.shape[1:]) if info.shape else 0
@@ -137,7 +134,7 @@ class SafetensorsReader(TensorReader):
             part = data[position : position + _READ_BYTES]
             count = os.preadv(self._descriptors[info.file], [part.data], offset + position)
             if not count:
-                raise WeightFileError(f"{info.file} has been cut short since it was opened.")
+                raise CheckpointFileError(f"{info.file} has been cut short since it was opened.")
             position += count
 
     def close(self) -> None:
@@ -150,31 +147,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      WeightFileError: the file is missing, a link out of its directory, too long, or not a JSON object.
+      CheckpointFileError: the file is missing, a link out of its directory, too long, or not a JSON object.
     """
     if not os.path.lexists(path):
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{path} is missing: give the directory of a Hugging Face checkpoint, as "
             "save_pretrained or a download of the whole repository writes it."
         )
-    target = _inside(path.parent, path.name)
-    try:
-        with open(target, "rb") as file:
-            content = file.read(_MAX_JSON + 1)
-        if len(content) > _MAX_JSON:
-            raise WeightFileError(f"{path} is longer than {_MAX_JSON:,} bytes: copy it again.")
-        value = json.loads(content)
-    except WeightFileError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise WeightFileError(f"{path} is not JSON ({error}): copy it again.") from None
-    except OSError as error:
-        raise WeightFileError(
-            f"{path} cannot be read ({error.strerror}): change its permissions."
-        ) from None
-    if not isinstance(value, dict):
-        raise WeightFileError(f"{path} is not a JSON object: copy it again.")
-    return value
+    return checkpoint_files.read_json(path.parent, path.name, max_bytes=_MAX_JSON)
 
 
 def _files(directory: pathlib.Path, single: str) -> dict[pathlib.Path, list[str] | None]:
@@ -182,7 +162,7 @@ def _files(directory: pathlib.Path, single: str) -> dict[pathlib.Path, list[str]
     if os.path.lexists(directory / INDEX):
         names = read_json(directory / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
-            raise WeightFileError(f"{directory / INDEX} has no 'weight_map': copy it again.")
+            raise CheckpointFileError(f"{directory / INDEX} has no 'weight_map': copy it again.")
         files: dict[pathlib.Path, list[str]] = {}
         paths = {file: _inside(directory, file) for file in set(map(_text, names.values()))}
         for name, file in names.items():
@@ -191,17 +171,19 @@ def _files(directory: pathlib.Path, single: str) -> dict[pathlib.Path, list[str]
     if os.path.lexists(directory / single):
         return {_inside(directory, single): None}
     if not directory.is_dir():
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{directory} is not a directory: give the directory of a checkpoint."
         )
     pickled = sorted(p.name for p in directory.iterdir() if _is_pickled(p.name))
     if pickled:
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{directory} has its weights in {pickled[0]}, a pickle, which runs code when it is "
             "read. If you trust it, convert it with transformers: AutoModelForCausalLM"
             ".from_pretrained(...).save_pretrained(..., safe_serialization=True)."
         )
-    raise WeightFileError(f"{directory} has no weights: give a directory with {single} or {INDEX}.")
+    raise CheckpointFileError(
+        f"{directory} has no weights: give a directory with {single} or {INDEX}."
+    )
 
 
 def _text(value: Any) -> str:
@@ -215,24 +197,14 @@ def _is_pickled(name: str) -> bool:
 def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of a file directly in the directory; links may not leave the checkpoint."""
     if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{directory / INDEX} names the file {name[:200]!r}, which is not a plain name in its own "
             "directory. Do not use this checkpoint, or correct the index."
         )
-    try:
-        target, root = (directory / name).resolve(), directory.resolve()
-        is_file = target.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # a long or invalid name, a loop of links
-        raise WeightFileError(
-            f"{directory} has no readable file {name[:200]!r} ({type(error).__name__}): copy the checkpoint again."
-        ) from None
-    if not files.is_within(target, root):
-        raise WeightFileError(
-            f"{directory / name} is a link to {target}, outside of the checkpoint. Put the file itself "
-            "there if you trust it."
+    if (target := checkpoint_files.resolve(directory, name)) is None:
+        raise CheckpointFileError(
+            f"{directory}: {name[:200]!r} is missing: copy the checkpoint again."
         )
-    if not is_file:
-        raise WeightFileError(f"{directory / name} is missing: copy the checkpoint again.")
     return target
 
 
@@ -248,13 +220,13 @@ def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
             length = os.fstat(stream.fileno()).st_size
         header.pop("__metadata__", None)
         return {name: _info(file, name, entry, 8 + size, length) for name, entry in header.items()}
-    except WeightFileError:
+    except CheckpointFileError:
         raise
     except (
         *(safetensors.SafetensorError, ValueError, RecursionError, OSError),
         *(AttributeError, KeyError, TypeError),
     ) as error:
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{file} is damaged or not a safetensors file ({error}). Copy or download it again."
         ) from None
 
@@ -267,7 +239,7 @@ def _info(
     The library has checked the same, but may read a key that the header has twice otherwise.
     """
     if entry["dtype"] not in DTYPES:
-        raise WeightFileError(
+        raise CheckpointFileError(
             f"{file}: {name} has dtype {entry['dtype']}, which is not supported. Save it in one of "
             f"{', '.join(DTYPES)}."
         )

@@ -9,10 +9,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.data.tokenizers import chat_template, control_tokens, vocabularies
 from espalier.data.tokenizers.chat_sandbox import Rendered
 from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
-from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 SOURCES = {path.stem: path.read_text("utf-8") for path in (GOLDENS / "chat_templates").iterdir()}
@@ -214,7 +214,7 @@ def test_private_characters_beside_spelled_tokens_are_an_error(byte_level):
     template = bound(CHATML, byte_level)
     fine = template.rendered(said("\ue000 < \U000f0000"))
     assert control_tokens.encode(byte_level, fine)[0] == byte_level.encode(fine.text)
-    with pytest.raises(TokenizerError, match="private-use characters"):
+    with pytest.raises(CheckpointFileError, match="private-use characters"):
         control_tokens.encode(byte_level, template.rendered(said("<|im_end|>\U000f0001")))
 
 

@@ -10,10 +10,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.data.tokenizers import gguf_tokenizer, hf_tokenizer, spm_tokenizer
-from espalier.data.tokenizers.hf_tokenizer import TokenizerError
 from espalier.model.hf.files.gguf_file import GgufReader
-from espalier.model.hf.files.safetensors_files import WeightFileError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 GOLDEN = json.loads((GOLDENS / "gguf_tokenizer.json").read_bytes())
@@ -199,16 +198,16 @@ def test_sentencepiece_metadata_gives_the_ids_of_sentencepiece(llama, tmp_path):
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, change, message):
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(CheckpointFileError, match=message):
         gguf_tokenizer.write(byte_level(**{"pre": "gpt-2", **change}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(WeightFileError, match="x.gguf is damaged or not a GGUF file"):
+    with pytest.raises(CheckpointFileError, match="x.gguf is damaged or not a GGUF file"):
         GgufReader(tmp_path / "x.gguf")
-    with pytest.raises(WeightFileError, match="y.gguf is not a file"):
+    with pytest.raises(CheckpointFileError, match="y.gguf is not a file"):
         GgufReader(tmp_path / "y.gguf")
 
 

@@ -13,12 +13,12 @@ import tensorflow as tf
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.data import seqio_tasks
 from espalier.data.cache import fingerprint, store, task_cache
 from espalier.data.stream import rows
 from espalier.data.tokenizers import hf_tokenizer, vocabularies
 from espalier.data.tokenizers.chat_sandbox import Rendered
-from espalier.data.tokenizers.hf_tokenizer import TokenizerError
 from espalier.data.tokenizers.pieces import Pieces
 
 # One sentence in each of the 23 languages of Aya 23.
@@ -227,7 +227,7 @@ def test_extra_ids_follow_the_entries_the_last_first(folder, vocabulary):
     assert found.decode([SIZE + 1]) == "<extra_id_1>"
     assert rows.vocabulary_digest(found) != rows.vocabulary_digest(vocabulary)
     twice = hf_tokenizer.load(found._tokenizer().to_str().encode())
-    with pytest.raises(TokenizerError, match="already has <extra_id_0>"):
+    with pytest.raises(CheckpointFileError, match="already has <extra_id_0>"):
         hf_tokenizer.load(twice.to_str().encode(), extra_ids=1)
 
 
@@ -256,7 +256,7 @@ def test_what_ends_a_continuation(copy):
     assert ends() == (3,)
     assert ends(config={"eos_token_id": 4}) == (4,)
     assert ends(config={"eos_token_id": 4}, generation_config={"eos_token_id": [4, 3]}) == (4, 3)
-    with pytest.raises(TokenizerError, match="generation_config.json: eos_token_id is '</s>'"):
+    with pytest.raises(CheckpointFileError, match="generation_config.json: eos_token_id is '</s>'"):
         ends(generation_config={"eos_token_id": "</s>"})
 
 
@@ -297,7 +297,7 @@ def test_names_of_special_tokens_may_stand_in_their_own_file(copy):
     ],
 )
 def test_damaged_files_are_named(copy, files, message):
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(CheckpointFileError, match=message):
         vocabularies.huggingface(path=copy(**files))
 
 

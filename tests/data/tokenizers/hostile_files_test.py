@@ -13,16 +13,16 @@ import time
 
 import pytest
 
+from espalier.common import checkpoint_files
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.data.tokenizers import (
     chat_sandbox,
     chat_template,
-    checkpoint_files,
     hf_tokenizer,
     tokenizer_probe,
     vocabularies,
 )
 from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
-from espalier.data.tokenizers.hf_tokenizer import TokenizerError
 from espalier.model.hf.files import safetensors_files
 
 USER = [{"role": "user", "content": "hi"}]
@@ -198,7 +198,7 @@ def test_links_stay_in_the_checkpoint(folder, name, users, tmp_path):
 
     def refused(problem):
         for use in users:
-            with pytest.raises(TokenizerError, match=problem) as error:
+            with pytest.raises(CheckpointFileError, match=problem) as error:
                 use(folder, target)
             assert name in str(error.value)
         path.unlink()
@@ -206,9 +206,7 @@ def test_links_stay_in_the_checkpoint(folder, name, users, tmp_path):
     for outside in (tmp_path / "secret", "/dev/zero", "../../secret"):
         path.symlink_to(outside)
         if not name.startswith("additional"):  # the same verdict as for weights
-            with pytest.raises(
-                safetensors_files.WeightFileError, match="outside of the checkpoint"
-            ):
+            with pytest.raises(CheckpointFileError, match="outside of the checkpoint"):
                 safetensors_files.read_json(path)
         refused("outside of the checkpoint")
     os.mkfifo(path)
@@ -265,7 +263,8 @@ CHARSMAP = base64.b64encode(struct.pack("<I", 4) + b"\0" * 4 + b"x" * 5000 + b"\
 def test_a_tokenizer_that_fails_or_explodes_is_one_error(short, folder, changes, words):
     write(folder, **changes)
     with pytest.raises(
-        TokenizerError, match=f"tokenizer.json is damaged or not a tokenizer: .*({words})|({words})"
+        CheckpointFileError,
+        match=f"tokenizer.json is damaged or not a tokenizer: .*({words})|({words})",
     ):
         hf_tokenizer.read(folder)
 
@@ -287,7 +286,7 @@ def test_a_tokenizer_that_fails_or_explodes_is_one_error(short, folder, changes,
 )  # fmt: skip
 def test_damaged_settings_are_one_error(folder, name, content, words):
     (folder / name).write_bytes(content)
-    with pytest.raises(TokenizerError, match=words):
+    with pytest.raises(CheckpointFileError, match=words):
         hf_tokenizer.read(folder)
 
 
@@ -305,7 +304,9 @@ def test_a_crash_on_a_later_text_is_one_error(folder, monkeypatch):
     )
     vocabulary = vocabularies.huggingface(path=folder)
     assert vocabulary.encode("ab") == [0, 1]
-    with pytest.raises(TokenizerError, match="tokenizer.json fails on this text: .*retry-limit"):
+    with pytest.raises(
+        CheckpointFileError, match="tokenizer.json fails on this text: .*retry-limit"
+    ):
         vocabulary.encode("q" * 30 + "!")
 
 
@@ -329,7 +330,7 @@ def test_changed_settings_load_or_are_the_projects_error(folder):
         try:
             hf_tokenizer.read(folder)
             loaded += 1
-        except TokenizerError as error:
+        except CheckpointFileError as error:
             assert len(str(error)) < 1000
     assert 0 < loaded < 200 and time.monotonic() - started < 60
 
@@ -365,11 +366,11 @@ def test_a_damaged_sentencepiece_model_is_one_error(folder, tmp_path):
     model = folder / "tokenizer.model"
     for content in (b"x" * 1000, random.Random(0).randbytes(5000)):
         model.write_bytes(content)
-        with pytest.raises(TokenizerError, match=r"tokenizer\.model is damaged or not a Sent"):
+        with pytest.raises(CheckpointFileError, match=r"tokenizer\.model is damaged or not a Sent"):
             vocabularies.huggingface(path=folder)
         with pytest.raises(ValueError, match=r"tokenizer\.model is damaged or not a Sent"):
             vocabularies.from_file(path=model)
     model.unlink()
     model.symlink_to(tmp_path / "secret")
-    with pytest.raises(TokenizerError, match="outside of the checkpoint"):
+    with pytest.raises(CheckpointFileError, match="outside of the checkpoint"):
         vocabularies.huggingface(path=folder)

@@ -106,8 +106,8 @@ def _cases(seed: int) -> Iterator[Case]:
 
 def _contents(template: str, form: str, bench: Bench) -> int:
     """The template alone writes control tokens: as many of each as around a plain content."""
+    from espalier.common.checkpoint_files import CheckpointFileError
     from espalier.data.tokenizers.chat_template import ChatTemplateError
-    from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
     _vocabulary.cache_clear()
     tried = 0
@@ -117,7 +117,7 @@ def _contents(template: str, form: str, bench: Bench) -> int:
         content = _FORMS[form].format(token, end, token[:half], token[half:])
         try:
             vocabulary, ids = _encoded(template, _said(content, place), bench)
-        except (ChatTemplateError, TokenizerError):
+        except (ChatTemplateError, CheckpointFileError):
             continue  # refused, with a reason
         _, plain = _encoded(template, _said("plain", place), bench)
         special = {vocabulary.encode(text)[-1] for text in _TOKENS}

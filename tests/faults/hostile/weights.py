@@ -118,7 +118,8 @@ def _changed(content: bytes, head: int, choice: Any) -> bytes:
 
 
 def _fuzz_safetensors(key: str, bench: Bench) -> int:
-    from espalier.model.hf.files.safetensors_files import SafetensorsReader, WeightFileError
+    from espalier.common.checkpoint_files import CheckpointFileError
+    from espalier.model.hf.files.safetensors_files import SafetensorsReader
 
     choice, folder = bench.random(key), checkpoint.write(bench.folder / "hf")
     path = folder / "model.safetensors"
@@ -130,13 +131,13 @@ def _fuzz_safetensors(key: str, bench: Bench) -> int:
             for name in reader.tensors:
                 reader.read(name)
 
-    return _fuzz(read, path, content, head, choice, WeightFileError)
+    return _fuzz(read, path, content, head, choice, CheckpointFileError)
 
 
 def _fuzz_gguf(key: str, bench: Bench) -> int:
+    from espalier.common.checkpoint_files import CheckpointFileError
     from espalier.model.hf.config_fields import UnsupportedConfig
     from espalier.model.hf.files.gguf_file import GgufReader
-    from espalier.model.hf.files.safetensors_files import WeightFileError
 
     path = bench.folder / "x.gguf"
     pairs = {"general.architecture": "llama", "general.name": "x"}
@@ -153,7 +154,7 @@ def _fuzz_gguf(key: str, bench: Bench) -> int:
 
     head = len(content) - 228
     choice = bench.random(key)
-    return _fuzz(read, path, content, head, choice, WeightFileError, UnsupportedConfig)
+    return _fuzz(read, path, content, head, choice, CheckpointFileError, UnsupportedConfig)
 
 
 def _fuzz(

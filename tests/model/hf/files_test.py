@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.model.hf import registry
 from espalier.model.hf.files import gguf_file
 from espalier.model.hf.files.safetensors_files import (
@@ -16,7 +17,6 @@ from espalier.model.hf.files.safetensors_files import (
     SINGLE,
     SafetensorsReader,
     SafetensorsWriter,
-    WeightFileError,
 )
 from espalier.model.hf.plan import UnsuitableDtypeError, copy_tiled, plan
 
@@ -93,7 +93,7 @@ def index(folder, name):
 )
 def test_an_index_that_leaves_its_directory_is_refused(tmp_path, name):
     index(tmp_path, name)
-    with pytest.raises(WeightFileError, match="plain name|is missing"):
+    with pytest.raises(CheckpointFileError, match="plain name|is missing"):
         SafetensorsReader(tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_links_are_followed_within_a_checkpoint_only(tmp_path):
     folder = tmp_path / "repository" / "snapshots" / "0123"
     folder.mkdir(parents=True)
     (folder / SINGLE).symlink_to(tmp_path / "elsewhere" / "model-1.safetensors")
-    with pytest.raises(WeightFileError, match="is a link to .*elsewhere"):
+    with pytest.raises(CheckpointFileError, match="is a link to .*elsewhere"):
         SafetensorsReader(folder)
     blobs = tmp_path / "repository" / "blobs"  # as the hub's cache has it
     (tmp_path / "elsewhere").rename(blobs)
@@ -139,7 +139,7 @@ def entry(start, stop, shape=(1,), dtype="F32"):
 )
 def test_damaged_files_are_one_clear_error(tmp_path, content, words):
     (tmp_path / SINGLE).write_bytes(content)
-    with pytest.raises(WeightFileError, match=words) as caught:
+    with pytest.raises(CheckpointFileError, match=words) as caught:
         SafetensorsReader(tmp_path)
     assert SINGLE in str(caught.value)
 
@@ -149,27 +149,27 @@ def test_a_file_cut_short_while_it_is_open(tmp_path):
     with SafetensorsReader(tmp_path) as reader:
         with open(tmp_path / SINGLE, "r+b") as file:
             file.truncate(1000)
-        with pytest.raises(WeightFileError, match="cut short"):
+        with pytest.raises(CheckpointFileError, match="cut short"):
             reader.read("x")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "x.pt"])
 def test_pickles_are_not_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
-    with pytest.raises(WeightFileError, match="safe_serialization=True"):
+    with pytest.raises(CheckpointFileError, match="safe_serialization=True"):
         SafetensorsReader(tmp_path)
 
 
 def test_incomplete_checkpoints(tmp_path):
-    with pytest.raises(WeightFileError, match="has no weights"):
+    with pytest.raises(CheckpointFileError, match="has no weights"):
         SafetensorsReader(tmp_path)
-    with pytest.raises(WeightFileError, match="not a directory"):
+    with pytest.raises(CheckpointFileError, match="not a directory"):
         SafetensorsReader(tmp_path / "none")
     index(tmp_path, "model-2.safetensors")
-    with pytest.raises(WeightFileError, match=r"model-2\.safetensors is missing"):
+    with pytest.raises(CheckpointFileError, match=r"model-2\.safetensors' is missing"):
         SafetensorsReader(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"y": "model-1.safetensors"}}))
-    with pytest.raises(WeightFileError, match="lacks y"):
+    with pytest.raises(CheckpointFileError, match="lacks y"):
         SafetensorsReader(tmp_path)
 
 
@@ -289,7 +289,7 @@ def test_gguf_of_qwen_keeps_the_order_of_rows(tmp_path):
 )
 def test_gguf_files_that_would_become_another_model(tmp_path, arguments, words):
     write_gguf(tmp_path / "x.gguf", **arguments)
-    with pytest.raises(WeightFileError, match=words):
+    with pytest.raises(CheckpointFileError, match=words):
         gguf_file.GgufReader(tmp_path / "x.gguf")
 
 
@@ -298,7 +298,7 @@ def test_damaged_gguf_files(tmp_path):
     data = (tmp_path / "x.gguf").read_bytes()
     for content in (b"", b"GGUF", b"nothing of the kind" * 9, data[:300], data[: len(data) // 2]):
         (tmp_path / "y.gguf").write_bytes(content)
-        with pytest.raises(WeightFileError, match="damaged"):
+        with pytest.raises(CheckpointFileError, match="damaged"):
             gguf_file.GgufReader(tmp_path / "y.gguf")
-    with pytest.raises(WeightFileError, match="not a file"):
+    with pytest.raises(CheckpointFileError, match="not a file"):
         gguf_file.GgufReader(tmp_path / "none.gguf")

@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from espalier.common.checkpoint_files import CheckpointFileError
 from espalier.model.hf import registry
 from espalier.model.hf.config_fields import UnsupportedConfig
 from espalier.model.hf.family import MismatchedTensors
 from espalier.model.hf.files import gguf_file
 from espalier.model.hf.files.gguf_file import GgufReader
-from espalier.model.hf.files.safetensors_files import (
-    INDEX,
-    SINGLE,
-    SafetensorsReader,
-    WeightFileError,
-    read_json,
-)
+from espalier.model.hf.files.safetensors_files import INDEX, SINGLE, SafetensorsReader, read_json
 from tests.model.hf.cases import SMALL
 
 ARRAY, STRING, UINT32 = 9, 8, 4
@@ -70,7 +65,7 @@ def header(*parts, tensors=0, pairs=0):
 def test_counts_of_gguf_files_are_checked_before_they_are_used(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
     started = time.monotonic()
-    with pytest.raises(WeightFileError, match="x.gguf is damaged or not a GGUF file"):
+    with pytest.raises(CheckpointFileError, match="x.gguf is damaged or not a GGUF file"):
         GgufReader(tmp_path / "x.gguf")
     assert time.monotonic() - started < 5
 
@@ -122,7 +117,7 @@ def write_gguf(path, **changes):
 )
 def test_numbers_of_gguf_files_that_no_model_has(tmp_path, key, value):
     write_gguf(tmp_path / "x.gguf", **{key: value})
-    with pytest.raises(WeightFileError, match=rf"x\.gguf: llama\.{key} is "):
+    with pytest.raises(CheckpointFileError, match=rf"x\.gguf: llama\.{key} is "):
         GgufReader(tmp_path / "x.gguf")
 
 
@@ -156,7 +151,7 @@ def entry(start, stop, shape=(1,), dtype="F32"):
 )
 def test_headers_of_safetensors(tmp_path, content):
     (tmp_path / SINGLE).write_bytes(content)
-    with pytest.raises(WeightFileError, match=SINGLE):
+    with pytest.raises(CheckpointFileError, match=SINGLE):
         SafetensorsReader(tmp_path)
 
 
@@ -164,7 +159,7 @@ def test_headers_of_safetensors(tmp_path, content):
 def test_names_in_an_index(tmp_path, name):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"t": name}}))
-    with pytest.raises(WeightFileError) as error:
+    with pytest.raises(CheckpointFileError) as error:
         SafetensorsReader(tmp_path)
     assert len(str(error.value).encode()) < 1000
 
@@ -175,11 +170,11 @@ def test_settings_are_read_from_the_checkpoint_only(tmp_path):
     (tmp_path / "secret").write_text('{"secret": 1}')
     for target in ("../secret", "/dev/zero"):
         (folder / "config.json").symlink_to(target)
-        with pytest.raises(WeightFileError, match="outside of the checkpoint"):
+        with pytest.raises(CheckpointFileError, match="outside of the checkpoint"):
             read_json(folder / "config.json")
         (folder / "config.json").unlink()
     (folder / "config.json").write_bytes(b" " * ((64 << 20) + 1))
-    with pytest.raises(WeightFileError, match="longer than 67,108,864 bytes"):
+    with pytest.raises(CheckpointFileError, match="longer than 67,108,864 bytes"):
         read_json(folder / "config.json")
 
 
@@ -240,7 +235,7 @@ def test_changed_files_load_or_are_the_projects_error(tmp_path, read):
         try:
             read(tmp_path)
             loaded += 1
-        except WeightFileError as error:
+        except CheckpointFileError as error:
             assert str(path) in str(error)
         assert time.monotonic() - started < 5
     assert 0 < loaded < 300

@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 from espalier.data import tasks
 from espalier.launch.config import gin_config
-from espalier.launch.precompile import precompile, tpu_topology
+from espalier.launch.precompile import precompile, programs, tpu_topology
 from espalier.launch.sweep import file
 from espalier.trainers.objectives import lm
 from espalier.trainers.optim import schedules
@@ -275,5 +275,5 @@ def test_the_smaller_size_fits_the_papers_chips(monkeypatch):
     hbm = topology.chip.hbm_bytes
     # As started from the command line, without the tests' exact products.
     with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
-        report = precompile.compile_step(program, hbm_bytes=hbm)[0]
+        report = precompile.compile_work(programs.train(program), program, hbm_bytes=hbm)[0]
     assert report.fits and report.memory.peak <= 2.9e9

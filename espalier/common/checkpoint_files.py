@@ -9,12 +9,11 @@ from typing import Any
 from espalier.common import files
 
 MAX_JSON = 16 << 20  # bytes of a JSON file of settings
-SUFFIXES = (".json", ".model", ".jinja", ".txt")  # of the files that a tokenizer may have
 MAX_BYTES = 128 << 20  # bytes of a vocabulary
 
 
-class TokenizerError(ValueError):
-    """Tokenizer files are invalid, damaged, inconsistent, or not safe to read."""
+class CheckpointFileError(ValueError):
+    """Files of a checkpoint are missing, damaged, inconsistent, or not safe to read."""
 
 
 def resolve(folder: str | os.PathLike, name: str) -> pathlib.Path | None:
@@ -25,7 +24,7 @@ def resolve(folder: str | os.PathLike, name: str) -> pathlib.Path | None:
       name: path of the file in it.
 
     Raises:
-      TokenizerError: it is no regular file, or a link leads out of the checkpoint.
+      CheckpointFileError: it is no regular file, or a link leads out of the checkpoint.
     """
     path = pathlib.Path(folder, name)
     try:
@@ -33,14 +32,14 @@ def resolve(folder: str | os.PathLike, name: str) -> pathlib.Path | None:
             return None
         root, target = pathlib.Path(folder).resolve(), path.resolve()
         if not files.is_within(target, root):
-            raise TokenizerError(
+            raise CheckpointFileError(
                 f"{path} is a link to {target}, outside of the checkpoint. Put the file itself there if "
                 "you trust it"
             )
         if not stat.S_ISREG(target.stat().st_mode):
-            raise TokenizerError(f"{path} is not a regular file. Copy the checkpoint again")
+            raise CheckpointFileError(f"{path} is not a regular file. Copy the checkpoint again")
     except (OSError, UnicodeError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise TokenizerError(
+        raise CheckpointFileError(
             f"{str(path)[:300]!r} cannot be read ({error}). Copy the checkpoint again"
         ) from None
     return target
@@ -50,7 +49,7 @@ def read(folder: str | os.PathLike, name: str, *, max_bytes: int) -> bytes | Non
     """Returns the content of a checkpoint's file; None if there is no such file.
 
     Raises:
-      TokenizerError: see `resolve`; or the file is longer than `max_bytes`.
+      CheckpointFileError: see `resolve`; or the file is longer than `max_bytes`.
     """
     path = pathlib.Path(folder, name)
     if (target := resolve(folder, name)) is None:
@@ -59,11 +58,11 @@ def read(folder: str | os.PathLike, name: str, *, max_bytes: int) -> bytes | Non
         with open(target, "rb") as file:
             content = file.read(max_bytes + 1)
     except OSError as error:
-        raise TokenizerError(
+        raise CheckpointFileError(
             f"{path} cannot be read ({error.strerror}). Change its permissions"
         ) from None
     if len(content) > max_bytes:
-        raise TokenizerError(
+        raise CheckpointFileError(
             f"{path} is longer than {max_bytes:,} bytes, the limit for such a file. Do not use this "
             "checkpoint, or copy it again"
         )
@@ -74,36 +73,36 @@ def read_text(folder: str | os.PathLike, name: str, *, max_bytes: int) -> str | 
     """Returns the text of a checkpoint's file; None if there is no such file.
 
     Raises:
-      TokenizerError: see `read`; or the file is not UTF-8.
+      CheckpointFileError: see `read`; or the file is not UTF-8.
     """
     content = read(folder, name, max_bytes=max_bytes)
     try:
         return None if content is None else content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TokenizerError(
+        raise CheckpointFileError(
             f"{pathlib.Path(folder, name)} is not UTF-8 at byte offset {error.start}. Copy it again from "
             "the checkpoint"
         ) from None
 
 
-def read_json(folder: str | os.PathLike, name: str) -> dict[str, Any]:
+def read_json(folder: str | os.PathLike, name: str, *, max_bytes: int = MAX_JSON) -> dict[str, Any]:
     """Returns the object in a JSON file of settings, or {} if there is no such file.
 
     Raises:
-      TokenizerError: see `read`; or the file is not a JSON object.
+      CheckpointFileError: see `read`; or the file is not a JSON object.
     """
     path = pathlib.Path(folder, name)
-    content = read(folder, name, max_bytes=MAX_JSON)
+    content = read(folder, name, max_bytes=max_bytes)
     if content is None:
         return {}
     try:
         values = json.loads(content)
     except RecursionError:
-        raise TokenizerError(f"{path} is damaged: it is nested too deeply") from None
+        raise CheckpointFileError(f"{path} is damaged: it is nested too deeply") from None
     except ValueError as error:
-        raise TokenizerError(
+        raise CheckpointFileError(
             f"{path} is damaged: {error}. Copy it again from the checkpoint"
         ) from None
     if not isinstance(values, dict):
-        raise TokenizerError(f"{path} is not a JSON object. Copy it again from the checkpoint")
+        raise CheckpointFileError(f"{path} is not a JSON object. Copy it again from the checkpoint")
     return values
