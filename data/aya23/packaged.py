@@ -113,10 +113,17 @@ def _row(code: str, prompt: str, answer: str) -> Row:
 
 
 def _dialogues(code: str, env: environment.Environment) -> Iterator[Row]:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for source in table.LANGUAGES[code].sources:
         variant = packaged_text.VARIANTS[source.removeprefix("lang_")]
-        for _, talks in packaged_text.conversations(env, variant):
-            yield from (_row(code, *map(str, turns[:2])) for turns in talks if len(turns) > 1)
+        folder = f"chatterbot_corpus/data/{variant.dialogues}/"
+        for name, path in env.files("chatterbot-corpus", (".yml",)):
+            if variant.dialogues and name.startswith(folder):
+                for turns in yaml.load(path.read_text("utf-8"), Loader=loader)["conversations"]:
+                    if len(turns) > 1:
+                        yield _row(code, str(turns[0]), str(turns[1]))
 
 
 def _translations(code: str, pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:

@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from espalier.data.text.sources import catalogues, cleaning, environment
 
@@ -122,20 +121,15 @@ def _declarations(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:
         yield name.removesuffix(".textproto"), whole
 
 
-def conversations(env, variant: Variant) -> Iterator[tuple[str, list[list[Any]]]]:
-    """Yields (name of the file, its conversations, each a list of turns) of chatterbot-corpus."""
+def _dialogues(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     folder = f"chatterbot_corpus/data/{variant.dialogues}/"
     for name, path in env.files("chatterbot-corpus", (".yml",)):
         if variant.dialogues and name.startswith(folder):
-            yield name, yaml.load(path.read_text("utf-8"), Loader=loader)["conversations"]
-
-
-def _dialogues(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:
-    for name, talks in conversations(env, variant):
-        yield name.removesuffix(".yml"), ["\n".join(map(str, turns)) for turns in talks]
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            turns = yaml.load(path.read_text("utf-8"), Loader=loader)["conversations"]
+            yield name.removesuffix(".yml"), ["\n".join(map(str, turn)) for turn in turns]
 
 
 def _quotes(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:
