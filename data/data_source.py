@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from espalier.common import spelling
 from espalier.common.ranges import check_choice
 from espalier.common.storage import paths, ranges
 from espalier.data import pieces as pieces_lib
@@ -155,7 +156,7 @@ class FileSource(ReadByPieces, Counted, DataSource):
             )
             if both := sorted(set(found["train"]) & set(found["validation"])):
                 raise ValueError(
-                    f"{name}: {shorten(both)} is matched by files and by validation_files; make the "
+                    f"{name}: {spelling.few(both, 3)} is matched by files and by validation_files; make the "
                     "patterns disjoint"
                 )
         elif validation_fraction:
@@ -386,12 +387,6 @@ def _absolute(patterns: Patterns, data_root: str | None) -> dict[str, str]:
 
 def _expanded(path: str | os.PathLike) -> str:
     return os.path.expandvars(os.path.expanduser(path))
-
-
-def shorten(paths: Sequence[str], limit: int = 3) -> str:
-    """Returns the first paths and the number of the others, for an error message."""
-    shown = ", ".join(paths[:limit])
-    return shown if len(paths) <= limit else f"{shown} and {len(paths) - limit} more"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,7 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
       LoadError, ValueError: flags that exclude each other, or values out of range.
     """
-    from espalier.model.kv_cache.policies import policy_from_text
+    from espalier.model.kv_cache.policies import policy_from_text, settings_of
 
     _check(flags)
     beams = setting_flags.given(flags, Beams)
@@ -159,7 +159,7 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
         beams=Beams(**beams) if beams else None,
         sampling=dataclasses.replace(Settings().sampling, **setting_flags.given(flags, Sampling)),
     )
-    policy = policy_from_text(flags.cache_policy, _pairs(flags.cache))
+    policy = policy_from_text(flags.cache_policy, settings_of(flags.cache))
     if policy.future:
         raise LoadError(
             f"--cache_policy={flags.cache_policy} reads the answer that it should generate: it is only for "
@@ -228,19 +228,6 @@ def _check(flags: argparse.Namespace) -> None:
         raise LoadError(
             "--compare needs another cache than the full one: give --cache_policy=NAME."
         )
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    """Returns NAME=VALUE texts as a mapping."""
-    settings: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise LoadError(f"--cache={text}: expected NAME=VALUE, such as --cache=capacity=1024.")
-        if name in settings:
-            raise LoadError(f"--cache={name} is set twice: remove one.")
-        settings[name] = value
-    return settings
 
 
 def converse(

@@ -7,45 +7,35 @@ A restarted command resumes. Example:
   espalier quickstart --out=runs/quickstart
 """
 
-import argparse
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.launch import cli
+from espalier.launch.config.setting_flags import File, Folder
 
 ARMS = ("text", "balanced", "code_then_text")
 PROMPTS = ("The ", "def ")
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        default="runs/quickstart",
-        help="write the run directories into this folder (default runs/quickstart)",
-    )
-    parser.add_argument(
-        "--gin_file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="gin file that changes all arms, read after theirs; repeatable",
-    )
+def compare(*, out: Folder = "runs/quickstart", gin_file: Sequence[File] = ()) -> Mapping[str, Any]:
+    """Trains the arms that are not done yet, and compares all arms.
 
-
-def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
-    """Trains the arms that are not done yet, and compares all arms."""
+    Args:
+      out: write the run directories into this folder.
+      gin_file: gin file that changes all arms, read after theirs; repeatable.
+    """
     from espalier.launch.config import gin_config
     from espalier.launch.report.__main__ import report
 
     started = time.monotonic()
     runs = {}
     for number, arm in enumerate(ARMS, 1):
-        directory = os.path.join(flags.out, arm)
+        directory = os.path.join(out, arm)
         print(f"\n== arm {number} of {len(ARMS)}: {arm.replace('_', ' ')} ==", flush=True)
         config = gin_config.load(
-            [f"t5x_configs/experiments/code_mix/quickstart_{arm}.gin", *flags.gin_file],
+            [f"t5x_configs/experiments/code_mix/quickstart_{arm}.gin", *gin_file],
             [f"MODEL_DIR={directory!r}"],
             entry="espalier.launch.train:train",
         )
@@ -55,12 +45,12 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
             return result
         runs[arm] = directory
     print()
-    report(runs, flags.out)
+    report(runs, out)
     for arm, directory in runs.items():
         for prompt, text in _samples(directory):
             print(f"\nsample of {arm.replace('_', ' ')}, continuing {prompt!r}:\n{prompt}{text}")
     minutes = (time.monotonic() - started) / 60
-    print(f"\nplot   {os.path.join(flags.out, 'report.png')}")
+    print(f"\nplot   {os.path.join(out, 'report.png')}")
     for directory in runs.values():
         print(f"run    {directory}")
     print(f"{minutes:.1f} minutes")
@@ -84,7 +74,7 @@ def _samples(directory: str) -> list[tuple[str, str]]:
     return [(row["prompt"], row["text"]) for row in rows]
 
 
-main = cli.command(__doc__, "quickstart", _compare, add_flags=_add_flags)
+main = cli.command(__doc__, "quickstart", compare)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from espalier.common.ranges import Fraction
+from espalier.common.spelling import few
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
-from espalier.data.data_source import FileSource, shorten
+from espalier.data.data_source import FileSource
 from espalier.data.pieces import Piece
 from espalier.data.rows import columns
 from espalier.data.rows.columns import Columns
@@ -161,7 +162,7 @@ class RowFiles(FileSource, abc.ABC):
     MACRO: ClassVar[str]  # of the files; the macros of the held-out ones begin with it
 
     def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
-        where = f"{self.name}: {shorten(self.files[split])}"
+        where = f"{self.name}: {few(self.files[split], 3)}"
         if total:
             return DataError(
                 f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves none for the {split} "

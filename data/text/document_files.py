@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common.ranges import Fraction
+from espalier.common.spelling import few
 from espalier.data.cache import fingerprint
-from espalier.data.data_source import Files, FileSource, named_sets, shorten
+from espalier.data.data_source import Files, FileSource, named_sets
 from espalier.data.pieces import Piece
 from espalier.data.text import document_filters, documents, splits
 from espalier.data.text.document_filters import DocumentFilter, Sieve
@@ -155,7 +156,7 @@ class DocumentFiles(FileSource):
         dropped: Mapping[str, Mapping[str, int]],
     ) -> DataError:
         total = sum(count["documents"] for count in counts.values())
-        where = f"{self.name}: {shorten(self.files[split])}"
+        where = f"{self.name}: {few(self.files[split], 3)}"
         by_filter = ", ".join(
             f"{name} {count['documents']:,}"
             for name, count in dropped.items()

@@ -95,7 +95,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
       CheckpointFileError: a file is damaged, or the files are inconsistent.
     """
     folder = pathlib.Path(path)
-    content = checkpoint_files.read(folder, TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES)
+    content = checkpoint_files.read(folder, TOKENIZER)
     if content is None:
         raise FileNotFoundError(_missing(folder))
     try:
@@ -140,9 +140,7 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
     if templates:
         (target / folder.name).mkdir(exist_ok=True)
     for name in (*FILES, *templates):
-        if (
-            content := checkpoint_files.read(source, name, max_bytes=checkpoint_files.MAX_BYTES)
-        ) is not None:
+        if (content := checkpoint_files.read(source, name)) is not None:
             (target / name).write_bytes(content)
 
 

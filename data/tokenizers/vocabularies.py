@@ -179,11 +179,7 @@ def huggingface(
     path = mirror.local(path, suffixes=SUFFIXES)
     folder = pathlib.Path(path)
     alone = not os.path.lexists(folder / "tokenizer.json")
-    limit = checkpoint_files.MAX_BYTES
-    if (
-        alone
-        and (model := checkpoint_files.read(folder, SENTENCEPIECE, max_bytes=limit)) is not None
-    ):
+    if alone and (model := checkpoint_files.read(folder, SENTENCEPIECE)) is not None:
         if special_in_text is not None:
             raise ValueError(
                 f"{path}: special_in_text = {special_in_text} needs a tokenizer.json; the directory has {SENTENCEPIECE} only"

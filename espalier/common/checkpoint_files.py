@@ -45,7 +45,7 @@ def resolve(folder: str | os.PathLike, name: str) -> pathlib.Path | None:
     return target
 
 
-def read(folder: str | os.PathLike, name: str, *, max_bytes: int) -> bytes | None:
+def read(folder: str | os.PathLike, name: str, *, max_bytes: int = MAX_BYTES) -> bytes | None:
     """Returns the content of a checkpoint's file; None if there is no such file.
 
     Raises:

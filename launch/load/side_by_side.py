@@ -93,12 +93,12 @@ def _read(
 
     from espalier.model.adapters.adapter import is_adapter
     from espalier.trainers import initialise, partitioning
-    from espalier.trainers.checkpoints import base_step, step_dir
+    from espalier.trainers.checkpoints import base_step, state_tree, step_dir
     from espalier.trainers.checkpoints.array_files import read_verified
 
     mesh = partitioning.make_mesh(shape=config.mesh)
     abstract = initialise.abstract_params(model, mesh, partitioning.rules_named(config.rules))
-    wanted = {name: leaf for name, leaf in _flat(abstract).items() if is_adapter(name)}
+    wanted = {name: leaf for name, leaf in state_tree.flatten(abstract).items() if is_adapter(name)}
 
     def read(step: Any) -> tuple[Mapping[str, Any], Mapping[str, Any], str]:
         recorded = step_dir.read_manifest(step)
@@ -126,12 +126,6 @@ def _read(
         return named, meta, digest
 
     return step_dir.newest_good(path, read)
-
-
-def _flat(tree: Any) -> Mapping[str, Any]:
-    from espalier.trainers.checkpoints import state_tree
-
-    return state_tree.flatten(tree)
 
 
 def _is_equal(one: Any, other: Any) -> bool:

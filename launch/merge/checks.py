@@ -195,8 +195,7 @@ def _experts(record: Mapping[str, Any]) -> str:
 
 def tokenizer_of(folder: str | os.PathLike) -> bytes | None:
     """Returns a folder's tokenizer.json; None if it has none."""
-    limit = checkpoint_files.MAX_BYTES
-    return checkpoint_files.read(folder, hf_tokenizer.TOKENIZER, max_bytes=limit)
+    return checkpoint_files.read(folder, hf_tokenizer.TOKENIZER)
 
 
 def _check_tokenizers(merge: Merge, models: Sequence[HfModel]) -> None:

@@ -35,29 +35,28 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from espalier.common.storage import mirror
 from espalier.common.storage import paths as storage_paths
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import MANY, File, Folder
 from espalier.launch.inference import row_files
 from espalier.launch.inference.score import scored_row
 from espalier.launch.load import load_run
 from espalier.launch.load.load_run import EXAMPLE
-from espalier.launch.merge import checks, config_file, trials
+from espalier.launch.merge import config_file, start, trials
 from espalier.launch.merge.candidates import LINEAR, Candidates, Measure
-from espalier.launch.merge.models import NativeModel, check_distinct, digests, open_model
-from espalier.launch.merge.settings import Merge, MergeError, Module, Slice, Source
+from espalier.launch.merge.models import check_distinct, digests
+from espalier.launch.merge.settings import MergeError
 from espalier.launch.merge.trials import Trial, Trials, Weights
 from espalier.model.transforms import base
 
@@ -67,11 +66,10 @@ class SearchFlags:
     """Flags of `espalier merge search`.
 
     Attributes:
-      models: NAME=DIR of each run.
-      held_out: NAME=FILE of each domain.
-      out: folder of trials.jsonl, merge.yml and search.json.
-      scores: NAME=KEY of each domain, instead: where a file of --measure has its number, with / between keys; - before a key says
-        that lower numbers are better.
+      models: run directories of the models, whose weights are searched.
+      held_out: files of held-out rows of each domain, JSON lines.
+      scores: numbers of the files of --measure that count, with / between keys; lower ones are better after a -: NAME=-KEY.
+      out: write the trials and the merge to this folder.
       merge: YAML file of a merge without models; by default a linear one.
       measure: command that scores a merge, with {run} and {json}; repeatable.
       lower_is_better: whether the numbers of --measure are losses, which count by ratios.
@@ -85,11 +83,11 @@ class SearchFlags:
       batch_size: number of rows in a batch.
     """
 
-    models: Sequence[str]
-    held_out: Sequence[str] = ()
-    out: str
-    scores: Sequence[str] = ()
-    merge: setting_flags.File | None = None
+    models: Annotated[Sequence[Annotated[str, "NAME=DIR"]], MANY]
+    held_out: Annotated[Sequence[Annotated[str, "NAME=FILE"]], MANY] = ()
+    scores: Annotated[Sequence[Annotated[str, "NAME=KEY"]], MANY] = ()
+    out: Folder
+    merge: File | None = None
     measure: Sequence[str] = ()
     lower_is_better: bool = False
     frontier: bool = False
@@ -102,24 +100,9 @@ class SearchFlags:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    helps = {
-        "models": ("NAME=DIR", "run directories of the models, whose weights are searched"),
-        "held_out": ("NAME=FILE", "files of held-out rows of each domain, JSON lines"),
-        "scores": (
-            "NAME=KEY",
-            "numbers of the files of --measure that count, with / between keys; lower ones are better after a -: NAME=-KEY",
-        ),
-    }
-    for name, (what, text) in helps.items():
-        needed = name == "models"
-        default = None if needed else ()
-        parser.add_argument(
-            f"--{name}", required=needed, nargs="+", default=default, metavar=what, help=text
-        )
-    out_help = "write the trials and the merge to this folder"
-    parser.add_argument("--out", required=True, metavar="DIR", help=out_help)
-    names = [field.name for field in dataclasses.fields(SearchFlags)][4:]
-    setting_flags.add(parser.add_argument_group("search"), SearchFlags, names=names)
+    names = [field.name for field in dataclasses.fields(SearchFlags)]
+    setting_flags.add(parser, SearchFlags, names=names[:4])
+    setting_flags.add(parser.add_argument_group("search"), SearchFlags, names=names[4:])
 
 
 def run(flags: SearchFlags) -> list[str]:
@@ -143,7 +126,7 @@ def run(flags: SearchFlags) -> list[str]:
     os.makedirs(flags.out, exist_ok=True)
     facts: dict[str, Any] = {
         "models": [[name, step] for name, step in zip(models, steps, strict=True)],
-        "held_out": [[name, _digest(path)] for name, path in held_out.items()],
+        "held_out": [[name, row_files.digest(path, "held_out")] for name, path in held_out.items()],
         "search": [flags.method, flags.seed, flags.delta, flags.params],
     }
     if candidates is not None:
@@ -238,26 +221,11 @@ def _named(flag: str, entries: Sequence[str]) -> dict[str, str]:
 
 def _checked(paths: Sequence[str]) -> list[str]:
     """Returns the steps of runs that can be merged."""
-    part = Slice(tuple(Source(path, None, {}) for path in paths), None, {})
-    merge = Merge(
-        "--models", None, "linear", None, {"": Module((part,), {})}, {}, None, None, None, None, {}
-    )
-    opened = {path: open_model(path) for path in merge.models()}
-    for model in opened.values():
-        if not isinstance(model, NativeModel):
-            raise MergeError(
-                f"--models {model.path} is no run: import it with espalier convert --from_hf."
-            )
-    checks.check(merge, opened)
+    entries = [{"model": path} for path in dict.fromkeys(paths)]
+    merge = config_file.one({"merge_method": "linear", "models": entries}, name="--models")
+    opened = start.opened(merge)
     check_distinct(merge.file, digests(opened))
     return [" ".join(map(str, opened[path].fingerprint())) for path in paths]
-
-
-def _digest(path: str) -> str:
-    file = mirror.local(path)
-    if not os.path.isfile(file):
-        raise MergeError(f"--held_out: there is no file {path}.")
-    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -15,9 +15,13 @@ Exit status: 0 no warning, 1 a warning, 2 the configuration is wrong.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import File, Name
 from espalier.launch.precompile import tpu_topology
 from espalier.launch.precompile.__main__ import RECIPE, UNREAD
 
@@ -37,46 +41,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutFlags:
+    """The layouts of `espalier numerics`, and its report.
+
+    Attributes:
+      topology: slice to compile for, of several chips: v5p:2x2x1, v5e:4x4, ...; one slice alone.
+      orders: number of orders of the chips for each mesh: that of a run, its reverse, then random ones (default 2).
+      order: instead of --orders, the chips in the order in which they fill the mesh, such as 3,2,1,0; repeatable.
+      mesh: a mesh besides the run's own MESH, such as '{"data": 2, "fsdp": 2}'; repeatable.
+      json: also write all of the report to this JSON file.
+    """
+
+    topology: Name
+    orders: int | None = None
+    order: Sequence[Annotated[str, "CHIPS"]] = ()
+    mesh: Sequence[Annotated[str, "JSON"]] = ()
+    json: File | None = None
+
+
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layouts")
-    group.add_argument(
-        "--topology",
-        required=True,
-        metavar="NAME",
-        help="slice to compile for, of several chips: v5p:2x2x1, v5e:4x4, ...; one slice alone",
-    )
+    setting_flags.add(group, LayoutFlags, names=("topology",))
     either = group.add_mutually_exclusive_group()
-    either.add_argument(
-        "--orders",
-        type=int,
-        metavar="N",
-        help="number of orders of the chips for each mesh: that of a run, its reverse, then random ones (default 2)",
-    )
-    either.add_argument(
-        "--order",
-        action="append",
-        default=[],
-        metavar="CHIPS",
-        help="instead of --orders, the chips in the order in which they fill the mesh, such as 3,2,1,0; repeatable",
-    )
-    group.add_argument(
-        "--mesh",
-        action="append",
-        default=[],
-        metavar="JSON",
-        help='a mesh besides the run\'s own MESH, such as \'{"data": 2, "fsdp": 2}\'; repeatable',
-    )
-    group.add_argument(
-        "--json", metavar="FILE", help="also write all of the report to this JSON file"
-    )
+    setting_flags.add(either, LayoutFlags, names=("orders", "order"))
+    setting_flags.add(group, LayoutFlags, names=("mesh", "json"))
 
 
 def _run(start: cli.Start) -> int:
     from espalier.launch.numerics import numerics
 
-    flags, recipe = start.flags, start.config.arguments()["recipe"]
+    flags = setting_flags.filled(start.flags, LayoutFlags)
     warned = numerics.numerics(
-        recipe,
+        start.config.arguments()["recipe"],
         flags.topology,
         meshes=[numerics.mesh_of(text) for text in flags.mesh],
         orders=numerics.orders_of(flags.order) if flags.order else flags.orders,

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from espalier.common import stages
+from espalier.common.spelling import few
 from espalier.launch.numerics import reductions
 from espalier.launch.numerics.reductions import Reduction
 from espalier.launch.precompile import compile_report, precompile, programs, tpu_topology
@@ -305,7 +306,7 @@ def warnings(program: Program, layouts: Sequence[Layout]) -> list[str]:
         groups[worst.dtype, worst.terms, worst.bound, ways, of in changed].append(of)
     same = " How it is summed is the same in these layouts." if len(layouts) > 1 else ""
     return [
-        f"adapters that start at 0: {_few(names)}. The first update follows the sign of each gradient, whatever its size. The gradient is "
+        f"adapters that start at 0: {few(names, 2)}. The first update follows the sign of each gradient, whatever its size. The gradient is "
         f"summed in {dtype} over {terms} chips ({ways}) and errs by up to {bound:.2g} of the sum of its terms' sizes: where terms cancel, "
         f"rounding decides the sign.{' How it is summed differs between these layouts.' if differs else same}"
         for (dtype, terms, bound, ways, differs), names in groups.items()
@@ -411,23 +412,17 @@ def report(
             groups[one.dtype, one.terms, way, one.bound, one.combined[1:]].append(one.of)
         lines.append(f"  {'dtype':<6}{'terms':>5}  {'error':>7}  {'algorithm':<20}  sum of")
         for (dtype, terms, way, bound, _), names in groups.items():
-            lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.2g}  {way:<20}  {_few(names)}")
+            lines.append(f"  {dtype:<6}{terms:>5}  {bound:>7.2g}  {way:<20}  {few(names, 2)}")
     lines += ["", "error: at most this multiple of the sum of the terms' sizes, in any order"]
     differing: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for change in changed:
         compared = " and ".join(map(str, change["layouts"]))
         differing[compared, change["field"]].append(change["of"])
     for (compared, field), names in differing.items():
-        lines.append(f"layouts {compared} differ in {field}: {_few(names)}")
+        lines.append(f"layouts {compared} differ in {field}: {few(names, 2)}")
     if len(layouts) > 1 and not changed:
         lines.append("no sum differs between these layouts")
     for warning in risky:
         lines += ["", f"WARNING: {warning}"]
     lines += ["", "remedies:", *(f"  - {one}" for one in _REMEDIES)] if risky else []
     return "\n".join(lines)
-
-
-def _few(names: Sequence[str], most: int = 2) -> str:
-    names = list(dict.fromkeys(names))
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

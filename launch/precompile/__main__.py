@@ -163,11 +163,10 @@ def without_search(words: Sequence[str]) -> list[str]:
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:
-    from espalier.model.kv_cache.policies import policy_from_text
+    from espalier.model.kv_cache.policies import policy_from_text, settings_of
 
-    pairs = dict(pair.partition("=")[::2] for pair in flags.cache)
     return {
-        "policy": policy_from_text(flags.cache_policy, pairs),
+        "policy": policy_from_text(flags.cache_policy, settings_of(flags.cache)),
         "options": Options(**setting_flags.given(flags, Options)),
     }
 

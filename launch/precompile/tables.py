@@ -11,18 +11,17 @@ gin files compiles it again; after a change of model/ or trainers/, --again does
 Exit status: 1 if a chosen row has no report.
 """
 
-import argparse
 import datetime
 import json
-import os
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from espalier.common.bars import Bar
 from espalier.launch import cli, environment
-from espalier.launch.precompile import table_rows, tpu_topology
+from espalier.launch.config.setting_flags import MANY, Folder, Name
+from espalier.launch.precompile import apart, table_rows, tpu_topology
 from espalier.launch.precompile.table_rows import Row
 
 DOCS = pathlib.Path(environment.ROOT, "docs/evidence")
@@ -33,67 +32,47 @@ class RowError(ValueError):
     """An unknown row, or a file of reports that cannot be read."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+def _run(
+    *,
+    rows: Annotated[Sequence[Name], MANY] = (),
+    again: bool = False,
+    list: bool = False,
+    page_only: bool = False,
+    out: Folder | None = None,
+    row_seconds: Annotated[float, "S"] = 1800,
+    row_gb: Annotated[float, "GB"] = 12,
+) -> int:
+    """Compiles rows and writes the tables; returns the exit status.
+
+    Args:
+      rows: compile only these rows, in this order (default: all).
+      again: also compile rows that have a result.
+      list: only print the command of each row.
+      page_only: compile nothing, and write the page from the JSON file.
+      out: folder of the JSON file and the page (default: docs/evidence).
+      row_seconds: seconds that a row may take.
+      row_gb: memory in GB that a row may take on this machine.
+    """
     tpu_topology.prepare_environment()
-    return cli.run_command(
-        __doc__, "precompile tables", _run, add_flags=_add_flags, huge_pages=False, argv=argv
-    )
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="compile only these rows, in this order (default: all)",
-    )
-    parser.add_argument("--again", action="store_true", help="also compile rows that have a result")
-    parser.add_argument("--list", action="store_true", help="only print the command of each row")
-    parser.add_argument(
-        "--page_only",
-        action="store_true",
-        help="compile nothing, and write the page from the JSON file",
-    )
-    parser.add_argument(
-        "--out",
-        default=str(DOCS),
-        metavar="DIR",
-        help="folder of the JSON file and the page (default: docs/evidence)",
-    )
-    parser.add_argument(
-        "--row_seconds",
-        type=float,
-        default=1800,
-        metavar="S",
-        help="seconds that a row may take (default 1800)",
-    )
-    parser.add_argument(
-        "--row_gb",
-        type=float,
-        default=12,
-        metavar="GB",
-        help="memory in GB that a row may take on this machine (default 12)",
-    )
-
-
-def _run(flags: argparse.Namespace) -> int:
     tables = table_rows.rows()
-    chosen = _chosen(tables, flags.rows)
-    if flags.list:
+    chosen = _chosen(tables, rows)
+    if list:
         for row in chosen:
             print(f"# {row.name}: {row.title}\n{shlex.join(_command(row))}\n")
         return 0
-    target = pathlib.Path(flags.out, JSON)
-    records = read(target)
-    if not flags.page_only:
+    folder = pathlib.Path(out or DOCS)
+    records = read(folder / JSON)
+    if not page_only:
         if reason := tpu_topology.missing():
             raise tpu_topology.TopologyError(f"The tables need libtpu, but {reason}.")
-        _compile(chosen, records, target, flags)
+        limits = apart.Limits(row_seconds, row_gb * 1e9)
+        _compile(chosen, records, folder / JSON, limits, again=again)
     page = table_rows.page(tables, records)
-    pathlib.Path(flags.out, PAGE).write_text(page, encoding="utf-8")
+    (folder / PAGE).write_text(page, encoding="utf-8")
     return int(any(records.get(row.name, {}).get("report") is None for row in chosen))
+
+
+main = cli.command(__doc__, "precompile tables", _run, huge_pages=False)
 
 
 def _chosen(tables: Mapping[str, Sequence[Row]], names: Sequence[str]) -> list[Row]:
@@ -118,17 +97,21 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _compile(
-    rows: Sequence[Row], records: dict[str, Any], target: pathlib.Path, flags: argparse.Namespace
+    rows: Sequence[Row],
+    records: dict[str, Any],
+    target: pathlib.Path,
+    limits: apart.Limits,
+    *,
+    again: bool,
 ) -> None:
     """Compiles rows that have no report yet, and writes the records after each."""
-    from espalier.launch.precompile import apart, precompile
+    from espalier.launch.precompile import precompile
 
-    limits = apart.Limits(flags.row_seconds, flags.row_gb * 1e9)
     versions = tpu_topology.versions()
     waiting = [
         row
         for row in rows
-        if flags.again
+        if again
         or (record := records.get(row.name)) is None
         or record["report"] is None
         or record["digest"] != row.digest(versions)
@@ -149,7 +132,6 @@ def _compile(
                 "problem": outcome.problem,
                 "report": outcome.report,
             }
-            os.makedirs(target.parent, exist_ok=True)
             precompile.write_json(target, {"rows": records})
             line = table_rows.summary(records[row.name])
             progress.write(f"{row.name}: {line}, {outcome.seconds:.0f} s")

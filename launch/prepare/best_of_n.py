@@ -41,6 +41,7 @@ import numpy as np
 from espalier.common.end_tokens import read_ends
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import File
 from espalier.launch.inference import row_files
 from espalier.launch.load import load_run
 
@@ -93,27 +94,25 @@ class RewardFlags:
                 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleFlags:
+    """The samples, and the files of the best ones.
+
+    Attributes:
+      inputs: read the rows that espalier generate wrote to this file.
+      output: write the best row of each prompt to this file.
+      pairs: write the best and the worst row of each prompt to this file, as pairs.
+      keep_cut: also use samples that were cut at the maximum length; training ends them with EOS as if they were whole.
+    """
+
+    inputs: File
+    output: File | None = None
+    pairs: File | None = None
+    keep_cut: bool = False
+
+
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("samples")
-    group.add_argument(
-        "--inputs",
-        required=True,
-        metavar="FILE",
-        help="read the rows that espalier generate wrote to this file",
-    )
-    group.add_argument(
-        "--output", metavar="FILE", help="write the best row of each prompt to this file"
-    )
-    group.add_argument(
-        "--pairs",
-        metavar="FILE",
-        help="write the best and the worst row of each prompt to this file, as pairs",
-    )
-    group.add_argument(
-        "--keep_cut",
-        action="store_true",
-        help="also use samples that were cut at the maximum length; training ends them with EOS as if they were whole",
-    )
+    setting_flags.add(parser.add_argument_group("samples"), SampleFlags)
     setting_flags.add(parser.add_argument_group("reward"), RewardFlags)
 
 
@@ -123,7 +122,7 @@ def _run(start: cli.Start) -> None:
     Raises:
       RewardError: no output is set, a penalty that has no effect, or rows that cannot be ranked.
     """
-    flags = start.flags
+    flags = setting_flags.filled(start.flags, SampleFlags)
     if flags.output is None and flags.pairs is None:
         raise RewardError("No output is set: give --output, --pairs or both.")
     taken = {"inputs": flags.inputs}

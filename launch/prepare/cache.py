@@ -27,21 +27,13 @@ from espalier.data import tasks as registry
 from espalier.data.cache import existing, store, task_cache
 from espalier.data.stream import mixing, rows, stored_plan, stream
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
 from espalier.launch.prepare import workers
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--replace",
-        action="store_true",
-        help="delete caches of these tasks that are damaged or out of date",
-    )
-    group.add_argument(
-        "--checksums",
-        action="store_true",
-        help="build nothing; add checksums of blocks to the caches of these tasks, which need them to be read in place in a store",
-    )
+    setting_flags.add(group, build_caches, names=("replace", "checksums"))
     workers.add_flags(parser)
 
 
@@ -62,8 +54,8 @@ def build_caches(
       tasks: functions that register SeqIO tasks.
       splits: splits to build, for the tasks that have them.
       cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
-      replace: whether to delete caches of these tasks that are damaged or out of date.
-      checksums: build nothing, but add checksums of blocks to the caches that there are, here and in the store.
+      replace: delete caches of these tasks that are damaged or out of date.
+      checksums: build nothing; add checksums of blocks to the caches of these tasks, which need them to be read in place in a store.
       plan: arguments of `data.stream.rows.plan_source`, with which a run plans its rows. Plans that would be made when the
         first run starts, those of very large caches, are made now. None makes none.
 
@@ -119,9 +111,10 @@ def _run(start: cli.Start) -> Any:
     names = ("task_feature_lengths", "packing", "long_documents", "inputs_prefix")
     plan: dict[str, Any] = start.config.bound_to(stream.make_stream, *names)
     lengths = plan.pop("task_feature_lengths", None)
-    given: dict[str, Any] = {"plan": {"feature_lengths": lengths, **plan}} if lengths else {}
-    flags = {name: getattr(start.flags, name) for name in ("replace", "checksums")}
-    return start(**given, **{name: True for name, on in flags.items() if on})
+    given = setting_flags.given(start.flags, build_caches, names=("replace", "checksums"))
+    if lengths:
+        given["plan"] = {"feature_lengths": lengths, **plan}
+    return start(**given)
 
 
 main = cli.gin_command(

@@ -12,40 +12,39 @@ espalier score and espalier generate.
 """
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import File, Name
 from espalier.launch.load import load_run
 
 EXAMPLE = '{"inputs": "...", "targets": "..."}'
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedFlags:
+    """Flags of `espalier prepare embed_sentences`.
+
+    Attributes:
+      inputs: read texts from this file of JSON lines.
+      output: write the rows with embeddings to this file.
+      key: key of the text in a row (default: inputs, prompt, messages or text).
+      batch_size: number of rows in a batch.
+    """
+
+    inputs: File
+    output: File
+    key: Name | None = None
+    batch_size: int = 32
+
+
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
-    group = parser.add_argument_group("rows")
-    group.add_argument(
-        "--inputs", required=True, metavar="FILE", help="read texts from this file of JSON lines"
-    )
-    group.add_argument(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="write the rows with embeddings to this file",
-    )
-    group.add_argument(
-        "--key",
-        metavar="NAME",
-        help="key of the text in a row (default: inputs, prompt, messages or text)",
-    )
-    group.add_argument(
-        "--batch_size",
-        type=int,
-        default=32,
-        metavar="N",
-        help="number of rows in a batch (default 32)",
-    )
+    setting_flags.add(parser.add_argument_group("rows"), EmbedFlags)
 
 
 def _run(start: cli.Start) -> None:
@@ -61,7 +60,7 @@ def _run(start: cli.Start) -> None:
     from espalier.launch.inference import row_files
     from espalier.trainers.scoring.scoring import MeanStates, Row
 
-    flags = start.flags
+    flags = setting_flags.filled(start.flags, EmbedFlags)
     row_files.check_output(flags.output, compressed=True, others={"inputs": flags.inputs})
     placed = row_files.read(flags.inputs, example=EXAMPLE)
     with start().load(flags.checkpoint, params=flags.params, encoder_decoders=True) as run:

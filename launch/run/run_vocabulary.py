@@ -147,7 +147,7 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
         (target / TOKENIZER).mkdir(exist_ok=True)
         hf_tokenizer.copy(source / TOKENIZER, target / TOKENIZER)
     for name in (MODEL, RECORD):  # the record last: without it a copy is ignored
-        content = checkpoint_files.read(source, name, max_bytes=checkpoint_files.MAX_BYTES)
+        content = checkpoint_files.read(source, name)
         if content is not None:
             (target / name).write_bytes(content)
 

@@ -87,12 +87,10 @@ class Settings(Launch):
             flags.append(f"--folder={self.directory}")
         return (sys.executable, *self.in_group(command, *flags))
 
+    def submitter(self) -> "LocalSubmitter":
+        from espalier.launch.submit.local import LocalSubmitter
 
-def submitter(settings: Settings) -> "LocalSubmitter":
-    """Returns the back end of the settings."""
-    from espalier.launch.submit.local import LocalSubmitter
-
-    return LocalSubmitter()
+        return LocalSubmitter()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

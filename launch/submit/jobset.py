@@ -116,6 +116,9 @@ class Settings(pods.Pods):
             return (self.slices, "slices"), (self.chips, "chips")
         return (self.nodes, "nodes"), (self.gpus_per_node, "GPUs")
 
+    def submitter(self) -> "JobSetSubmitter":
+        return JobSetSubmitter(self)
+
 
 def manifest(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the JobSet of a job."""
@@ -244,11 +247,6 @@ def _state(jobset: Mapping[str, Any]) -> Status:
     jobs = status.get("replicatedJobsStatus") or ()
     ready = any(entry.get("ready") for entry in jobs)
     return Status(state=State.RUNNING if ready else State.WAITING)
-
-
-def submitter(settings: Settings) -> "JobSetSubmitter":
-    """Returns the back end of the settings."""
-    return JobSetSubmitter(settings)
 
 
 class JobSetSubmitter:

@@ -4,6 +4,7 @@ A file's `get_config()` returns `as_config(settings)`, the settings of one back 
 value and keeps its type. The settings know the back end that runs jobs.
 """
 
+import abc
 import dataclasses
 import importlib
 import json
@@ -22,7 +23,7 @@ from espalier.launch.submit.base import SubmitError
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Modules of the back ends, each with a class `Settings` and a function `submitter`.
+# Modules of the back ends, each with a class `Settings`.
 BACKENDS = {
     "local": "espalier.launch.submit.group",
     "slurm": "espalier.launch.submit.slurm",
@@ -38,7 +39,7 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Launch:
+class Launch(abc.ABC):
     """The settings that all back ends share.
 
     Attributes:
@@ -81,11 +82,11 @@ class Launch:
 
     @property
     def variables(self) -> dict[str, str]:
-        return dict(_pair(entry) for entry in self.env)
+        return dict(entry.partition("=")[::2] for entry in self.env)
 
     @property
     def secret_places(self) -> dict[str, str]:
-        return dict(_pair(entry) for entry in self.secrets)
+        return dict(entry.partition("=")[::2] for entry in self.secrets)
 
     @property
     def interpreter(self) -> str:
@@ -124,6 +125,7 @@ class Launch:
 
     def check(self, words: Sequence[str]) -> None:
         """Raises SubmitError for a command, by its words, that the job's machines cannot run."""
+        del words
 
     def notes(self) -> list[str]:
         """Returns lines for the user on what the job has and uses."""
@@ -143,9 +145,9 @@ class Launch:
         secrets = [f"--secret={name}={path}" for name, path in self.secret_places.items()]
         return ["-m", "espalier.launch.submit.group", *flags, *secrets, "--", *command]
 
+    @abc.abstractmethod
     def submitter(self) -> Any:
         """Returns the back end, a `base.Submitter`, or a `base.Queue` unless FOREGROUND."""
-        return importlib.import_module(BACKENDS[self.BACKEND]).submitter(self)
 
     def changed(self, before: Mapping[str, Any]) -> list[str]:
         """Returns the names of settings that differ from those of an earlier submission, as JSON has kept them.
@@ -168,11 +170,6 @@ class Launch:
             for text in (value,) if isinstance(value, str) else value:
                 if text and not re.fullmatch(pattern, text, re.ASCII):
                     raise SubmitError(f"{name} = {text!r}: give a text like {like}.")
-
-
-def _pair(entry: str) -> tuple[str, str]:
-    name, _, value = entry.partition("=")
-    return name, value
 
 
 def as_config(settings: Launch) -> "ConfigDict":

@@ -16,7 +16,6 @@ from typing import Any
 from espalier.launch import environment
 from espalier.launch.submit import slurm_script
 from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError, answer
-from espalier.launch.submit.slurm_script import Settings
 
 _WAITING = (
     *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"),
@@ -42,9 +41,12 @@ class _Entry:
     dropped: bool = False
 
 
-def submitter(settings: Settings) -> "SlurmSubmitter":
-    """Returns the back end of the settings."""
-    return SlurmSubmitter(settings)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(slurm_script.Settings):
+    """The settings of slurm_script.py, which knows no queue."""
+
+    def submitter(self) -> "SlurmSubmitter":
+        return SlurmSubmitter(self)
 
 
 class SlurmSubmitter:

@@ -113,10 +113,8 @@ class Settings(Launch):
     def interpreter(self) -> str:
         return self.python or ".venv/bin/python"
 
-
-def submitter(settings: Settings) -> Printed:
-    """Returns the back end of the settings."""
-    return Printed(lambda job: commands(settings, job), "the commands for a TPU VM")
+    def submitter(self) -> Printed:
+        return Printed(lambda job: commands(self, job), "the commands for a TPU VM")
 
 
 def commands(settings: Settings, job: Job) -> str:

@@ -93,6 +93,9 @@ class Settings(Launch):
         lacks = ", and it has no xmanager: make xmanager" if missing else ""
         return [*super().notes(), f"xmanager_python: {python}{whose}{lacks}"]
 
+    def submitter(self) -> "XManagerSubmitter":
+        return XManagerSubmitter(self)
+
 
 def experiment(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the description of a job that the script reads."""
@@ -115,11 +118,6 @@ def experiment(settings: Settings, job: Job) -> dict[str, Any]:
         if settings.accelerator
         else {},
     }
-
-
-def submitter(settings: Settings) -> "XManagerSubmitter":
-    """Returns the back end of the settings."""
-    return XManagerSubmitter(settings)
 
 
 class XManagerSubmitter:

@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
     raise SystemExit(run.main())
 
-import argparse
 import contextlib
 import importlib
 import json
@@ -24,6 +23,7 @@ from typing import Any
 
 from espalier.launch import cli
 from espalier.launch.config import moved
+from espalier.launch.config.setting_flags import Folder, Name
 from espalier.launch.submit import worker
 from espalier.launch.sweep import check, parts
 from espalier.launch.sweep.file import Run
@@ -31,41 +31,32 @@ from espalier.launch.sweep.folder import Planned, SweepFolder, SweepFolderError
 from espalier.launch.sweep.parts import command_line
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep")
-    parser.add_argument(
-        "--run", required=True, metavar="NAME", help="name of the run in sweep.json"
-    )
-
-
-def _run(flags: argparse.Namespace) -> Mapping[str, Any]:
-    return run_one(SweepFolder(pathlib.Path(flags.out)), flags.run)
-
-
-main = cli.command(__doc__, "sweep.run", _run, add_flags=_add_flags)
-
-
-def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
+def run_one(*, out: Folder, run: Name) -> Mapping[str, Any]:
     """Trains or makes a run and evaluates it; returns {'interrupted': True} if a signal stopped it.
+
+    Args:
+      out: folder of the sweep.
+      run: name of the run in sweep.json.
 
     Raises:
       SweepFolderError: no such run, a run it depends on is not done, or its configuration has changed.
       MadeError: the command made nothing.
       EvaluationError: an evaluation failed, or its result cannot be written as JSON.
     """
+    folder = SweepFolder(pathlib.Path(out))
     planned = {entry.name: entry for entry in folder.read_plan()}
-    if name not in planned:
-        raise SweepFolderError(f"{folder.path}/sweep.json has no run {name!r}.")
-    entry = planned[name]
+    if run not in planned:
+        raise SweepFolderError(f"{folder.path}/sweep.json has no run {run!r}.")
+    entry = planned[run]
     if folder.changed(entry):
-        raise SweepFolderError(f"{name} has begun with another configuration: use --rerun_changed.")
-    record = {"digest": entry.digest, "evaluations": {}, **folder.record(name)}
-    folder.write_record(name, record)
+        raise SweepFolderError(f"{run} has begun with another configuration: use --rerun_changed.")
+    record = {"digest": entry.digest, "evaluations": {}, **folder.record(run)}
+    folder.write_record(run, record)
     if "trained" not in record:
         record["trained"] = (_make if entry.run.made else _train)(folder, entry, planned)
         if record["trained"] is None:
             return {"interrupted": True}
-        folder.write_record(name, record)
+        folder.write_record(run, record)
     for key, settings in entry.run.evaluations.items():
         if key not in record["evaluations"]:
             print(f"\n== evaluation {key} ==", flush=True)
@@ -77,8 +68,11 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
                 "seconds": round(time.monotonic() - began, 1),
                 "result": result,
             }
-            folder.write_record(name, record)
+            folder.write_record(run, record)
     return {}
+
+
+main = cli.command(__doc__, "sweep.run", run_one)
 
 
 class MadeError(ValueError):

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from espalier.model.kv_cache.base import CachePolicy
@@ -72,6 +72,23 @@ def policy_from_text(name: str, settings: Mapping[str, str]) -> CachePolicy:
                 f"{_settings(policy)}"
             ) from None
     return policy_named(name, **values)
+
+
+def settings_of(texts: Iterable[str]) -> dict[str, str]:
+    """Returns the settings for `policy_from_text` from the texts of --cache.
+
+    Raises:
+      ValueError: a text is not NAME=VALUE, or a setting is set twice.
+    """
+    settings: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--cache={text}: expected NAME=VALUE, such as --cache=capacity=1024.")
+        if name in settings:
+            raise ValueError(f"--cache={name} is set twice: remove one.")
+        settings[name] = value
+    return settings
 
 
 def _by_layer(text: str, settings: Mapping[str, str]) -> ByLayer:

@@ -685,7 +685,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_as_runs_by_hand(train, tiny, co
     folder.write_plan("sweep.py", plan)
     folder.directory("base/seed3").rename(out / "elsewhere")
     with pytest.raises(SweepFolderError, match="its gin files have changed since"):
-        sweep_run.run_one(folder, "base/seed3")
+        sweep_run.run_one(out=folder.path, run="base/seed3")
 
 
 def states_of(out):

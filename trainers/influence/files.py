@@ -113,37 +113,28 @@ def write_pieces(
     Every process goes through all pieces; the first writes them.
     """
     if agreement.is_primary():
-        _write(folder, layout, pieces, record)
+        fresh = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        with SafetensorsWriter(fresh, layout, shard_bytes=_SHARD_BYTES) as writer:
+            for name, start, values in pieces:
+                writer.write_values(name, values, start)
+        # Through JSON, as `read` sees them.
+        full = json.loads(json.dumps({**record, "sha256": files.sha256(fresh / SINGLE)}))
+        full[_OWN] = _record_checksum(full)
+        # Synced: the folder counts as whole once it has its record.
+        files.write_json(fresh / RECORD, full, synced=True, ensure_ascii=True)
+        old = _set_aside(folder)
+        if folder.exists():
+            # A folder with files cannot be replaced in one call: `exists` undoes a stop between these two.
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         for _ in pieces:
             pass
     agreement.gather("written")  # other processes read what the first has written
-
-
-def _write(
-    folder: pathlib.Path,
-    layout: Mapping[str, tuple[Any, tuple[int, ...]]],
-    pieces: Iterable[tuple[str, int, np.ndarray]],
-    record: Mapping[str, Any],
-) -> None:
-    fresh = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    with SafetensorsWriter(fresh, layout, shard_bytes=_SHARD_BYTES) as writer:
-        for name, start, values in pieces:
-            writer.write_values(name, values, start)
-    # Through JSON, as `read` sees them.
-    full = json.loads(json.dumps({**record, "sha256": files.sha256(fresh / SINGLE)}))
-    full[_OWN] = _record_checksum(full)
-    # Synced: the folder counts as whole once it has its record.
-    files.write_json(fresh / RECORD, full, synced=True, ensure_ascii=True)
-    old = _set_aside(folder)
-    if folder.exists():
-        # A folder with files cannot be replaced in one call: `exists` undoes a stop between these two.
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:

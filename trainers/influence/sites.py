@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from espalier.common.spelling import few
 from espalier.model.kernels import taps
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.objectives.forward import decoder_arguments
@@ -195,7 +196,7 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
     sites, rest = discover(model, params)
     if set(sites) <= {HEAD}:
         raise SiteError(
-            f"No layer of this {type(model).__name__} has a tap: {_some(rest)}. Influence needs projections that are "
+            f"No layer of this {type(model).__name__} has a tap: {few(rest, 6)}. Influence needs projections that are "
             "`Dense` or `ExpertDense` (model/linear.py, model/moe/moe.py)."
         )
     chosen: dict[str, Site] = {}
@@ -212,8 +213,8 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
                 raise SiteError(_no_match(name, untapped, sites))
             if name == "adapters" and untapped:
                 raise SiteError(
-                    f"--modules=adapters would leave out {_some(untapped)}, which have no tap. Name those to use by a "
-                    f"pattern in its place; with a tap: {_some(matching)}."
+                    f"--modules=adapters would leave out {few(untapped, 6)}, which have no tap. Name those to use by a "
+                    f"pattern in its place; with a tap: {few(matching, 6)}."
                 )
             chosen |= matching
     return {path: chosen[path] for path in sorted(chosen)}
@@ -222,19 +223,14 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
 def _no_match(name: str, untapped: Sequence[str], sites: Mapping[str, Site]) -> str:
     if untapped:
         return (
-            f"--modules={name} matches only parameters without a tap ({_some(untapped)}): norms, tables, biases of "
-            f"factorised layers, and vectors of adapters cannot be tapped. Layers with a tap: {_some(sites)}."
+            f"--modules={name} matches only parameters without a tap ({few(untapped, 6)}): norms, tables, biases of "
+            f"factorised layers, and vectors of adapters cannot be tapped. Layers with a tap: {few(sites, 6)}."
         )
-    return f"--modules={name} matches no layer. Layers with a tap: {_some(sites)}."
+    return f"--modules={name} matches no layer. Layers with a tap: {few(sites, 6)}."
 
 
 def _matches_parameter(pattern: str, path: str) -> bool:
     return any(re.fullmatch(pattern, part) for part in (path, path.rpartition("/")[0]))
-
-
-def _some(paths: Any) -> str:
-    names = list(paths)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def blocked_head(sites: Mapping[str, Site], blocks: int) -> str | None:

@@ -110,10 +110,8 @@ class Settings(beam.Beam):
             "no_use_public_ips": "" if self.public_ips else True,
         }
 
-
-def submitter(settings: Settings) -> Printed:
-    """Returns the back end of the settings."""
-    return Printed(lambda job: commands(settings, job), "the commands for Dataflow")
+    def submitter(self) -> Printed:
+        return Printed(lambda job: commands(self, job), "the commands for Dataflow")
 
 
 def commands(settings: Settings, job: Job) -> str:

@@ -62,10 +62,8 @@ class Settings(pods.Pods, beam.Beam):
     def cores_of_worker(self) -> int:
         return self.cores
 
-
-def submitter(settings: Settings) -> Printed:
-    """Returns the back end of the settings."""
-    return Printed(lambda job: text(settings, job), "the manifests for Flink")
+    def submitter(self) -> Printed:
+        return Printed(lambda job: text(self, job), "the manifests for Flink")
 
 
 def text(settings: Settings, job: Job) -> str:

@@ -25,7 +25,7 @@ MEASURED = {"prepare cache": 500_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Beam(Launch, abc.ABC):
+class Beam(Launch):
     """Apache Beam: workers, and an estimate of what they cost.
 
     Attributes:

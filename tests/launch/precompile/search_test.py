@@ -237,6 +237,8 @@ def test_the_command_searches_continues_and_says_the_best(
             ["--program=decode", "--blocks=2"],
             "--blocks is read by --program=covariances or squares alone",
         ),
+        (["--program=decode", "--cache=capacity"], "--cache=capacity: expected NAME=VALUE"),
+        (["--program=decode", *["--cache=capacity=3"] * 2], "--cache=capacity is set twice"),
         (["--memory_limit=3"], "--memory_limit is read by a search alone"),
         (["--search=batch", "--program=decode"], "searches for updates alone"),
         (["--search=layout", "--hlo=x"], "--hlo writes one program's text"),

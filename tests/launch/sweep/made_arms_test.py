@@ -219,7 +219,7 @@ def test_a_digest_is_also_of_what_the_gin_files_say_that_a_command_names(write, 
     folder.write_plan("sweep.py", check.plan("sweep.py", sweep_file.read(write(text)), folder))
     part.write_text("B = [1, 4]\n")
     with pytest.raises(SweepFolderError, match="a/seed0: its gin files have changed since"):
-        sweep_run.run_one(folder, "a/seed0")
+        sweep_run.run_one(out=folder.path, run="a/seed0")
     part.unlink()
     with pytest.raises(SweepError, match=f"a: its command: the gin file {part}") as raised:
         digests()
