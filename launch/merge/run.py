@@ -44,7 +44,7 @@ def merge_all(
       dry_run: only return the table of tensors.
 
     Raises:
-      MergeError, TransformError, CheckpointFileError, CheckpointFileError, DamagedCheckpointError, ConvertError, OSError.
+      MergeError, TransformError, CheckpointFileError, DamagedCheckpointError, ConvertError, OSError.
     """
     merges = config_file.read(config)
     if seed is not None and not any(merge.is_random for merge in merges):

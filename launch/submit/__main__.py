@@ -259,10 +259,8 @@ def _other_job(settings: "Launch", command: list[str]) -> Job:
     if settings.processes > 1:
         words = [word for word in command[:2] if not word.startswith("-")]
         ask = (sys.executable, "-m", f"espalier.launch.{words[0]}", *words[1:], "--help")
-        if (
-            "--coordinator_address"
-            not in subprocess.run(ask, capture_output=True, text=True).stdout
-        ):
+        help_text = subprocess.run(ask, capture_output=True, text=True).stdout
+        if "--coordinator_address" not in help_text:
             raise SubmitError(
                 f"{' '.join(words)} runs in one process, and the launch configuration has {settings.processes}: "
                 "give it one node with one process."
