@@ -74,14 +74,14 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns the measurements with arms, single teachers, and models of the search exchanged at random."""
     rows = measured.get("small", [])
-    answered = [row for row in rows if (row.get("evaluations") or {}).get("answers")]
+    asked = [bool((row.get("evaluations") or {}).get("answers")) for row in rows]
+    answered = [row for row, is_asked in zip(rows, asked, strict=True) if is_asked]
     # Rewards and divergences are exchanged among the arms that have them.
     answered = claim.shuffle_arms({"small": answered}, rng)["small"]
-    answered = [_exchanged_languages(row, rng) for row in answered]
-    other = [
-        _exchanged(row, rng) for row in rows if not (row.get("evaluations") or {}).get("answers")
-    ]
-    return {"small": [*answered, *other]} if rows else {}
+    places = iter([_exchanged_languages(row, rng) for row in answered])
+    every = zip(rows, asked, strict=True)
+    exchanged = [next(places) if is_asked else _exchanged(row, rng) for row, is_asked in every]
+    return {"small": exchanged} if rows else {}
 
 
 def _exchanged_languages(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
