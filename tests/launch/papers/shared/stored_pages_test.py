@@ -70,12 +70,12 @@ def test_an_exchange_leaves_arms_and_seeds_in_place_and_measurements_as_they_wer
 
 
 def _runs(measured):
-    """Returns (part, arm, seed) of every row."""
+    """Returns (part, arm, seed) of every row; haystacks and contexts have neither."""
     parts = {
         name: part.get("rows", ()) if isinstance(part, dict) else part
         for name, part in measured.items()
     }
-    return [(name, row["arm"], row["seed"]) for name, rows in parts.items() for row in rows]
+    return [(name, row.get("arm"), row.get("seed")) for name, rows in parts.items() for row in rows]
 
 
 @pytest.mark.parametrize("slug", RUN)
