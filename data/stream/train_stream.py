@@ -175,7 +175,7 @@ class Stream(RowStream):
             per_step = self.tokens_per_step(step)
             if not per_step:
                 raise ValueError(
-                    f"From step {step:,} on, no token has a loss weight, so that no number of steps is {tokens:,.0f} tokens with "
+                    f"From step {step * self.updates:,} on, no token has a loss weight, so that no number of steps is {tokens:,.0f} tokens with "
                     "a loss: give TRAIN_STEPS in place of TRAIN_TOKENS, or correct the feature 'loss_weights'."
                 )
             needed = math.ceil(tokens / per_step)
@@ -249,7 +249,7 @@ class Stream(RowStream):
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self._check_range(lo, hi)
         if self._end is not None and step >= self._end:
-            raise ValueError(f"There is no batch of step {step * self.updates}. {self._no_more()}")
+            raise ValueError(f"There is no further batch. {self._no_more()}")
         source_B, position_B = self._schedule.locate(step, lo, hi)
         epoch_B, row_B = np.zeros_like(position_B), np.zeros_like(position_B)
         for index in np.unique(source_B):

@@ -161,9 +161,7 @@ class RunDir:
                 f"{recorded[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
                 f"the data, vocabulary and preprocessing, {train_on(self.address)}."
             )
-        known: dict[str, str] = {}
-        for start in starts:
-            known |= start.get("held_out_fingerprints") or {}
+        known = {k: v for s in starts for k, v in s.get("held_out_fingerprints", {}).items()}
         for name, digest in facts.get("held_out_fingerprints", {}).items():
             if known.get(name, digest) != digest:
                 raise RunDirectoryError(

@@ -262,8 +262,8 @@ def _other_job(settings: "Launch", command: list[str]) -> Job:
         help_text = subprocess.run(ask, capture_output=True, text=True).stdout
         if "--coordinator_address" not in help_text:
             raise SubmitError(
-                f"{' '.join(words)} runs in one process, and the launch configuration has {settings.processes}: "
-                "give it one node with one process."
+                f"{' '.join(words)} runs in one process, and the launch configuration starts several: give it one node with "
+                "one process."
             )
     return _job(settings, command, command[0], None)
 

@@ -100,8 +100,7 @@ def test_what_is_wrong_is_one_error_before_anything_is_sent(words, message, caps
 def test_a_command_of_one_process_is_not_sent_to_several(tmp_path, capsys):
     config = ["--config=launch/submit/configs/slurm.py", f"--config.logs={tmp_path}", "--dry_run"]
     assert submit.main([*config, "--", "evaluate", "language", "--inputs=/tmp/a.jsonl"]) == 2
-    said = capsys.readouterr().err
-    assert "evaluate language runs in one process, and the launch configuration has 16" in said
+    assert "evaluate language runs in one process, and the launch" in capsys.readouterr().err
     assert submit.main([*config, "--", "score", "--checkpoint=/runs/a", "--inputs=/tmp/a"]) == 0
 
 

@@ -113,7 +113,7 @@ def test_several_updates_read_the_same_prompts(tmp_path, register):
     capped = opened(tmp_path, updates=3, max_epochs=2, on_cap="redistribute")
     with pytest.raises(ValueError, match="From step 9 on, .* The run has 15 steps"):
         capped.check_repeats(15)
-    with pytest.raises(ValueError, match="no batch of step 15. From step 9 on"):
+    with pytest.raises(ValueError, match="no further batch. From step 9 on"):
         capped.info(15, 0, 4)
     with pytest.raises(ValueError, match="updates is 0"):
         opened(tmp_path, updates=0)
