@@ -50,7 +50,8 @@ TEMPLATES = {
     "after": "{second} after {first} of {letters}",
 }
 CHOICES = 4
-TRAIN_ROWS, VALIDATION_ROWS = 16000, 256
+# Of the frozen model, which reads its rows about once, and of the arms.
+FIRST_ROWS, TRAIN_ROWS, VALIDATION_ROWS = 48000, 16000, 256
 NEW_WORDS_SHARE = 0.3  # single operations in their other words, for each known composition
 FOLDER = "operations"
 SINGLE, KNOWN, PAIRS = (f"{FOLDER}/{name}" for name in ("single", "known", "pairs"))
@@ -76,13 +77,13 @@ def write(folder: pathlib.Path, seed: int) -> None:
     """Writes all sets and their templates into a folder."""
     rng = np.random.default_rng(seed)
     trained, held_out = compositions.split_pairs(0)
-    sizes = {"train": TRAIN_ROWS, "validation": VALIDATION_ROWS}
-    for split, size in sizes.items():
+    sizes = {"train": (FIRST_ROWS, TRAIN_ROWS), "validation": (VALIDATION_ROWS,) * 2}
+    for split, (first, size) in sizes.items():
         _write(
-            folder / SINGLE / f"{split}.jsonl", draw(compositions.SINGLE, size, rng, KNOWN_WORDS)
+            folder / SINGLE / f"{split}.jsonl", draw(compositions.SINGLE, first, rng, KNOWN_WORDS)
         )
-        known = draw([*trained, *held_out], size, rng, KNOWN_WORDS)
-        known += draw(compositions.SINGLE, round(size * NEW_WORDS_SHARE), rng)
+        known = draw([*trained, *held_out], first, rng, KNOWN_WORDS)
+        known += draw(compositions.SINGLE, round(first * NEW_WORDS_SHARE), rng)
         _write(folder / KNOWN / f"{split}.jsonl", [known[i] for i in rng.permutation(len(known))])
         _write(folder / PAIRS / f"{split}.jsonl", draw(trained, size, rng))
     file = folder / FOLDER / "templates.yaml"

@@ -205,13 +205,13 @@ def test_every_arm_that_is_compared_is_in_the_sweep():
     routed = {arm for arm, run in planned.items() if "routing" in run.evaluations}
     assert routed == set(runs.ROUTED)
     every = sweeps.planned("mov/experiment", experiment.SEEDS[-1])
-    assert {run.seed for run in every} == set(range(20, 32))
+    assert {run.seed for run in every} == set(range(25, 37))
     narrow = {run.arm for run in every if run.size == "64" and run.evaluations}
     assert narrow == {runs.BASE, *runs.BY_WIDTH}
 
 
 def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monkeypatch):
-    for name in ("TRAIN_ROWS", "VALIDATION_ROWS"):
+    for name in ("FIRST_ROWS", "TRAIN_ROWS", "VALIDATION_ROWS"):
         monkeypatch.setattr(rows, name, 3)
     rows.write(tmp_path, 0)
     words = (*rows.KNOWN_WORDS.items(), *rows.NEW_WORDS.items())
