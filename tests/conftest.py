@@ -52,6 +52,7 @@ LONGEST = (
     "methods_test.py",
     "python_docs_test.py",
     "launch/papers/code_mix/recipes_test.py",
+    "launch/papers/shared/stored_pages_test.py",
     "trainers/influence/fit_test.py",
     "launch/influence/influence_test.py",
     "launch/released_mixture_test.py",

@@ -30,6 +30,7 @@ class StepSide:
       devices: devices to use; None for all.
 
     Attributes:
+      jaxpr: what the step computes.
       params: shapes of all parameters.
       parameters, trained: their number, and the number of those that are trained.
       megabytes: of the whole state.
@@ -50,7 +51,9 @@ class StepSide:
             self._batch = global_batch(rows, 0, program.batch_sharding)
             self._state = program.init()
             step = program.steps(1).train
-            self._step = step.lower(self._state, self._batch).compile()
+            traced = step.trace(self._state, self._batch)
+            self._step = traced.lower().compile()
+        self.jaxpr = traced.jaxpr.jaxpr
         self.params = program.abstract_state.params
         self.parameters = program.num_params()
         self.trained = program.num_params(trained_only=True)

@@ -41,10 +41,11 @@ def batches(folder: str) -> list[dict[str, Any]]:
     inputs_NBS, targets_NBT = (
         np.load(os.path.join(folder, f"{name}.npy")) for name in ("inputs", "targets")
     )
-    return [_batch(*rows) for rows in zip(inputs_NBS, targets_NBT, strict=True)]
+    return [batch_of(*rows) for rows in zip(inputs_NBS, targets_NBT, strict=True)]
 
 
-def _batch(inputs_BS: Any, targets_BT: Any) -> dict[str, Any]:
+def batch_of(inputs_BS: Any, targets_BT: Any) -> dict[str, Any]:
+    """Returns a batch of the examples [B, S] and [B, T]."""
     import numpy as np
 
     batch: dict[str, Any] = {
