@@ -22,19 +22,23 @@ from espalier.launch.plots import panels
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
 RECORD, TITLE = "results.json", "title"
 _WIDTH = 100
-RULES = (
+VERDICTS = (
     "Each claim has one primary effect: a number by seed, such as the difference of two arms of the same seed. It is shown as\n"
     "the mean with an interval over seeds (Student's t). The claim *holds* where the whole interval lies within its bounds,\n"
     "*fails* where all of it lies outside, and is *undecided* otherwise; *not measured* means that the runs cannot say\n"
     "anything, such as a degenerate run, a score at its floor, or fewer seeds than the first look asks for. Seeds run in\n"
     "blocks, and a claim is looked at after each until one decides it, the last is done, or the runs were stopped; seeds that\n"
     "ran later, for other claims, change neither verdict nor interval. Intervals of several looks are wider than one of 95 %,\n"
-    "so that all looks together miss the true value in at most 5 % of cases, if values over seeds are normal. *Smallest\n"
+    "so that all looks together miss the true value in at most 5 % of cases, if values over seeds are normal."
+)
+GAIN = "A gain is positive where the arm that is named first is better."
+RULES = (
+    f"{VERDICTS} *Smallest\n"
     "effect* is the distance from the bound that so many seeds show with a power of 80 %, if they vary as these do;\n"
     f"*exchanged* is in how many of {claim.DRAWS} exchanges of measurements at random, less those that leave the primary effect as it is\n"
     "or give no verdict, the claim would hold. In brackets is how many of them differ: a share below one in that number cannot\n"
     f"be seen, and with fewer than {claim.DIFFERENT} none is given. Secondary effects judge nothing; their intervals are of 95 %, over all of\n"
-    "their seeds. Claims in bold must hold at this scale too. A gain is positive where the arm that is named first is better.\n"
+    f"their seeds. Claims in bold must hold at this scale too. {GAIN}\n"
     "Figures of arms side by side have the seeds that all of them have; tables of all arms say how many seeds each has."
 )
 

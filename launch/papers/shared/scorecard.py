@@ -63,7 +63,7 @@ def write(reproductions: pathlib.Path, out: pathlib.Path, readme: pathlib.Path) 
     text = [
         *("# Scorecard: every claim of every paper", ""),
         f"`espalier report --all` gathers it from {there}/*/results.json. The main effects and what they say",
-        *(f"are on [one page]({LEARNED}).", "", page.RULES, "", total, ""),
+        *(f"are on [one page]({LEARNED}).", "", f"{page.VERDICTS} {page.GAIN}", "", total, ""),
         *_head(records, there),
     ]
     for slug, record in records.items():
