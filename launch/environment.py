@@ -141,6 +141,19 @@ def commit() -> dict[str, Any]:
     return {"commit": None, "dirty": None}
 
 
+def in_history(name: str) -> bool:
+    """Returns whether the commit of Espalier's repository is, or descends from, another one; True outside of git."""
+    if commit()["commit"] is None:
+        return True
+    try:
+        _git("merge-base", "--is-ancestor", name, "HEAD")
+    except (
+        subprocess.CalledProcessError
+    ):  # no ancestor, or unknown after a rebase or in a shallow clone
+        return False
+    return True
+
+
 def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True, timeout=10

@@ -107,7 +107,7 @@ def _add_flags(parser: argparse.ArgumentParser, experiment: Any) -> None:
 
 def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs the unfinished parts of a reproduction and writes its report; returns 1 if a claim that must hold does not."""
-    from espalier.launch.papers.shared import claim, sweeps
+    from espalier.launch.papers.shared import claim, criteria, sweeps
 
     settings = vars(flags).copy()
     slug, out = settings.pop("paper"), pathlib.Path(settings.pop("out"))
@@ -122,6 +122,8 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
                 if settings.get(name, default) != default:
                     raise ValueError(f"--{name} is of runs, and --again runs nothing: remove it.")
             found, facts = _recorded(out / slug)
+            if "criteria" in facts:
+                facts["criteria"] = criteria.today(facts["criteria"], experiment)
         else:
             # The page has a command for everyone: where the runs and the page lie on this machine is left out.
             words = re.sub(r"--model_dir[= ]\S+", f"--model_dir=runs/{slug}", " ".join(arguments))

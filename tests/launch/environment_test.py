@@ -23,7 +23,9 @@ def test_the_commit_is_that_of_this_repository_not_of_one_around_the_package(tmp
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     made = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
     assert environment.commit() == {"commit": made.stdout.strip(), "dirty": False}
+    assert environment.in_history(made.stdout.strip()) and not environment.in_history("0" * 40)
     (package / "__init__.py").touch()
     assert environment.commit() == {"commit": made.stdout.strip(), "dirty": True}
     monkeypatch.setattr(environment, "ROOT", str(package.resolve()))
     assert environment.commit() == {"commit": None, "dirty": None}
+    assert environment.in_history("0" * 40)  # nobody can say

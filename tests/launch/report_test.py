@@ -307,6 +307,7 @@ def test_the_scorecard_has_every_claim_and_one_page_has_the_main_effects(
     folder.mkdir(parents=True)
     first = {"claim": "A1", "statement": "A is better", "paper": "4 %", "required": True}
     first |= {"group": "controls", "verdict": "holds", "seeds": [20, 21], "unit": "%"}
+    first |= {"above": 1.0, "below": None, "why": ""}
     first |= {
         "effect": 3.5,
         "interval": [1.25, 5.75],
@@ -315,10 +316,16 @@ def test_the_scorecard_has_every_claim_and_one_page_has_the_main_effects(
     }
     second = {**first, "claim": "A2", "required": False, "verdict": "not measured"}
     second |= {"group": "of the paper", "effect": None, "interval": [None, None], "seeds": []}
+    second |= {"why": "no runs"}
+    third = {**first, "claim": "A3", "required": False, "verdict": "undecided", "below": 4.0}
     head = {"claim": "A1", "what": "gain in score", "unit": "%", "paper": 4.0, "digits": 1}
     head |= {"value": 3.5, "low": 1.25, "high": 5.75, "word": "reproduced", "required": True}
     head |= {"why": "A reads more.", "mind": "A second size, 40 minutes."}
-    record = {"title": "A paper: on small models", "headline": head, "claims": [second, first]}
+    record = {
+        "title": "A paper: on small models",
+        "headline": head,
+        "claims": [second, third, first],
+    }
     bounds = ["", "", True, "", "a part", 0.0, None, [2]]
     record |= {"criteria": {"claims": {"A1": bounds}}, "measured": {"a part": []}}
     (folder / "results.json").write_text(json.dumps(record))
@@ -328,14 +335,16 @@ def test_the_scorecard_has_every_claim_and_one_page_has_the_main_effects(
     assert report.main(["--all", "reproductions", "--out", "docs/evidence/scorecard.md"]) == 0
     card = (tmp_path / "docs" / "evidence" / "scorecard.md").read_text()
     here = "gain of A over B (models): 3.500 [1.250, 5.750] %"
-    main = f"| **A1 A is better** | 4 % | {here} | 2 | **holds** |"
-    other = "| A2 A is better | 4 % |  |  | **not measured** |"
+    main = f"| **A1 A is better** | 4 % | {here} | above 1 % | 2 | **holds** |"
+    other = "| A2 A is better | 4 % |  | above 1 % |  | **not measured**: no runs |"
     assert card.index(main) < card.index(other)  # the main effect comes first
+    excluded = "**undecided**; excluded: below 1.250, above 5.750 %"
+    assert f"{here} | above 1 % and below 4 % | 2 | {excluded} |" in card
     assert (
-        "| [A paper: on small models](../../reproductions/a_paper.md) | 1 (1) |  |  | 1 (0) |"
+        "| [A paper: on small models](../../reproductions/a_paper.md) | 1 (1) |  | 1 (0) | 1 (0) |"
         in card
     )
-    total = "1 papers, 2 claims: 1 holds, 1 is not measured. Of the 1 that must hold at this scale: 1 holds."
+    total = "1 papers, 3 claims: 1 holds, 1 is undecided, 1 is not measured. Of the 1 that must hold at this scale: 1 holds."
     assert total in card and total in capsys.readouterr().out
     learned = (tmp_path / "docs" / "evidence" / "what_we_learned.md").read_text()
     row = "| gain in score | +4.0 % | +3.5 % [+1.2, +5.8] | **reproduced** | A reads more. |"

@@ -48,8 +48,9 @@ def cost(width: str) -> Measure:
 
     def measure(runs: Runs, where: str) -> list[Effect]:
         cases = breadth(_FEWEST, width), breadth(_MOST, width)
-        fewest, most = (runs.scores(arm, LOSS) for arm in cases)
-        rise = (most - fewest).dropna() / np.log2(_MOST / _FEWEST)
+        scores = [runs.scores(arm, LOSS) for arm in cases]
+        fewest, most = (one[one.index.isin(scores[1 - i].index)] for i, one in enumerate(scores))
+        rise = (most - fewest) / np.log2(_MOST / _FEWEST)
         if rise.empty:
             return []
         return [
@@ -80,7 +81,7 @@ def less_by_width(runs: Runs, where: str) -> list[Effect]:
             by_seed={seed: narrow.by_seed[seed] - wide.by_seed[seed] for seed in seeds},
             unit="nats",
             note=", ".join(
-                f"{width} {np.mean(one.values):.3f}"
+                f"{width} {np.mean([one.by_seed[seed] for seed in seeds]):.3f}"
                 for width, one in zip(WIDTHS, both, strict=True)
             ),
             unmet="; ".join(filter(None, (narrow.unmet, wide.unmet))),
@@ -242,6 +243,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 def _languages(runs: Runs | None) -> Any:
     if not runs or not any(runs.has(breadth(c, w)) for c in COUNTS for w in WIDTHS):
         return None
+    runs = runs.shared(*(breadth(count, width) for count in COUNTS for width in WIDTHS))
     figure, (ends, course) = panels.panels(2, (8.0, 3.6))
     for width, colour in _WIDTHS.items():
         means = []
@@ -268,6 +270,7 @@ def _languages(runs: Runs | None) -> Any:
 
 
 def _blocks(runs: Runs | None) -> Any:
+    runs = runs and runs.shared(*_BLOCKS)
     rows = [
         (
             runs.label(arm),
@@ -290,6 +293,7 @@ def _blocks(runs: Runs | None) -> Any:
 def _answers(runs: Runs | None) -> Any:
     if not runs or not any(runs.has(arm) for arm in TUNED):
         return None
+    runs = runs.shared(*TUNED)
     figure, (losses, right) = panels.panels(2, (8.0, 3.4), share_y=True)
     shown = ((ANSWERS, BLUE, "with turns"), (PLAIN, GREEN, "without turns"))
     for axes, scores in ((losses, shown), (right, ((RIGHT, BLUE, ""),))):
@@ -354,11 +358,13 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     if not runs:
         return []
     scores = (LOSS, *SCORES)
-    rows = [(runs.title(arm), *runs.cells(arm, scores)) for arm in runs.arms]
+    rows = [
+        (runs.title(arm), str(len(runs.find(arm))), *runs.cells(arm, scores)) for arm in runs.arms
+    ]
     by_kind = [part for score in SCORES for part in runs.parts(score)]
     kinds = [(runs.label(arm), *runs.cells(arm, by_kind)) for arm in TUNED if runs.has(arm)]
     return [
-        *page.table(("arm", *scores), rows, "All arms"),
+        *page.table(("arm", "seeds", *scores), rows, "All arms"),
         *page.table(("arm", *by_kind), kinds, "Answers by kind of instruction"),
     ]
 

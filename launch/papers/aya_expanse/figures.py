@@ -29,6 +29,7 @@ _SMALL = 8
 _ROUTING_COLOURS = dict(zip(ROUTINGS, (GREY, PURPLE, ORANGE, BLUE, GREEN, RED), strict=True))
 _STAGE_COLOURS = dict(zip(list(STAGES)[1:], (ORANGE, GREY, PURPLE, BLUE), strict=True))
 _WAYS = {OFFLINE_FIRST: ("offline first", BLUE), ONLINE_ONLY: ("online only", ORANGE)}
+_BESIDE = {"offline_long": ("offline only", "--"), "shared": ("start", ":")}
 _MERGES = {
     "merged": ("linear", BLUE),
     "merged_sphere": ("on the sphere", ORANGE),
@@ -74,6 +75,7 @@ def _wins(runs: Runs) -> Any:
 
 def _by_language(runs: Runs, arms: Mapping[str, tuple[str, str]], score: Any) -> Any:
     """Draws a score of arms, with their names and colours, by language: dots of seeds, and their means; None without runs."""
+    runs = runs.shared(*arms)
     figure, (axes,) = panels.panels(1, (_WIDTH, 4.0))
     step = 0.84 / len(arms)
     for i, (arm, (name, colour)) in enumerate(arms.items()):
@@ -100,6 +102,7 @@ def _narrow_dots(axes: Any, at: float, values: np.ndarray, colour: str, label: s
 
 
 def _stages(runs: Runs) -> Any:
+    runs = runs.shared(*STAGES)
     shown = [arm for arm in STAGES if runs.values(arm, S).size]
     if not shown:
         return None
@@ -154,6 +157,7 @@ def _joined(
 
 
 def _rounds(runs: Runs) -> Any:
+    runs = runs.shared(*OFFLINE_FIRST, *ONLINE_ONLY, *_BESIDE)
     figure, every = panels.panels(2, (_WIDTH, 4.0))
     for axes, score in zip(every, (S, REWARD), strict=True):
         for arms, (name, colour) in _WAYS.items():
@@ -164,10 +168,7 @@ def _rounds(runs: Runs) -> Any:
         axes.set(xlabel="round (0: offline)", ylabel=score)
     if not every[0].lines:
         return None
-    for arm, name, style in (
-        ("offline_long", "offline only", "--"),
-        ("shared", "start", ":"),
-    ):
+    for arm, (name, style) in _BESIDE.items():
         values = runs.values(arm, S)
         if values.size:
             every[0].axhline(values.mean(), color=GREY, ls=style, lw=1.2, label=name)

@@ -60,13 +60,15 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     if not runs:
         return []
     shown = [arm for arm in runs.arms if runs.values(arm, S).size]
-    every = [(runs.title(arm), *runs.cells(arm, _SCORES)) for arm in shown]
+    every = [
+        (runs.title(arm), str(len(runs.find(arm))), *runs.cells(arm, _SCORES)) for arm in shown
+    ]
     codes = lexicon.LANGUAGES
     by_language = [
         (runs.title(arm), *runs.cells(arm, [of_language(code) for code in codes])) for arm in shown
     ]
     return [
-        *page.table(("arm", *_SCORES), every, "All arms"),
+        *page.table(("arm", "seeds", *_SCORES), every, "All arms"),
         *page.table(("arm", *codes), by_language, "Scores by language"),
     ]
 

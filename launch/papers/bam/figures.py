@@ -85,6 +85,7 @@ def _colours() -> dict[str, str]:
 def _curves(runs: Runs) -> Any:
     if not runs.has("btx", "bam") or not runs.steps("btx", "bam"):
         return None
+    runs = runs.shared(*_CURVES)
     figure, every = panels.panels(2, (INCHES, 6.0), rows=2)
     for at, (domain, axes) in enumerate(zip(runs.domains, every, strict=True)):
         floor = runs.floor(on(domain)) or 0.0

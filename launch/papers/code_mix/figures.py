@@ -98,6 +98,7 @@ def recipes(results: Results) -> Any:
     """The recipes against text alone. Code is left out: without any, its score is 0."""
     if not results.has(*RECIPES):
         return None
+    results = results.shared(*RECIPES)
     groups = [group for group in results.groups if group != "code"]
     figure, axes = panels(len(groups), (_WIDE, 2.4))
     for group, one in zip(groups, axes, strict=True):
@@ -116,6 +117,8 @@ def phases(results: Results) -> Any:
     """The scores after each phase."""
     if not results.has(*RECIPES, *_BEGINNINGS.values()):
         return None
+    cooldowns = (f"{recipe}_cooldown" for recipe in RECIPES)
+    results = results.shared(*RECIPES, *_BEGINNINGS.values(), *cooldowns)
     figure, axes = panels(len(results.groups), (_WIDE, 3.6), share_y=True)
     steps = (("first half", ORANGE), ("all steps", BLUE), ("and cooldown with code", GREEN))
     for group, one in zip(results.groups, axes, strict=True):
@@ -194,6 +197,7 @@ def kinds(results: Results) -> Any:
     arms = BESIDE_TEXT if results.has(*BESIDE_TEXT) else of_code
     if "reasoning" not in results.groups or not results.has(*arms):
         return None
+    results = results.shared(*arms)
     scores = [s for s in (SORTING, "reasoning", ANSWER_LOSSES["reasoning"]) if s in results.table]
     figure, axes = panels(len(scores), (_WIDE, 3.2))
     for score, one in zip(scores, axes, strict=True):

@@ -125,9 +125,10 @@ def _table(title: str, results: Results, scores: Sequence[str]) -> list[str]:
         shares = [f"{source_name(s)} {share:.1%}" for s, share in row["read"].items() if share]
         epochs = [f"{source_name(s)} {n:.2f}" for s, n in row["epochs_total"].items() if n]
         cells = map(intervals.text, means)
-        rows.append((name, *cells, ", ".join(shares), ", ".join(epochs)))
+        seeds = str(len(results.find(arm, size)))
+        rows.append((name, seeds, *cells, ", ".join(shares), ", ".join(epochs)))
     last = ("tokens read in its own steps", "times each source was read in all")
-    return page.table(("arm", *scores, *last), rows, title)
+    return page.table(("arm", "seeds", *scores, *last), rows, title)
 
 
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

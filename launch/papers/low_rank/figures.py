@@ -75,10 +75,10 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def _ranks(results: Results) -> Any:
-    if not results.has(
-        "dense", *(experiment.arm(i, r) for i in experiment.INITS for r in experiment.RANKS)
-    ):
+    arms = ["dense", *(experiment.arm(i, r) for i in experiment.INITS for r in experiment.RANKS)]
+    if not results.has(*arms):
         return None
+    results = results.shared(*arms)
     figure, (axes,) = panels(1, (7.5, 4.2))
     for i, rank in enumerate(experiment.RANKS):
         for j, (init, (colour, label)) in enumerate(_INIT_STYLE.items()):
@@ -110,6 +110,7 @@ def _grid() -> list[str]:
 
 def _spectra(results: Results) -> Any:
     arms = _grid()
+    results = results.shared(*arms)
     runs = [row for arm in arms for row in results.find(arm).values()]
     if not results.has(*arms) or not all(row["last_profile"] for row in runs):
         return None
@@ -131,6 +132,7 @@ def _spectra(results: Results) -> Any:
 
 def _effective_rank(results: Results) -> Any:
     arms = _grid()
+    results = results.shared(*arms)
     if not results.has(*arms) or not results.values(arms[0], "effective_rank").size:
         return None
     figure, axes = panels(len(experiment.WEIGHTS), (8.4, 3.9), share_y=True)
@@ -155,6 +157,7 @@ def _curves(axes: Any, curves: Sequence[Mapping[int, float]], **style: Any) -> N
 
 
 def _explanations(results: Results) -> Any:
+    results = results.shared(*_grid())
     lines = {
         kind: [_decayed("none", ""), *(_decayed(kind, weight) for weight in experiment.WEIGHTS)]
         for kind in experiment.DECAYS
@@ -209,6 +212,7 @@ def _warm_start(results: Results) -> Any:
     if not results.has("dense_start", *arms):
         return None
     figure, (axes,) = panels(1, (8.0, 5.4))
+    results = results.shared("dense_start", *arms)
     starts = results.find("dense_start")
     for arm, (colour, line, label) in arms.items():
         curves = [
@@ -244,6 +248,7 @@ def _images(results: Results) -> Any:
     }
     if not results.has(*dense, *factors):
         return None
+    results = results.shared(*dense, *factors)
     figure, (left, right) = panels(2, (8.0, 3.8))
     colours = dict.fromkeys(dense, GREY) | factors
     for axes, score, scale, arms in (
@@ -269,18 +274,18 @@ def _images(results: Results) -> Any:
 
 def _image_ranks(results: Results, images: Results) -> Any:
     ranks = experiment.IMAGE_RANKS
-    runs = {("spectral", rank): (results, experiment.arm("spectral", rank)) for rank in ranks}
-    runs["he", 0.1] = (
-        images,
-        experiment.image_arm("he", "frobenius", "full"),
-    )  # as in textures_low_rank.gin
-    runs["he", experiment.HE_RANK] = results, experiment.arm("he", experiment.HE_RANK)
-    if not results.has("dense", *(arm for where, arm in runs.values() if where is results)):
+    arms = {("spectral", rank): experiment.arm("spectral", rank) for rank in ranks}
+    arms["he", experiment.HE_RANK] = experiment.arm("he", experiment.HE_RANK)
+    if not results.has("dense", *arms.values()):
         return None
+    results = results.shared("dense", *arms.values())
+    # As in textures_low_rank.gin.
+    runs = {("he", 0.1): (images, experiment.image_arm("he", "frobenius", "full"))}
+    runs |= {place: (results, arm) for place, arm in arms.items()}
     figure, (axes,) = panels(1, (7.5, 4.2))
     dense = 100 * results.values("dense", "accuracy")
     axes.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.2, lw=0)
-    axes.axhline(dense.mean(), color="black", lw=1.2, label="dense, and all of its seeds")
+    axes.axhline(dense.mean(), color="black", lw=1.2, label="dense, and its seeds")
     for side, init in zip((-0.01, 0.01), experiment.INITS[:2], strict=True):
         colour, label = _INIT_STYLE[init]
         means = {}
@@ -305,6 +310,7 @@ def _decays(results: Results) -> Any:
     }
     if not results.has(plain, *itertools.chain(*arms.values())):
         return None
+    results = results.shared(plain, *itertools.chain(*arms.values()))
     figure, axes = panels(2, (8.4, 4.0))
     for one, (score, words) in zip(
         axes,

@@ -356,10 +356,10 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     for part, columns in _COLUMNS.items():
         if runs := parts.get(part):
             rows = [
-                (arm_name(arm), *(_cell(runs, arm, column) for column in columns))
+                (arm_name(arm), str(len(runs.find(arm))), *(_cell(runs, arm, c) for c in columns))
                 for arm in runs.arms
             ]
-            header = ("arm", *map(arm_name, columns))
+            header = ("arm", "seeds", *map(arm_name, columns))
             out += page.table(header, rows, f"{PLACES[part].capitalize()}: all arms")
     for part, title in (("timing", ""), ("gpt2", " of GPT-2 small")):
         if times := parts.get(part):

@@ -70,6 +70,7 @@ def _colours() -> dict[str, str]:
 def _selectivity(runs: Runs) -> Any:
     labels = {start(arm): f"{label}: before" for arm, label in {**EXTENSIONS, **STARTED}.items()}
     labels |= {arm: f"{label}: {BUDGETS[-1]} updates" for arm, label in EXTENSIONS.items()}
+    runs = runs.shared(*labels)
     by_arm = {
         arm: np.array([*by_seed.values()]) for arm in labels if (by_seed := runs.selectivity(arm))
     }

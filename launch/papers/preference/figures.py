@@ -50,15 +50,15 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     none = Runs([])
     runs, large = parts.get("language", none), parts.get("large", none)
-    courses = runs.courses(DIRECT.values())
+    courses = runs.shared(*DIRECT).courses(DIRECT.values())
     drawn = {
-        "likelihood": _likelihood(courses, large.courses(DIRECT.values())),
+        "likelihood": _likelihood(courses, large.shared(*DIRECT).courses(DIRECT.values())),
         "spread": _spread(courses),
         "course": _course(courses),
         "gap": _gap(courses),
         "nll": _nll(courses),
         "alarms": _alarms(courses),
-        "online": _online(runs.courses()),
+        "online": _online(runs.shared(*ARMS).courses()),
     }
     return {f"{name}.png": (figure, _PROSE(f"{name}_figure")) for name, figure in drawn.items()}
 

@@ -20,6 +20,8 @@ from espalier.launch.plots import intervals
 
 VERDICTS = ("holds", "fails", "undecided", "not measured")
 HOLDS, FAILS, UNDECIDED, NOT_MEASURED = VERDICTS
+DRAWS = 100  # exchanges of measurements
+DIFFERENT = 20  # exchanges: of fewer, no share of one in twenty can be seen
 PAPER, CONTROL = GROUPS = ("of the paper", "controls")
 
 
@@ -35,6 +37,7 @@ class Effect:
       digits: decimals that are shown.
       note: further numbers, as text.
       unmet: why it gives no verdict, such as a collapsed router; empty if nothing speaks against one.
+      absent: seed -> why it has no value, such as a missing run, of the seeds that it should have.
     """
 
     where: str
@@ -44,6 +47,7 @@ class Effect:
     digits: int = 3
     note: str = ""
     unmet: str = ""
+    absent: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def values(self) -> list[float]:
@@ -168,7 +172,7 @@ class Claim:
             return "no runs"
         if self.primary.unmet:
             return self.primary.unmet
-        if not all(map(math.isfinite, self.primary.values)):
+        if not all(map(math.isfinite, self.primary.values[: self.seeds])):
             return "a value is not a number"
         if self.too_few:
             return f"{len(self.primary.by_seed)} of {self.looks[0]} seeds"
@@ -221,6 +225,8 @@ def judge(
 ) -> list[Claim]:
     """Returns the claims with the effects of all parts that have results; `places` are the parts' names in the report.
 
+    A primary effect is measured as of the look that decides: seeds that ran later, for other claims, are only shown.
+
     Args:
       claims: to be judged.
       results: part -> its results.
@@ -234,21 +240,50 @@ def judge(
     def effects(part: str, measures: Sequence[Measure]) -> list[Effect]:
         if part not in results:
             return []
-        return [one for measure in measures for one in measure(results[part], places[part])]
+        return [one for m in measures for one in _effects(m, results[part], places[part], 1)]
 
     out = []
     for one in claims:
-        primary = effects(one.part, [one.measure])
-        if len(primary) > 1:
-            raise ValueError(f"{one.name} has {len(primary)} primary effects: one judges a claim.")
+        if one.part in results:
+            one = _decided(one, results[one.part], places[one.part])
         more = [
             effect
             for part, measures in (one.secondary if secondary else {}).items()
             for effect in effects(part, measures)
         ]
-        found = primary[0] if primary else None
-        out.append(dataclasses.replace(one, primary=found, others=more))
+        out.append(dataclasses.replace(one, others=more))
     return out
+
+
+def _effects(measure: Measure, results: Any, place: str, first: int) -> Sequence[Effect]:
+    """Returns the effects of a measure, with the seeds that they lack, of at least the `first` ones."""
+    if hasattr(results, "effects"):
+        return results.effects(measure, place, first)
+    return measure(results, place)
+
+
+def _decided(one: Claim, results: Any, place: str) -> Claim:
+    """Returns a claim with its primary effect as of the look that decides it, or the last one, and the values of later seeds."""
+
+    def measured(some: Any) -> Claim:
+        primary = _effects(one.measure, some, place, one.looks[0])
+        if len(primary) > 1:
+            raise ValueError(f"{one.name} has {len(primary)} primary effects: one judges a claim.")
+        return dataclasses.replace(one, primary=primary[0] if primary else None)
+
+    last = measured(results)
+    seeds = sorted(last.primary.by_seed) if last.primary else []
+    # Results of another kind have all of their seeds at one look.
+    for look in one.looks if hasattr(results, "until") else ():
+        if look >= len(seeds):
+            break
+        early = measured(results.until(seeds[look - 1]))
+        if early.primary and not early.open:
+            by_seed = {**last.primary.by_seed, **early.primary.by_seed}
+            return dataclasses.replace(
+                early, primary=dataclasses.replace(early.primary, by_seed=by_seed)
+            )
+    return last
 
 
 def unmet(judged: Sequence[Claim], parts: Sequence[str]) -> list[str]:
@@ -265,7 +300,7 @@ def exchanges(
     judge_them: Callable[[Mapping[str, Any]], Sequence[Claim]],
     shuffle: Callable[[Mapping[str, Any], np.random.Generator], Mapping[str, Any]],
     measured: Mapping[str, Any],
-    draws: int = 100,
+    draws: int = DRAWS,
 ) -> dict[str, dict[str, Any]]:
     """Returns what the claims would be if no arm differed from another, from exchanged measurements.
 
@@ -276,8 +311,9 @@ def exchanges(
       draws: how often they are exchanged.
 
     Returns:
-      Name -> {'draws': those with a verdict that change the primary effect, 'holds': how many of these hold, 'low', 'high': between which nine tenths of the
-      means of the primary effect lie}.
+      Name -> {'draws': those with a verdict that change the primary effect, 'different': how many different means they have,
+      'holds': how many of the draws hold, 'low', 'high': between which nine tenths of the means lie}; without claims that have
+      fewer than DIFFERENT different means.
     """
     means, verdicts = collections.defaultdict(list), collections.defaultdict(list)
     effects = {one.name: one.primary for one in judge_them(measured)}
@@ -295,6 +331,7 @@ def exchanges(
     return {
         name: {
             "draws": len(every),
+            "different": different,
             "holds": every.count(HOLDS),
             **dict(
                 zip(
@@ -305,6 +342,7 @@ def exchanges(
             ),
         }
         for name, every in verdicts.items()
+        if (different := len(set(map(finite, means[name])))) >= DIFFERENT
     }
 
 
@@ -348,6 +386,11 @@ def _primary(one: Claim) -> dict[str, Any]:
 def _recorded(effect: Effect) -> dict[str, Any]:
     return {
         **{"where": effect.where, "what": effect.what, "unit": effect.unit, "note": effect.note},
+        **(
+            {"absent": {str(seed): why for seed, why in effect.absent.items()}}
+            if effect.absent
+            else {}
+        ),
         "by_seed": {str(seed): finite(value) for seed, value in effect.by_seed.items()},
     }
 

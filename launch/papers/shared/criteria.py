@@ -36,7 +36,7 @@ def fix(
       {'date', 'commit', 'dirty', 'late', 'earlier': the rounds before this one, 'claims': name -> what the claim may not
       change, 'design': part -> digest of its runs}: those of the first call after which the folder got runs. A part that the
       experiment got later is in 'later', part -> {'date', 'commit', 'dirty', 'late'}: its runs and claims are those of the
-      first call after it came. And 'changed': the parts whose runs are others now.
+      first call after it came. And what `today` adds.
     """
     path = folder / _FILE
     started = folder.is_dir() and any(one.name != _FILE for one in folder.iterdir())
@@ -48,8 +48,7 @@ def fix(
             files.write_json(path, fixed, synced=True)
         if before is not None and "design" in fixed:
             fixed = _with_others(fixed, before)
-        known = fixed.get("design", {})
-        return {**fixed, "changed": [name for name in design if known.get(name) != design[name]]}
+        return today(fixed, experiment)
     if before is not None and not started:
         fixed = _with_later({**before}, folder, claims, design)
     else:
@@ -59,7 +58,16 @@ def fix(
         }
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, fixed, synced=True)  # its date is before the runs
-    return {**fixed, "changed": []}
+    return today(fixed, experiment)
+
+
+def today(fixed: Mapping[str, Any], experiment: Any) -> dict[str, Any]:
+    """Returns criteria with 'changed': the parts whose runs are others now, and 'lost': commits that HEAD does not descend from."""
+    design, known = _design(experiment), fixed.get("design", {})
+    changed = [part for part in known if design.get(part) != known[part]]
+    commits = {one["commit"] for one in (fixed, *fixed.get("later", {}).values()) if one["commit"]}
+    lost = sorted(commit for commit in commits if not environment.in_history(commit))
+    return {**fixed, "changed": changed, "lost": lost}
 
 
 def kept(
@@ -179,21 +187,22 @@ def _digest(sweep: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _place(fixed: Mapping[str, Any]) -> str:
+def _place(fixed: Mapping[str, Any], lost: Sequence[str]) -> str:
     commit = f" at commit {fixed['commit'][:10]}" if fixed["commit"] else ""
-    return f"{fixed['date']}{commit}{' with uncommitted changes' if fixed['dirty'] else ''}"
+    gone = " (not in this repository's history)" if fixed["commit"] in lost else ""
+    return f"{fixed['date']}{commit}{gone}{' with uncommitted changes' if fixed['dirty'] else ''}"
 
 
 def in_words(fixed: Mapping[str, Any] | None, claims: Sequence[Claim]) -> str:
     """Returns when the criteria were fixed and which of them have changed since, as sentences."""
     if fixed is None:
         return "No record says when the criteria were fixed."
-    said = (
-        f"{'after the first runs' if fixed['late'] else 'before the first run'}, on {_place(fixed)}"
-    )
+    lost = fixed.get("lost", ())
+    when = "after the first runs" if fixed["late"] else "before the first run"
+    said = f"{when}, on {_place(fixed, lost)}"
     for part, one in fixed.get("later", {}).items():
         when = "after its first runs" if one["late"] else "before its first run"
-        said += f", those of the part `{part}` {when}, on {_place(one)}"
+        said += f", those of the part `{part}` {when}, on {_place(one, lost)}"
     # A record without designs is of before there were parts.
     known = _parts(fixed) if "design" in fixed else {one.part for one in claims}
     to_come = dict.fromkeys(one.part for one in claims if one.part not in known)

@@ -19,13 +19,14 @@ WIDTH = 7.0  # inches: at 800 pixels a page, text of 8 points has 11 pixels and 
 
 
 def dots(results: DomainRuns, arms: Mapping[str, str], score: str) -> Any:
-    """Returns a figure of a score of arms: a row each with the mean and a dot for each seed; None without any of them.
+    """Returns a figure of a score of arms: a row each with the mean and a dot for each seed that all have; None without any.
 
     Args:
       results: of a part.
       arms: arm -> colour; missing ones are not drawn.
       score: of results.
     """
+    results = results.shared(*arms)
     rows = [
         (
             results.label(arm),
@@ -76,8 +77,9 @@ def load_dots(results: DomainRuns, arms: Mapping[str, str]) -> Any:
 def choice_maps(results: DomainRuns, shown: Sequence[tuple[str, str]], *, columns: int = 2) -> Any:
     """Returns a figure of first choices in the last layer, which knows domains: a map for each (arm, router); None without any.
 
-    The darkest colour is the largest share.
+    The darkest colour is the largest share. Means are over the seeds that all of these arms have.
     """
+    results = results.shared(*(arm for arm, _ in shown))
     tables = [
         (
             f"{results.label(arm)}:\n{ROUTERS[router]} router",

@@ -476,6 +476,6 @@ def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]
         for key, (_, unit) in columns.items():
             values = [row[key] / unit for row in rows if row.get(key)]
             cells.append(f"{np.mean(values):.4g}" if values else "")
-        lines.append((runs.title(arm), *cells, *runs.cells(arm, scores)))
+        lines.append((runs.title(arm), str(len(rows)), *cells, *runs.cells(arm, scores)))
     headings = (heading for heading, _ in columns.values())
-    return page.table(("arm", *headings, MEAN, *runs.domains), lines, title)
+    return page.table(("arm", "seeds", *headings, MEAN, *runs.domains), lines, title)

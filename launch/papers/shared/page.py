@@ -22,15 +22,24 @@ from espalier.launch.plots import panels
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
 RECORD, TITLE = "results.json", "title"
 _WIDTH = 100
-RULES = (
+VERDICTS = (
     "Each claim has one primary effect: a number by seed, such as the difference of two arms of the same seed. It is shown as\n"
     "the mean with an interval over seeds (Student's t). The claim *holds* where the whole interval lies within its bounds,\n"
     "*fails* where all of it lies outside, and is *undecided* otherwise; *not measured* means that the runs cannot say\n"
-    "anything, such as a degenerate run, or a score at its floor. Runs go on in blocks of seeds until a claim is decided or\n"
-    "its last block is done; intervals of several looks are wider than one of 95 %, so that all looks together miss the true\n"
-    "value in 5 % of cases. *Smallest effect* is the distance from the bound that so many seeds show with a power of 80 %;\n"
-    "*exchanged* is in how many of 100 exchanges of arms at random the claim would hold. Secondary effects judge nothing.\n"
-    "Claims in bold must hold at this scale too. A difference is positive where it supports its claim."
+    "anything, such as a degenerate run, a score at its floor, or fewer seeds than the first look asks for. Seeds run in\n"
+    "blocks, and a claim is looked at after each until one decides it, the last is done, or the runs were stopped; seeds that\n"
+    "ran later, for other claims, change neither verdict nor interval. Intervals of several looks are wider than one of 95 %,\n"
+    "so that all looks together miss the true value in at most 5 % of cases, if values over seeds are normal."
+)
+GAIN = "A gain is positive where the arm that is named first is better."
+RULES = (
+    f"{VERDICTS} *Smallest\n"
+    "effect* is the distance from the bound that so many seeds show with a power of 80 %, if they vary as these do;\n"
+    f"*exchanged* is in how many of {claim.DRAWS} exchanges of measurements at random, less those that leave the primary effect as it is\n"
+    "or give no verdict, the claim would hold. In brackets is how many of them differ: a share below one in that number cannot\n"
+    f"be seen, and with fewer than {claim.DIFFERENT} none is given. Secondary effects judge nothing; their intervals are of 95 %, over all of\n"
+    f"their seeds. Claims in bold must hold at this scale too. {GAIN}\n"
+    "Figures of arms side by side have the seeds that all of them have; tables of all arms say how many seeds each has."
 )
 
 
@@ -259,7 +268,7 @@ def _verdicts(judged: Sequence[Claim], null: Mapping[str, Any], group: str) -> l
         rows.append(
             (
                 *(shown, one.condition, effect, str(one.seeds or ""), smallest),
-                *(_held(null.get(one.name)), f"**{one.verdict}**"),
+                *(_held(one, null.get(one.name)), f"**{one.verdict}**"),
             )
         )
     return (
@@ -269,8 +278,10 @@ def _verdicts(judged: Sequence[Claim], null: Mapping[str, Any], group: str) -> l
     )
 
 
-def _held(null: Mapping[str, Any] | None) -> str:
-    return f"{null['holds']} of {null['draws']}" if null else ""
+def _held(one: Claim, null: Mapping[str, Any] | None) -> str:
+    if null is None:
+        return "" if one.verdict == claim.NOT_MEASURED else "too few"
+    return f"{null['holds']} of {null['draws']} ({null['different']})"
 
 
 def _measurements(judged: Sequence[Claim], null: Mapping[str, Any]) -> list[str]:
@@ -287,14 +298,26 @@ def _primary(one: Claim, null: Mapping[str, Any] | None) -> str:
     effect = one.primary
     assert effect is not None
     note = f" ({effect.note})" if effect.note else ""
-    verdict = one.verdict.capitalize() + (f": {one.why}" if one.why else "")
+    later = len(effect.by_seed) - one.seeds
+    looked = f" at {one.seeds} seeds" * (one.seeds in one.looks)
+    looked += f", {later} more judge nothing" * (later > 0)
+    verdict = one.verdict.capitalize() + looked + (f": {one.why}" if one.why else "")
     seen = effect.text(one.range)
     of_null = (
         f" With arms exchanged its mean lies between {null['low']:.3g} and {null['high']:.3g} in nine of ten draws."
         if null
         else ""
     )
-    return f"- **Primary**: {effect.where}: {effect.what}: {seen}{note}; holds {one.bounds()}. **{verdict}.**{of_null}"
+    return (
+        f"- **Primary**: {effect.where}: {effect.what}: {seen}{note}; holds {one.bounds()}. "
+        f"**{verdict}.**{_absent(effect)}{of_null}"
+    )
+
+
+def _absent(effect: Effect) -> str:
+    """Returns the seeds that an effect lacks, with the reasons, as a sentence."""
+    gone = "; ".join(f"seed {seed}, {why}" for seed, why in effect.absent.items())
+    return f" Left out: {gone}." if gone else ""
 
 
 def _plan(one: Claim) -> str:
@@ -308,7 +331,7 @@ def _plan(one: Claim) -> str:
 
 def _secondary(effect: Effect) -> str:
     note = f" ({effect.note})" if effect.note else ""
-    unmet = f" No comparison: {effect.unmet}." if effect.unmet else ""
+    unmet = _absent(effect) + (f" No comparison: {effect.unmet}." if effect.unmet else "")
     seeds = len(effect.by_seed)
     return f"- {effect.where}: {effect.what}: {effect.text()}{note}, {seeds} seed{'s' * (seeds != 1)}.{unmet}"
 

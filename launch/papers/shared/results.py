@@ -5,7 +5,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,15 @@ _READ: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("read", 
 
 @contextlib.contextmanager
 def reading() -> Iterator[set[str]]:
-    """Yields the names of the arms that are read from `Results` within the context."""
+    """Yields the names of the arms that are read from `Results` within the context; an outer context has them too."""
     arms: set[str] = set()
-    token = _READ.set(arms)
+    outer, token = _READ.get(), _READ.set(arms)
     try:
         yield arms
     finally:
         _READ.reset(token)
+        if outer is not None:
+            outer |= arms
 
 
 def _read(arm: str) -> None:
@@ -89,6 +91,35 @@ class Results:
 
     def has(self, *arms: str) -> bool:
         return all(self.find(arm) for arm in arms)
+
+    def until(self, seed: int) -> Self:
+        """Returns the results of the seeds up to one."""
+        if seed not in self._until:
+            rows = [row for row in self.rows if row["seed"] <= seed]
+            self._until[seed] = dataclasses.replace(self, rows=rows)
+        return self._until[seed]
+
+    @functools.cached_property
+    def _until(self) -> dict[int, Self]:
+        """What `until` has returned, which all claims share."""
+        return {}
+
+    def shared(self, *arms: str) -> Self:
+        """Returns the results of the seeds that all of these arms have, of those that any run has: for means side by side."""
+        seeds = [set(rows) for arm in arms if (rows := self.find(arm))]
+        both = set.intersection(*seeds) if seeds else set()
+        return dataclasses.replace(self, rows=[row for row in self.rows if row["seed"] in both])
+
+    def effects(self, measure: Measure, where: str, first: int = 1) -> list[Effect]:
+        """Returns the effects of a measure, each with the seeds it lacks up to its last one, and of the `first` ones."""
+        with reading() as arms:
+            effects = measure(self, where)
+        rows = {
+            arm: {row["seed"] for row in self.rows if row["arm"] == arm} for arm in sorted(arms)
+        }
+        return [
+            dataclasses.replace(one, absent=_absent(one.by_seed, rows, first)) for one in effects
+        ]
 
     def scores(self, arm: str, score: str, size: str | None = None) -> pd.Series:
         """Returns a score of an arm by seed, of the runs that have it: the same series each time, not to be changed."""
@@ -171,11 +202,12 @@ class Results:
 
     def unmet(self, score: str, *cases: Case) -> str:
         """Returns why a comparison gives no verdict; empty if nothing speaks against one."""
+        every = [self.find(*_split(case)) for case in cases]
         reasons = [
             f"{self._name(case)}, seed {seed}: {reason}"
-            for case in cases
-            for seed, row in self.find(*_split(case)).items()
-            if (reason := self.degenerate(row))
+            for case, rows in zip(cases, every, strict=True)
+            for seed, row in rows.items()
+            if all(seed in others for others in every) and (reason := self.degenerate(row))
         ]
         if reasons:
             return "; ".join(reasons)
@@ -239,6 +271,19 @@ class Results:
     def _name(self, case: Case) -> str:
         arm, size = _split(case)
         return self.label(arm) + (f", {size}" if size else "")
+
+
+def _absent(
+    by_seed: Mapping[int, float], rows: Mapping[str, set[int]], first: int
+) -> dict[int, str]:
+    """Returns seed -> why an effect has no value of it, from the seeds of the arms that it was measured on."""
+    seeds = sorted(set().union(*rows.values()))
+    wanted = {*seeds[:first], *(seed for seed in seeds if seed <= max(by_seed, default=-1))}
+    gone = {
+        seed: ", ".join(f"`{arm}`" for arm, known in rows.items() if known and seed not in known)
+        for seed in sorted(wanted - set(by_seed))
+    }
+    return {seed: f"no run of {arms}" if arms else "no value" for seed, arms in gone.items()}
 
 
 def _split(case: Case) -> tuple[str, str | None]:

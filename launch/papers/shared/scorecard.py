@@ -19,11 +19,12 @@ START, END = "<!-- scorecard -->", "<!-- /scorecard -->"
 LEARNED = "what_we_learned.md"
 _FIGURE = "images/what_we_learned.png"
 READING = {
-    "reproduced": "the paper's main effect is seen here, by the criteria",
-    "tie": "no difference is seen, and half of the paper's would have been",
-    "not shown": "the interval neither shows the effect nor excludes it",
-    "contradicted": "the interval excludes it",
-    "not measured": "the runs of the present criteria are not made, or cannot say it",
+    "reproduced": "the claim holds",
+    "tie": "it does not hold, and the interval has zero within and half of the paper's number outside, on either side, or all of "
+    "it is nearer to zero than what counts as no worse",
+    "not shown": "it is undecided, and no tie: the interval of its primary effect has the bound within",
+    "contradicted": "it fails, and is no tie",
+    "not measured": "it has no runs, too few, or such as cannot judge it",
 }
 _COLOURS = dict(
     zip(READING, (panels.GREEN, panels.BLUE, panels.ORANGE, panels.RED, panels.GREY), strict=True)
@@ -62,7 +63,7 @@ def write(reproductions: pathlib.Path, out: pathlib.Path, readme: pathlib.Path) 
     text = [
         *("# Scorecard: every claim of every paper", ""),
         f"`espalier report --all` gathers it from {there}/*/results.json. The main effects and what they say",
-        *(f"are on [one page]({LEARNED}).", "", page.RULES, "", total, ""),
+        *(f"are on [one page]({LEARNED}).", "", f"{page.VERDICTS} {page.GAIN}", "", total, ""),
         *_head(records, there),
     ]
     for slug, record in records.items():
@@ -152,14 +153,32 @@ def _head(records: Mapping[str, Any], reproductions: str) -> list[str]:
     return page.table(("claims (those that must hold)", *claim.VERDICTS), rows)
 
 
-_COLUMNS = ("claim", "the paper", "here, with its interval", "seeds", "verdict")
+_COLUMNS = (
+    "claim (bold: it must hold at this scale)",
+    "the paper's figure",
+    "primary effect here [its interval]",
+    "holds if the interval is",
+    "seeds that judge it",
+    "verdict",
+)
 
 
 def _row(one: Mapping[str, Any]) -> Sequence[str]:
     statement = f"{one['claim']} {one['statement']}"
     shown = f"**{statement}**" if one["required"] else statement
     here = "" if one["effect"] is None else f"{one['what']} ({one['where']}): {_number(one, 3)}"
-    return shown, one["paper"], here, str(len(one["seeds"]) or ""), f"**{one['verdict']}**"
+    bounds = (_bound(one, key) for key in ("above", "below") if one[key] is not None)
+    verdict = f"**{one['verdict']}**"
+    if one["verdict"] == claim.UNDECIDED:
+        low, high = (f"{end:.3f}" for end in one["interval"])
+        verdict += f"; excluded: below {low}, above {high} {one['unit']}".rstrip()
+    elif one["why"]:
+        verdict += f": {one['why']}"
+    return shown, one["paper"], here, " and ".join(bounds), str(len(one["seeds"]) or ""), verdict
+
+
+def _bound(one: Mapping[str, Any], key: str) -> str:
+    return f"{key} {one[key]:g} {one['unit']}".rstrip()
 
 
 def _number(one: Mapping[str, Any], digits: int) -> str:
@@ -190,10 +209,10 @@ def _learned(records: Mapping[str, Any], there: str, total: str, card: str) -> l
         minds.append((link, head["claim"], head["mind"]))
     words = "; ".join(f"*{word}*: {meaning}" for word, meaning in READING.items())
     return [
-        *("# What we learned from ten reproductions", ""),
+        *(f"# What we learned from {len(rows)} reproductions", ""),
         "The main effect of each paper beside the same number of small models that this project trains on two cores in",
-        "an hour or two. The reading asks whether the effect has the paper's sign and order (which of the compared models is",
-        "ahead of which); its size is shown only for comparison. `espalier report --all` writes this page.",
+        "an hour or two. The reading is of the claim that the last table names, whose bound may lie away from zero; the size of the",
+        "effect is shown only for comparison. `espalier report --all` writes this page.",
         *("", total, f"Every claim: [the scorecard]({card}).", "", f"![{_ALT}]({_FIGURE})", ""),
         *page.table(("paper", "main effect", "the paper", "here", "reading", "why"), rows),
         *(f"{words}.", ""),

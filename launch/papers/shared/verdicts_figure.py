@@ -13,7 +13,7 @@ from espalier.launch.plots import panels
 CAPTION = (
     "A row for each claim: the distance of its primary effect from the bound, in units of the smallest effect that its seeds "
     "show with a power of 80 %. Green holds, red fails, orange is undecided. Dots are seeds, bars the mean with the interval that judges it; grey bands hold nine of ten means "
-    "with exchanged arms; arrows are outside of the picture. It holds right of zero"
+    "with exchanged arms, where enough exchanges differ; arrows are outside of the picture. It holds right of zero"
 )
 COLOURS = {
     claim.HOLDS: panels.GREEN,

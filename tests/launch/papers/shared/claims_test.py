@@ -269,6 +269,49 @@ def test_a_degenerate_run_or_a_dead_or_saturated_part_gives_no_verdict():
     assert gain.unmet == "all arms are at the floor of accuracy"
 
 
+def test_a_seed_after_the_look_that_decides_takes_no_verdict_away_and_changes_no_note():
+    rows = table({"a": 1.0, "b": 1.2})
+    rows[-1]["load"] = 0.97  # b, seed 14
+    one = claim_of(compare("loss", ("a", "b")), looks=(3, 5))
+    (judged,) = claim.judge([one], {"p": Runs(rows)}, {"p": "here"})
+    assert (judged.verdict, judged.seeds, len(judged.primary.by_seed)) == ("holds", 3, 5)
+    first = [row for row in rows if row["seed"] < 13]
+    (alone,) = claim.judge([one], {"p": Runs(first)}, {"p": "here"})
+    assert judged.primary.note == alone.primary.note and judged.range == alone.range
+    assert "at 3 seeds, 2 more judge nothing" in "".join(page._measurements([judged], {}))
+    rows[2]["load"] = 0.97  # a, seed 12
+    (judged,) = claim.judge([one], {"p": Runs(rows)}, {"p": "here"})
+    assert judged.verdict == "not measured" and "seed 14" not in judged.why
+
+
+def test_seeds_that_an_effect_lacks_are_named_with_the_reason():
+    rows = [row for row in table({"a": 1.0, "b": 1.2}) if (row["arm"], row["seed"]) != ("b", 12)]
+    rows += table({"c": 1.4}, seeds=8)  # of another claim
+    pair = compare("loss", ("a", "b"))
+    one = claim_of(pair, looks=(3,), secondary={"p": [pair, compare("loss", ("a", "c"))]})
+    (judged,) = claim.judge([one], {"p": Runs(rows)}, {"p": "here"})
+    assert [one.absent for one in (judged.primary, *judged.others)] == [
+        {12: "no run of `b`"},
+        {12: "no run of `b`"},
+        {},
+    ]
+    shown = page._measurements([judged], {})
+    assert sum("Left out: seed 12, no run of `b`." in line for line in shown) == 2
+    (recorded,) = claim.record([judged], {})
+    assert recorded["absent"] == {"12": "no run of `b`"}
+    # Fewer seeds than the first look.
+    few = [row for row in rows if row["seed"] < 12 or row["arm"] == "a"]
+    (judged,) = claim.judge([claim_of(pair)], {"p": Runs(few)}, {"p": "here"})
+    assert judged.why == "2 of 5 seeds" and list(judged.primary.absent) == [12, 13, 14]
+
+
+def test_means_side_by_side_are_of_the_seeds_that_all_arms_have():
+    rows = table({"a": 1.0, "c": 1.4}, seeds=5) + table({"b": 1.2}, seeds=3)
+    runs = Runs(rows).shared("a", "b", "missing")
+    assert runs.seeds == [10, 11, 12] and runs.values("a", "loss").size == 3
+    assert Runs(rows).shared("a", "c").seeds == [10, 11, 12, 13, 14]
+
+
 def test_arms_that_measures_read_are_known():
     runs = Runs(table({"a": 1.0, "b": 1.2, "c": 1.4}))
     with results.reading() as arms:
@@ -298,6 +341,12 @@ def test_shuffled_arms_lose_their_differences_and_nothing_else():
     null = claim.exchanges(judge, claim.shuffle_arms, {"p": rows})["X"]
     assert real.verdict == "holds" and null["holds"] <= 8 and null["draws"] == 100
     assert null["low"] < 0 < null["high"] < real.range["value"]
+    # Of two arms and three seeds there are eight exchanges: they show no share of one in twenty.
+    few = [row for row in rows if row["arm"] in "ad" and row["seed"] < 13]
+    assert claim.exchanges(judge, claim.shuffle_arms, {"p": few}) == {}
+    claims[0] = dataclasses.replace(claims[0], looks=(3,))
+    assert claim.exchanges(judge, claim.shuffle_arms, {"p": few}) == {}
+    claims[0] = dataclasses.replace(claims[0], looks=(5,))
     later = {"o": rows, "p": rows, "q": rows}
     assert claim.exchanges(judge, claim.shuffle_arms, later)["X"] == null
 
@@ -380,6 +429,18 @@ def test_criteria_have_a_digest_of_runs_and_of_what_their_gin_files_include(tmp_
     (tmp_path / "b.gin").write_text("B = 2\n")
     assert digest()["changed"] == ["p"]
     assert "changed since: the runs of the part `p`" in criteria.in_words(digest(), [])
+
+
+def test_criteria_say_today_what_changed_and_which_commits_are_lost(monkeypatch):
+    monkeypatch.setattr(criteria, "_design", lambda experiment: {"p": "1", "q": "2"})
+    head = criteria.environment.commit()["commit"]
+    now = {"date": "2026-01-01 00:00 UTC", "commit": head, "dirty": False, "late": False}
+    later = {"q": {**now, "commit": "0" * 40}}
+    fixed = {**now, "earlier": [], "claims": {}, "design": {"p": "1", "q": "1"}, "later": later}
+    said = criteria.in_words(criteria.today({**fixed, "changed": []}, Experiment), [])
+    assert "changed since: the runs of the part `q`." in said
+    assert "at commit 0000000000 (not in this repository's history)" in said
+    assert said.count("not in this") == 1
 
 
 def test_the_figure_of_verdicts_has_a_row_for_each_claim_and_its_bound_at_zero():

@@ -295,6 +295,15 @@ def test_parts_of_a_paper_run_at_different_times_and_a_page_has_both(tmp_path, m
     both = json.loads((out / "two_parts/results.json").read_text())
     assert both["measured"] == record["measured"] and len(both["command"].splitlines()) == 2
     assert both["criteria"]["later"]["one"]["date"] == other["date"]
+    # --again looks anew at what changed, and at the commit.
+    path = out / "two_parts/results.json"
+    old = {**both["criteria"], "commit": "0" * 40, "design": {"one": "other runs"}, "changed": []}
+    path.write_text(json.dumps({**both, "criteria": old}))
+    assert reproduce.main(["two_parts", "--again", f"--out={out}"]) == 0
+    shown = (out / "two_parts.md").read_text()
+    assert "changed since: the runs of the part `one`" in shown
+    assert "at commit 0000000000 (not in this repository's history)" in shown
+    path.write_text(json.dumps(both))
     # A part whose bound is another now is not kept, and nothing is lost.
     written("0.6")
     assert reproduced("two", "elsewhere") == 2
