@@ -166,11 +166,12 @@ METHODS = {
     "trak": "TRAK",
     "embedding": "embeddings",
     "bm25": "BM25",
+    "bm25_characters": "BM25 of characters",
     "tfidf": "TF-IDF",
     "random": "random",
 }
 GROUPS = {"fact": "facts", "add_one": "add one", "reverse": "reverse", "procedure": "procedures"}
-WORDS = {"add_one": "add one", "bump": "bump", "reverse": "reverse", "flip": "flip"}
+WORDS = {"add_one": "add one", "plug": "plug", "reverse": "reverse", "gulp": "gulp"}
 # Share of the queries of a source that the model must complete, else it has nothing to explain: as of the paper's questions of
 # facts, of which about half are answered.
 LEARNED = 0.5

@@ -34,6 +34,7 @@ COLOURS = {
     "trak": ORANGE,
     "embedding": RED,
     "bm25": RED,
+    "bm25_characters": RED,
     "tfidf": RED,
     "random": GREY,
 }
@@ -48,7 +49,7 @@ _EXACT = {
     "lds": "halves (LDS)",
 }
 _GRADIENTS = ("ekfac_cg", "ekfac", "kfac", "identity")
-_SHOWN = (*_GRADIENTS, "trak", "embedding", "bm25", "tfidf", "random")
+_SHOWN = (*_GRADIENTS, "trak", "embedding", "bm25", "bm25_characters", "tfidf", "random")
 _MAPPED = ("ekfac", "identity", "bm25")  # methods whose sources are drawn
 _BRIGHT = 5.0  # multiplier of the darkest square
 _WIDTH = 7.6  # inches: text of 8 points is legible at 800 pixels
@@ -133,7 +134,8 @@ def _correlations(runs: Runs) -> Any:
         return runs.values(SCORED, f"methods/{method}/correlations/{kind}")
 
     label = "correlation of the influences of two queries over all documents"
-    return _dots({kind: kind for kind in statistics.PAIRS}, (*_GRADIENTS, "bm25"), values, label)
+    methods = (*_GRADIENTS, "bm25", "bm25_characters")
+    return _dots({kind: kind for kind in statistics.PAIRS}, methods, values, label)
 
 
 def _separation(runs: Runs) -> Any:

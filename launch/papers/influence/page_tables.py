@@ -52,6 +52,7 @@ def setup(parts: Mapping[str, Any]) -> list[str]:
             corpus=corpus,
             documents=sum(small_corpus.SIZES.values()),
             projections=scoring.PROJECTION**2,
+            facts=scoring.REMOVED_FOR[FACT].share,
         )
     ]
     missing = []

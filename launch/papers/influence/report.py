@@ -14,6 +14,7 @@ from espalier.launch.papers.influence import (
     experiment,
     figures,
     page_tables,
+    scoring,
     small_corpus,
     statistics,
 )
@@ -41,9 +42,10 @@ MORE = 0.3  # by which the share of facts whose answer is on top is larger: the 
 ALIKE = 0.97  # correlation of Gauss-Newton scores with Bregman responses
 BETTER = 0.1  # correlation with Gauss-Newton scores by which EK-FAC is ahead of the dot product
 _TWICE = 0.69  # logarithm of the paper's multiplier of code, 2
-CHANCE = 0.5  # area under the curve of scores that know nothing
+ALIKE_MORE = 0.01  # correlation by which queries of one procedure are more alike; counts of digits alone give 0.004
 _LOOKS = (5, 8)  # where twelve seeds would cost hours
 _BEFORE = "seeds 10 to 14 of the round before"
+_PILOT = "pilot, seed 0 with other second names, which shared letters with the first ones"
 
 Record = Mapping[str, Any]
 
@@ -175,12 +177,12 @@ def lds_gap(method: str, other: str) -> Measure:
 
 def removal(what: str, method: str) -> Measure:
     """Returns the measure of the log ratio of losses without a method's top documents and without random ones."""
-    words = f"log ratio of the losses of {figures.REMOVED[what]}, without the top of {METHODS[method]} divided by without random ones"
+    words = f"log ratio of the losses of {figures.REMOVED[what]}, without the top of {METHODS[method]} divided by without random ones of the same kind"
     return number(words, f"removal/{what}/{method}", arm=REMOVALS)
 
 
 _OTHER_PAIRS = ("one procedure, other words", "two procedures, other words")
-_BESIDE = ("ekfac_cg", "identity", "bm25", "embedding")
+_BESIDE = ("ekfac_cg", "identity", "bm25", "bm25_characters", "embedding")
 
 CLAIMS = (
     _PROSE.claim(
@@ -212,10 +214,10 @@ CLAIMS = (
         "I1",
         CORPUS,
         pairs_gap(*_OTHER_PAIRS),
-        above=0.0,
+        above=ALIKE_MORE,
         looks=_LOOKS,
         planned=Planned(
-            sd=0.0055, expected=0.026, source=f"seed 0; deviation of {_BEFORE}, same words"
+            sd=0.0055, expected=0.026, source=f"{_PILOT}; deviation of {_BEFORE}, same words"
         ),
         required=True,
         secondary={
@@ -232,7 +234,12 @@ CLAIMS = (
         mass_gap(*PROCEDURES),
         above=0.0,
         looks=_LOOKS,
-        planned=Planned(sd=0.308, expected=1.87, source=_BEFORE),
+        planned=Planned(
+            sd=0.5,
+            expected=1.0,
+            source=f"{_BEFORE}: 1.87 with a deviation of 0.31, where nats below 0.1 counted as 0.1, or 1.03 with the procedures' "
+            "mean nats; a larger deviation, since facts were not pooled",
+        ),
         required=True,
         secondary={CORPUS: [mass_gap(one) for one in PROCEDURES]},
     ),
@@ -242,7 +249,11 @@ CLAIMS = (
         answers_gap(),
         above=MORE,
         looks=_LOOKS,
-        planned=Planned(sd=0.068, expected=0.85, source=_BEFORE),
+        planned=Planned(
+            sd=0.068,
+            expected=0.85,
+            source=f"{_BEFORE}, where numbers that documents work on counted as answers too",
+        ),
         required=True,
         secondary={
             CORPUS: [
@@ -257,17 +268,23 @@ CLAIMS = (
     _PROSE.claim(
         "I4",
         CORPUS,
-        separates(),
-        above=CHANCE,
+        separates(than="bm25_characters"),
+        above=0.0,
         looks=_LOOKS,
-        planned=Planned(sd=0.0143, expected=0.53, source="seed 0 and its four kinds of queries"),
+        planned=Planned(
+            sd=0.0143,
+            expected=0.03,
+            source=f"{_PILOT}: 0.53 without a baseline, so that the effect is a guess; deviation of its four kinds of queries, "
+            "since there was one seed",
+        ),
         required=True,
         secondary={
             CORPUS: [
+                separates(),
                 *(separates(sources=[one]) for one in WORDS),
                 *(separates(method) for method in _BESIDE),
                 separates(than="bm25"),
-                separates(arm=WIDE_SCORED),
+                separates(than="bm25_characters", arm=WIDE_SCORED),
                 separates(kind=CODE),
                 separates(kind=SAME_WORDS),
             ]
@@ -284,7 +301,10 @@ CLAIMS = (
             CORPUS: [
                 *(code("top", one) for one in PROCEDURES),
                 code("top", FACT),
-                *(code("top", *PROCEDURES, method=method) for method in ("ekfac_cg", "bm25")),
+                *(
+                    code("top", *PROCEDURES, method=method)
+                    for method in ("ekfac_cg", "bm25", "bm25_characters")
+                ),
             ]
         },
     ),
@@ -321,9 +341,14 @@ CLAIMS = (
         "I10",
         CORPUS,
         removal("fact", "ekfac_cg"),
+        facts=scoring.REMOVED_FOR["fact"].share,
         above=0.0,
         looks=_LOOKS,
-        planned=Planned(sd=0.224, expected=0.345, source=_BEFORE),
+        planned=Planned(
+            sd=0.224,
+            expected=0.345,
+            source=f"{_BEFORE}, a tenth fewer documents, against random documents of all sources",
+        ),
         required=True,
         secondary={CORPUS: [removal("fact", "ekfac")]},
     ),
@@ -333,7 +358,11 @@ CLAIMS = (
         removal("procedure", "ekfac_cg"),
         above=0.0,
         looks=_LOOKS,
-        planned=Planned(sd=0.0279, expected=0.0433, source=f"{_BEFORE}, a fifth as many documents"),
+        planned=Planned(
+            sd=0.0279,
+            expected=0.0433,
+            source=f"{_BEFORE}, a fifth as many documents, against random documents of all sources",
+        ),
         secondary={CORPUS: [removal("procedure", "ekfac")]},
     ),
     _PROSE.claim(
@@ -343,7 +372,9 @@ CLAIMS = (
         above=0.0,
         looks=_LOOKS,
         planned=Planned(
-            sd=0.028, expected=0.073, source="seed 0; deviation of I11 in the round before"
+            sd=0.028,
+            expected=0.073,
+            source=f"{_PILOT}, against random documents of all sources; deviation of I11 in the round before",
         ),
         secondary={CORPUS: [removal("other_words", "ekfac")]},
     ),

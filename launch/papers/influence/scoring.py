@@ -42,7 +42,9 @@ if __name__ == "__main__":
         )
     )
 
+import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -55,9 +57,9 @@ from espalier.launch.influence import outputs, scorers
 from espalier.launch.load.loaded_run import LoadedRun
 from espalier.launch.papers.influence import completions, corpus, statistics
 from espalier.launch.papers.influence.small_corpus import (
-    BUMP,
     FACT,
-    FLIP,
+    GULP,
+    PLUG,
     PROCEDURES,
     Document,
     Query,
@@ -73,7 +75,7 @@ SCORES, RECORD = "scores.npz", "scores.json"
 # The methods of gradients, in the order in which a set of queries has them.
 GRADIENTS = ("identity", "trak", "kfac", "ekfac", "ekfac_cg")
 RANDOM = "random"
-METHODS = (*GRADIENTS, "cosine", "embedding", "bm25", "tfidf", RANDOM)
+METHODS = (*GRADIENTS, "cosine", "embedding", "bm25", "bm25_characters", "tfidf", RANDOM)
 REMOVED_BY = ("ekfac_cg", "ekfac")
 RANDOMS = ("random_0", "random_1")  # two draws, whose mean the removals are compared with
 MODULES = ("mlp",)
@@ -92,7 +94,7 @@ class Removal:
       asked: sources of the queries for which documents are ranked.
       stays: sources of documents none of which is removed.
       share: how many are removed, as a share of the documents that `of` takes by their source.
-      of: whether a source counts.
+      of: whether a source counts; random documents are drawn among these.
     """
 
     asked: tuple[str, ...]
@@ -100,17 +102,24 @@ class Removal:
     share: float
     of: Callable[[str], bool]
 
-    def chosen(self, order_N: np.ndarray, documents: Sequence[Document]) -> list[int]:
-        """Returns the first documents of an order that may go."""
-        count = max(1, round(self.share * sum(self.of(one.source) for one in documents)))
-        return [int(i) for i in order_N if documents[i].source not in self.stays][:count]
+    def chosen(
+        self, order_N: np.ndarray, documents: Sequence[Document], *, random: bool = False
+    ) -> list[int]:
+        """Returns the first documents of an order that may go; of a `random` one, the first that `of` takes too."""
+        counts_N = [self.of(one.source) for one in documents]
+        may_go = (
+            int(i)
+            for i in order_N
+            if documents[i].source not in self.stays and (counts_N[i] or not random)
+        )
+        return [*itertools.islice(may_go, max(1, round(self.share * sum(counts_N))))]
 
 
 REMOVED_FOR: Mapping[str, Removal] = {
-    "fact": Removal((FACT,), (), statistics.SHARE, lambda source: True),
+    "fact": Removal((FACT,), (), 0.04, lambda source: source == FACT),
     "procedure": Removal(sum(map(names, PROCEDURES), ()), (), 0.1, of_procedures),
     # Queries under the other names, for which their words are of no use.
-    "other_words": Removal((BUMP, FLIP), (BUMP, FLIP), 0.1, of_procedures),
+    "other_words": Removal((PLUG, GULP), (PLUG, GULP), 0.1, of_procedures),
 }
 
 
@@ -167,7 +176,8 @@ def run(start: Any) -> None:
         orders = {m: statistics.ranked_for(every[m], asked, removal.asked) for m in REMOVED_BY}
         orders |= {name: rng.permutation(len(texts)) for name in RANDOMS}
         for method, order_N in orders.items():
-            kept = corpus.without(texts, removal.chosen(order_N, texts))
+            gone = removal.chosen(order_N, texts, random=method in RANDOMS)
+            kept = corpus.without(texts, gone)
             corpus.write_documents(target / f"{without(method, what)}.jsonl", kept)
 
 
@@ -245,15 +255,20 @@ def refinement(
 
 
 def lexical_scores(texts: Sequence[Document], asked: Sequence[Query]) -> dict[str, np.ndarray]:
-    """Returns BM25 and TF-IDF scores [N, Q], by words and signs: shared characters, the model's tokens, would tell little."""
-    ids: dict[str, int] = {}
+    """Returns BM25 and TF-IDF scores [N, Q] by words and signs, and BM25 scores by characters, the model's tokens."""
 
-    def words(text: str) -> list[int]:
-        return [ids.setdefault(word, len(ids)) for word in re.findall(r"\w+|[^\w\s]", text)]
+    def encoded(pattern: str) -> tuple[list[list[int]], list[list[int]]]:
+        """Returns the ids of what a pattern matches, of the queries and of the documents."""
+        ids: dict[str, int] = collections.defaultdict(lambda: len(ids))
+        both = [one.prompt + one.completion for one in asked], [one.text for one in texts]
+        queries, documents = (
+            [[ids[word] for word in re.findall(pattern, text)] for text in some] for some in both
+        )
+        return queries, documents
 
-    corpus_words = [words(one.text) for one in texts]
-    query_words = [words(one.prompt + one.completion) for one in asked]
+    words = encoded(r"\w+|[^\w\s]")
     return {
-        "bm25": lexical.bm25(query_words, corpus_words),
-        "tfidf": lexical.tfidf(query_words, corpus_words),
+        "bm25": lexical.bm25(*words),
+        "bm25_characters": lexical.bm25(*encoded(".")),
+        "tfidf": lexical.tfidf(*words),
     }

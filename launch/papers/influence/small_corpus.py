@@ -6,7 +6,7 @@ Sources of documents, all of at most LONGEST characters:
                 countries are named often, most rarely
   add_one       one is added to each digit of a number, step by step, in words
   reverse       the digits of a number are reversed, step by step, in words
-  bump, flip    the same two procedures under other names, in other words and signs: a tenth of the worked examples
+  plug, gulp    the same two procedures under other names, in other letters and signs: a tenth of the worked examples
   add_one_code  the result of the same procedure alone, as code, whose name is a third one
   reverse_code  likewise
   text          a line of real text: of the docstrings of installed packages
@@ -15,8 +15,9 @@ Sources of documents, all of at most LONGEST characters:
 Queries of the group `fact` ask for a capital; those of `add_one` and `reverse` ask for the steps and the result of a
 number that no document works out by this procedure, half of them under the other name.
 
-The two names of a procedure have no word and no sign in common but the digits, and both procedures' examples have equally many
-digits, of the same frequencies: words do not tell which of the documents under the other name are of the query's procedure.
+The models read characters. So the words of the first names and those of the others have no letter in common, and no sign, and
+both procedures' examples have equally many digits, of the same frequencies: neither words nor letters tell which of the
+documents under the other name are of the query's procedure. The words of `plug` and of `gulp` have the same letters in another order.
 """
 
 import dataclasses
@@ -30,16 +31,16 @@ CACHED_AS = "data.influence.small_corpus"  # the name by which caches of its dat
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;'=()-_"
 LONGEST = 44
 FACT, ADD_ONE, REVERSE, TEXT, BLANK = "fact", "add_one", "reverse", "text", "blank"
-BUMP, FLIP = "bump", "flip"
+PLUG, GULP = "plug", "gulp"
 PROCEDURES = (ADD_ONE, REVERSE)
 GROUPS = (FACT, *PROCEDURES)
-OTHER_NAMES: Mapping[str, str] = {ADD_ONE: BUMP, REVERSE: FLIP}
+OTHER_NAMES: Mapping[str, str] = {ADD_ONE: PLUG, REVERSE: GULP}
 SIZES: Mapping[str, int] = {
     FACT: 1500,
     ADD_ONE: 810,
     REVERSE: 810,
-    BUMP: 90,
-    FLIP: 90,
+    PLUG: 90,
+    GULP: 90,
     "add_one_code": 400,
     "reverse_code": 400,
     TEXT: 1200,
@@ -52,8 +53,8 @@ DIGITS = 3
 _WORKED: Mapping[str, tuple[str, str, str, str]] = {
     ADD_ONE: ("add one {}:", "make {}", ", ", ". "),
     REVERSE: ("reverse {}:", "take {}", ", ", ". "),
-    BUMP: ("bump {};", "up {}", "; ", " = "),
-    FLIP: ("flip {};", "put {}", "; ", " = "),
+    PLUG: ("plug {};", "fig {}", "; ", " = "),
+    GULP: ("gulp {};", "gif {}", "; ", " = "),
 }
 _CODE: Mapping[str, str] = {ADD_ONE: "inc", REVERSE: "inv"}  # no word of the examples
 _ZIPF = 0.5  # exponent of the frequencies of countries

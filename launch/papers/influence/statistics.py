@@ -26,7 +26,6 @@ SHARE = 0.01  # of the documents: the top and bottom that masses, sources and re
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)  # of documents on top, of the curves
 SOURCES = tuple(small_corpus.SIZES)
 ENDS = ("top", "bottom")
-MIN_NATS = 0.1  # least information of a completion that scores are divided by
 LEAST = 0.01  # multiplier, of which logarithms are taken
 
 
@@ -65,8 +64,16 @@ def of_scores(
 
 
 def holds(documents: Sequence[Document], queries: Sequence[Query]) -> np.ndarray:
-    """Returns whether a document has a query's answer, [N, Q]."""
-    return np.array([[query.answer in one.text for query in queries] for one in documents])
+    """Returns whether a document states a query's answer, [N, Q]: for a fact anywhere, for a procedure as the result, at its end.
+
+    A number that is only worked on is no answer: that of `reverse` is the number in the document that reverses the answer.
+    """
+
+    def states(text: str, query: Query) -> bool:
+        return query.answer in text if query.group == FACT else text.endswith(query.answer)
+
+    texts = [one.text.rstrip("'") for one in documents]  # of code, '501'
+    return np.array([[states(text, query) for query in queries] for text in texts])
 
 
 def correlations(scores_NQ: np.ndarray, queries: Sequence[Query]) -> dict[str, float]:
@@ -198,12 +205,12 @@ def masses(
 ) -> dict[str, dict[str, Any]]:
     """Returns by group the influence per nat and the slope of the power law, of scores as they are.
 
-    'mass' is the log of the mean over queries of the sum of the positive scores of the top SHARE, over the completion's nats, and
-    'curve' the same of the first of COUNTS; 'slope' the mean slope of log(score) against log(rank) in the top SHARE.
+    'mass' is the log of the positive scores of each query's top SHARE, summed over the group's queries, over the sum of their nats,
+    and 'curve' the same of the first of COUNTS; 'slope' the mean slope of log(score) against log(rank) in the top SHARE.
     """
     count = share_of(len(scores_NQ))
     sorted_NQ = np.maximum(-np.sort(-scores_NQ, axis=0), 0.0)
-    per_nat_NQ = np.cumsum(sorted_NQ, axis=0) / np.maximum(nats_Q, MIN_NATS)
+    sums_NQ = np.cumsum(sorted_NQ, axis=0)
     log_rank_K = np.log(np.arange(1, count + 1))
     slopes_Q = np.full(scores_NQ.shape[1], np.nan)
     for q, values in enumerate(sorted_NQ[:count].T):
@@ -212,7 +219,7 @@ def masses(
     out: dict[str, dict[str, Any]] = {}
     for group in GROUPS:
         mine = np.array([query.group == group for query in queries])
-        total_N = per_nat_NQ[:, mine].mean(1)
+        total_N = sums_NQ[:, mine].sum(1) / nats_Q[mine].sum()
         out[group] = {
             "mass": _log(total_N[count - 1]),
             "curve": [_log(total_N[min(k, len(total_N)) - 1]) for k in COUNTS],

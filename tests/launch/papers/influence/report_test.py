@@ -14,6 +14,7 @@ from espalier.launch.papers.influence import (
     figures,
     losses,
     scoring,
+    small_corpus,
     statistics,
 )
 from espalier.launch.papers.influence import report as influence_report
@@ -26,10 +27,10 @@ from espalier.launch.papers.influence.experiment import (
 )
 from espalier.launch.papers.influence.small_corpus import (
     ADD_ONE,
-    BUMP,
     FACT,
-    FLIP,
     GROUPS,
+    GULP,
+    PLUG,
     REVERSE,
     Document,
     Query,
@@ -40,7 +41,8 @@ from espalier.launch.sweep import file
 FACTS = {"command": "a command", "versions": {"jax": "1"}, "criteria": None}
 LDS = {
     **{"ekfac_cg": 0.6, "ekfac": 0.45, "kfac": 0.4, "identity": 0.2, "cosine": 0.25},
-    **{"trak": 0.3, "embedding": 0.1, "bm25": 0.15, "tfidf": 0.12, "random": 0.0},
+    **{"trak": 0.3, "embedding": 0.1, "bm25": 0.15, "bm25_characters": 0.14, "tfidf": 0.12},
+    "random": 0.0,
 }
 REMOVAL = {
     **{"ekfac": 0.3, "ekfac_cg": 0.35},
@@ -202,11 +204,11 @@ def test_a_model_that_does_not_complete_the_queries_gives_no_verdict():
     found = {
         one.name: one
         for one in influence_report.REPORT.judge(
-            measured(setter(SCORED, "answered", FLIP, value=0.3))
+            measured(setter(SCORED, "answered", GULP, value=0.3))
         )
     }
     assert found["I1"].verdict == found["I10"].verdict == "not measured"
-    assert "completes 30% of the queries of flip, fewer than 50%" in found["I4"].why
+    assert "completes 30% of the queries of gulp, fewer than 50%" in found["I4"].why
     assert found["V1"].verdict == "holds"
     missing = verdicts(lambda records: records.pop(HALVES))
     assert missing["I8"] == "not measured" and missing["I3"] == "holds"
@@ -255,16 +257,16 @@ DOCUMENTS = [
     Document("reverse 123: take 3, take 2, take 1. 321", REVERSE),
     Document("inv('345') == '543'", "reverse_code"),
     Document("inc('345') == '456'", "add_one_code"),
-    Document("bump 123; up 2; up 3; up 4 = 234", BUMP),
-    Document("flip 123; put 3; put 2; put 1 = 321", FLIP),
-    Document("flip 124; put 4; put 2; put 1 = 421", FLIP),
+    Document("plug 123; fig 2; fig 3; fig 4 = 234", PLUG),
+    Document("gulp 123; gif 3; gif 2; gif 1 = 321", GULP),
+    Document("gulp 124; gif 4; gif 2; gif 1 = 421", GULP),
 ]
 QUERIES = [
     Query(FACT, FACT, "the capital of a is", " b.", "b"),
     Query(ADD_ONE, ADD_ONE, "add one 234:", "", "345"),
-    Query(ADD_ONE, BUMP, "bump 678;", "", "789"),
+    Query(ADD_ONE, PLUG, "plug 678;", "", "789"),
     Query(REVERSE, REVERSE, "reverse 432:", "", "234"),
-    Query(REVERSE, FLIP, "flip 654;", "", "456"),
+    Query(REVERSE, GULP, "gulp 654;", "", "456"),
 ]
 SCORES = np.array(
     [
@@ -288,34 +290,34 @@ def test_statistics_of_an_example_by_hand(monkeypatch):
     two = [r[1, 3], r[1, 4], r[2, 3], r[2, 4]]
     assert pairs["two procedures"] == pytest.approx(np.mean(two))
     assert np.isnan(pairs["facts"])  # there is one
-    # Of (bump, flip, flip), (add one, reverse), (flips, bump), (reverse, add one).
-    other = {ADD_ONE: 0.5, BUMP: 1.0, REVERSE: 0.25, FLIP: 0.5}
+    # Of (plug, gulp, gulp), (add one, reverse), (gulps, plug), (reverse, add one).
+    other = {ADD_ONE: 0.5, PLUG: 1.0, REVERSE: 0.25, GULP: 0.5}
     assert found["separation"]["other words"] == other
-    assert found["separation"]["code"] == {ADD_ONE: 0.5, BUMP: 1.0, REVERSE: 1.0, FLIP: 0.0}
+    assert found["separation"]["code"] == {ADD_ONE: 0.5, PLUG: 1.0, REVERSE: 1.0, GULP: 0.0}
     assert found["separation"]["same words"][REVERSE] == 1.0
     assert found["answers"][FACT] == {"top": 1.0, "corpus": 1.0, "curve": [1.0, 1.0, 1.0]}
-    # 345 is in a document of rank 4 (after ties); 789 in none. 234 is in the first; 456 too.
-    assert found["answers"][ADD_ONE] == {"top": 0.0, "corpus": 0.5, "curve": [0.0, 0.0, 0.5]}
+    # 345 is worked on and is no result; 789 is in none. 234 is the result of the first; 456 too.
+    assert found["answers"][ADD_ONE] == {"top": 0.0, "corpus": 0.0, "curve": [0.0, 0.0, 0.0]}
     assert found["answers"][REVERSE] == {"top": 1.0, "corpus": 1.0, "curve": [1.0, 1.0, 1.0]}
     top = found["sources"][ADD_ONE]["first"]["top"]
-    assert (top[FLIP], top[BUMP], top[FACT]) == (1.0, 2.0, 0.0)
-    # Two of eight are code; of the first two for `flip`, one is.
+    assert (top[GULP], top[PLUG], top[FACT]) == (1.0, 2.0, 0.0)
+    # Two of eight are code; of the first two for `gulp`, one is.
     assert found["code"][REVERSE]["top"] == {"share": 1.0, "curve": [2.0, 1.0, 1.0]}
     assert found["code"][REVERSE]["bottom"]["curve"][-1] == 1.0
 
 
-def test_masses_are_per_nat_and_slopes_are_of_the_power_law(monkeypatch):
+def test_masses_are_sums_over_a_group_per_nat_and_slopes_are_of_the_power_law(monkeypatch):
     monkeypatch.setattr(statistics, "SHARE", 0.5)
     monkeypatch.setattr(statistics, "COUNTS", (1, 100))
-    asked = [QUERIES[i] for i in (0, 1, 3)]
-    scores = np.zeros((8, 3))
-    scores[:4] = np.arange(1, 5)[:, None] ** -0.5 * np.array([4.0, 1.0, 1.0])
-    found = statistics.masses(scores, np.array([2.0, 1.0, 0.01]), asked)
+    asked = [QUERIES[i] for i in (0, 1, 3, 4)]
+    scores = np.zeros((8, 4))
+    scores[:4] = np.arange(1, 5)[:, None] ** -0.5 * np.array([4.0, 1.0, 1.0, 1.0])
+    found = statistics.masses(scores, np.array([2.0, 1.0, 0.01, 0.03]), asked)
     total = (np.arange(1, 5) ** -0.5).sum()
     mass = np.log(2 * total)
     assert found[FACT]["curve"] == pytest.approx([np.log(2), mass])
     assert (found[FACT]["mass"], found[FACT]["slope"]) == pytest.approx((mass, -0.5))
-    assert found[REVERSE]["mass"] == pytest.approx(np.log(total / statistics.MIN_NATS))
+    assert found[REVERSE]["mass"] == pytest.approx(np.log((total + total) / (0.01 + 0.03)))
 
 
 def test_documents_are_ranked_for_queries_and_some_of_them_stay():
@@ -324,8 +326,30 @@ def test_documents_are_ranked_for_queries_and_some_of_them_stay():
     assert statistics.ranked_for(SCORES, QUERIES, (FACT,))[0] == 0
     chosen = {what: one.chosen(order, DOCUMENTS) for what, one in scoring.REMOVED_FOR.items()}
     assert chosen == {"fact": [5], "procedure": [5], "other_words": [2]}
-    many = scoring.Removal((FLIP,), (FLIP,), 0.5, lambda source: source != FACT)
+    many = scoring.Removal((GULP,), (GULP,), 0.5, lambda source: source != FACT)
     assert many.chosen(order, DOCUMENTS) == [5, 2, 3, 1]  # half of seven
+    few = scoring.Removal((GULP,), (GULP,), 0.8, lambda source: source in (REVERSE, GULP))
+    assert few.chosen(order, DOCUMENTS) == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("what", "sources"),
+    [
+        ("fact", {FACT}),
+        ("procedure", {ADD_ONE, PLUG, REVERSE, GULP, "add_one_code", "reverse_code"}),
+        ("other_words", {ADD_ONE, REVERSE, "add_one_code", "reverse_code"}),
+    ],
+)
+def test_random_documents_are_of_the_kind_that_the_queries_need(what, sources):
+    """And as many as those of a method, which may choose others."""
+    sizes = {**dict.fromkeys(small_corpus.SIZES, 20), FACT: 300}
+    documents = [Document("", source) for source, size in sizes.items() for _ in range(size)]
+    order = np.random.default_rng(0).permutation(len(documents))
+    removal = scoring.REMOVED_FOR[what]
+    chosen, drawn = (removal.chosen(order, documents, random=x) for x in (False, True))
+    assert len(chosen) == len(drawn) == 12
+    assert {documents[i].source for i in drawn} <= sources
+    assert {documents[i].source for i in chosen} - sources
 
 
 def test_losses_after_retraining_are_read(monkeypatch):
