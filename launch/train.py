@@ -173,7 +173,7 @@ def train(
             writer=primary,
             step=start.step,
             program=program,
-            learning_rate=lambda updates: float(run.learning_rates[updates]),
+            learning_rate=run.learning_rate,
             should_stop=stop.requested,
         )
         evaluation = Evaluation(
@@ -304,7 +304,7 @@ def _checkpoint_meta(
         folder.publish()
         return {
             **meta,
-            "learning_rate": float(run.learning_rates[updates]),
+            "learning_rate": run.learning_rate(updates),
             "positions": {**before, **run.stream.positions(batches)},
             **written,
         }

@@ -24,6 +24,8 @@ ACTIONS = get_args(Action)
 STATISTICS = "loss_statistics"  # key in TrainState.variables
 GATHERED = "gathered"  # key in the statistics: the losses of the first window, NaN where unknown
 
+_BATCHES = 32  # newest bad batches whose arrays stay in the run's directory: 'skip' may drop thousands of updates
+
 # The standard deviation of normal numbers is so many times their median absolute deviation (Hampel, "The influence
 # curve and its role in robust estimation", 1974).
 _SIGMAS_PER_MAD = 1.4826
@@ -120,7 +122,7 @@ class AnomalyRecords:
     def record(
         self, step: int, data_step: int, fetched: Mapping[str, tuple[Any, Any]], action: Action
     ) -> dict[str, Any]:
-        """Writes a batch (npz) and its documents (JSON), so that the step can be replayed.
+        """Writes a batch (npz) and its documents (JSON), so that the step can be replayed; deletes older npz files.
 
         Args:
           data_step: its batch.
@@ -148,6 +150,11 @@ class AnomalyRecords:
         if jax.process_index() == 0:
             batch: dict[str, Any] = self._stream.batch(data_step, 0, size)
             np.savez(path.with_suffix(".npz"), **batch)
+            saved = self._folder.glob("batch_*.npz")
+            for old in sorted(saved, key=lambda x: (x.stat().st_mtime_ns, len(x.name), x))[
+                :-_BATCHES
+            ]:
+                old.unlink()
             path.write_text(json.dumps(record, indent=1, default=str))
         return {**record, "path": str(path)}
 

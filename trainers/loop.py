@@ -409,5 +409,6 @@ class Loop:
                     "hooks_left_out": self.interrupted and bool(self._due()),
                 },
                 metrics={**self._window.newest, **hook_metrics},
+                later=[hook.prefix for hook in self.hooks],
                 occasion=occasion,
             )

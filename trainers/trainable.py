@@ -19,6 +19,14 @@ def path_name(path: tuple[Any, ...]) -> str:
     )
 
 
+def expression(pattern: str, *, what: str) -> re.Pattern[str]:
+    """Returns a regular expression; raises ValueError, which names `what` it is, for a text that is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"The {what} {pattern!r} is not a regular expression: {error}.") from None
+
+
 def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any:
     """Returns a tree of bools: whether a leaf's whole path matches one of the regular expressions.
 
@@ -28,12 +36,12 @@ def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any
       what: the name of a pattern in the error.
 
     Raises:
-      ValueError: a pattern that matches no parameter, with the nearest paths.
+      ValueError: a pattern that matches no parameter, with the nearest paths, or is no regular expression.
     """
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     chosen = dict.fromkeys(names, False)
     for pattern in patterns:
-        regex = re.compile(pattern.removeprefix("!"))
+        regex = expression(pattern.removeprefix("!"), what=what)
         hits = [name for name in names if regex.fullmatch(name)]
         if not hits:
             examples = ", ".join(names[:4])
@@ -51,13 +59,22 @@ def mask_of(patterns: Sequence[str], boxed: Any) -> Any:
     Args:
       patterns: as in `match`; none for all parameters.
       boxed: parameters with their logical axes; those with axes.CONSTANT are data.
+
+    Raises:
+      ValueError: see `match`; or the patterns leave no parameter to train.
     """
     data = jax.tree.map(lambda box: axes.CONSTANT in box.names, boxed, is_leaf=axes.is_boxed)
     if not patterns:
         everything = not any(jax.tree.leaves(data))
         return None if everything else jax.tree.map(lambda is_data: not is_data, data)
     chosen = match(patterns, data, what="trainable pattern")
-    return jax.tree.map(lambda keep, is_data: keep and not is_data, chosen, data)
+    mask = jax.tree.map(lambda keep, is_data: keep and not is_data, chosen, data)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(
+            f"The trainable patterns {list(patterns)} leave no parameter to train: one that begins with '!' takes from what others "
+            "before it match, so begin with '.*' for all but some."
+        )
+    return mask
 
 
 def split(params: Any, mask: Any) -> tuple[Any, Any]:

@@ -72,7 +72,7 @@ def check_same(stage: str, facts: Mapping[str, str]) -> None:
 
     Args:
       stage: a name that is used once in a run.
-      facts: texts by the keys of _REMEDIES.
+      facts: texts by the keys of _REMEDIES; all other keys are of data.
 
     Raises:
       HostsDisagreeError: in every process.
@@ -106,7 +106,7 @@ def difference(facts: Sequence[Mapping[str, str]]) -> str | None:
             mine, theirs = _lines(facts[i].get(key, ""), facts[0][key])
             return (
                 f"the hosts of this run differ in their {key}: process {i} on {facts[i]['host']}{also} has "
-                f"{mine!r}, process 0 on {facts[0]['host']} has {theirs!r}. Remedy: {_REMEDIES[key]}."
+                f"{mine!r}, process 0 on {facts[0]['host']} has {theirs!r}. Remedy: {_REMEDIES.get(key, _REMEDIES['data'])}."
             )
     return None
 

@@ -6,7 +6,7 @@ the status of the other process if that ended with an error (starting again woul
 JAX aborts a process whose coordinator, process 0, is gone; that is what launch/processes/supervisor.py is for.
 
 Under SLURM, JAX gives process i of a host its GPU i alone. With one process for all GPUs of a host, the others would be idle without a
-sign; with --gpus-per-task, where a process sees only its own GPU, GPU i would be missing.
+sign; with --gpus-per-task, where a process sees only its own GPUs, GPU i would be missing or the others idle.
 """
 
 import contextlib
@@ -55,10 +55,11 @@ def share(environment: Mapping[str, str], visible: int) -> list[int] | None:
         local = int(environment["SLURM_LOCALID"])
     except (KeyError, ValueError, IndexError):
         return None
-    if not visible or visible == tasks:
+    per_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # '2' or 'a100:2'
+    if visible < tasks or per_task == str(visible):  # each process sees its own only
+        return list(range(visible)) or None
+    if visible == tasks:
         return None
-    if visible < tasks:  # each process sees its own only
-        return list(range(visible))
     part = visible // tasks
     return list(range(local * part, (local + 1) * part))
 

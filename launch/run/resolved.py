@@ -72,10 +72,14 @@ class ResolvedRun:
     def devices(self) -> list[jax.Device]:
         return list(self.program.mesh.devices.flat)
 
+    def learning_rate(self, updates: int) -> float:
+        """Returns the rate of the update that follows so many; past the last one, where TRAIN_STEPS was lowered, the last rate."""
+        return float(self.learning_rates[min(updates, len(self.learning_rates) - 1)])
+
     def row_metrics(self, updates: int, batches: int, units_per_second: float) -> dict[str, float]:
         """Returns learning rate, throughput, utilisation and epochs, as the host knows them, for a row of metrics."""
         # An update uses the rate at the number of updates before it.
-        metrics = {"learning_rate": float(self.learning_rates[max(updates - 1, 0)])}
+        metrics = {"learning_rate": self.learning_rate(max(updates - 1, 0))}
         if units_per_second:
             metrics[f"{self.unit}_per_second"] = units_per_second
             metrics["model_flops_per_second"] = units_per_second * self.flops_per_unit

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from espalier.trainers import partitioning
-from espalier.trainers.anomaly import STATISTICS, Anomaly
+from espalier.trainers.anomaly import STATISTICS, Anomaly, AnomalyRecords
 from espalier.trainers.batches import Prefetcher, global_batch
 from espalier.trainers.checkpoints import checkpoint, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
@@ -329,6 +329,15 @@ def test_stop_saves_the_batch_and_its_documents_and_applies_nothing(tmp_path, sa
     assert_bits(dict(saved), stream.batch(5, 0, 8))
     assert loop.outputs.writer.having("anomaly")[-1] == (6, 1.0)
     assert np.isfinite(loop.state.params["w"]).all()
+
+
+def test_only_the_newest_bad_batches_are_stored_whole(tmp_path):
+    """A run that skips thousands of updates does not fill its disk."""
+    records, fetched = AnomalyRecords(tmp_path, Rows()), {"loss": (np.float32(1), np.float32(1))}
+    for step in range(95, 130):
+        records.record(step + 1, step, fetched, "skip")
+    numbers = [sorted(int(p.stem[6:]) for p in tmp_path.rglob(f"*.{x}")) for x in ("npz", "json")]
+    assert numbers == [[*range(98, 130)], [*range(95, 130)]]
 
 
 def test_skip_drops_the_update_counts_it_and_goes_on(tmp_path):

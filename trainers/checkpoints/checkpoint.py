@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import orbax.checkpoint as ocp
@@ -151,6 +151,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         *,
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
+        later: Collection[str] | None = None,
         occasion: Occasion = "period",
     ) -> bool:
         """Saves a state; waits for the previous save first. Every process must call it.
@@ -162,6 +163,7 @@ class Checkpointer(contextlib.AbstractContextManager):
           state: any pytree of jax.Array; may be donated when this returns.
           meta: JSON facts about the run. If they name a base model (base_step.py), its parameters are left out.
           metrics: metrics of this step, including the metric that ranks steps.
+          later: beginnings of the names of metrics that other steps may have; None if they are unknown.
           occasion: 'period' saves a shared step, and a local one if that is due; 'local' a local one alone; 'signal' first a
             local one, then a shared one if the time suffices.
 
@@ -179,12 +181,18 @@ class Checkpointer(contextlib.AbstractContextManager):
         if self._local is not None and not self._save_locally(record, arrays, occasion):
             return True
         try:
-            return self._save_shared(step, arrays, record)
+            return self._save_shared(step, arrays, record, later)
         except CheckpointSaveError as error:
             self._raise_unless_local(error)
             return True
 
-    def _save_shared(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    def _save_shared(
+        self,
+        step: int,
+        arrays: Mapping[str, Any],
+        record: Mapping[str, Any],
+        later: Collection[str] | None,
+    ) -> bool:
         self.wait()
         if step in self._metrics:
             return False
@@ -203,7 +211,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         entries = {name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()}
         blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
         self._pending = self._pool.submit(self._finish, path, record, entries, blocks)
-        self._retention.check_metric(record["metrics"])
+        self._retention.check_metric(record["metrics"], later)
         if not self._asynchronous:
             self.wait()
         return True

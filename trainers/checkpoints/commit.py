@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,17 +115,24 @@ class Retention:
         if self.mode not in ("min", "max"):
             raise ValueError(f"best_mode = {self.mode!r}: use 'min' or 'max'.")
 
-    def check_metric(self, saved: Mapping[str, float]) -> None:
-        """Raises ValueError if `metric` is missing among the metrics of its kind that a step was saved with.
+    def check_metric(self, saved: Mapping[str, float], later: Collection[str] | None) -> None:
+        """Raises ValueError if `metric` is missing among the metrics of its kind that a step was saved with, or no step has its kind.
 
         A step may be saved without an evaluation, and a source may be missing in a row of metrics.
+
+        Args:
+          saved: the metrics of a step.
+          later: see `Checkpointer.save`.
         """
         kind = self.metric.split("/")[:-1][:1]  # ["eval"], or [] for the training metrics
         names = [name for name in saved if name.split("/")[:-1][:1] == kind]
-        if self.keep_best and names and kind in ([], ["eval"]) and self.metric not in names:
+        missing = names and kind in ([], ["eval"]) and self.metric not in names
+        if not names and "loss" in saved and later is not None:
+            missing = not any(self.metric.startswith(prefix) for prefix in later)
+        if self.keep_best and missing:
             raise ValueError(
                 f"best_metric = {self.metric!r} is not a metric of this run: choose from "
-                f"{', '.join(sorted(names))}, or set keep_best = 0."
+                f"{', '.join(sorted(names or saved))}, or set keep_best = 0."
             )
 
     def best(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +20,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.model import layer_groups
+from espalier.trainers import trainable
 from espalier.trainers.checkpoints import base_step, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Manifest
@@ -236,7 +236,7 @@ def _assign(
     for name in wanted:
         names[name] = name
         for pattern, target in assignment:
-            if match := re.fullmatch(pattern, name):
+            if match := trainable.expression(pattern, what="assignment pattern").fullmatch(name):
                 unused.discard(pattern)
                 names[name] = None if target is None else match.expand(target)
                 break
@@ -294,7 +294,7 @@ def _inference_root(step: epath.Path) -> str:
 
 def is_added(name: str, patterns: Sequence[str]) -> bool:
     """Returns whether a checkpoint may lack a parameter: its path matches one of the patterns."""
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
+    return any(trainable.expression(p, what="added pattern").fullmatch(name) for p in patterns)
 
 
 def restore_params(
@@ -326,7 +326,7 @@ def restore_params(
 
     Raises:
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError, BaseModelError.
-      ValueError: an assignment pattern matches no parameter.
+      ValueError: an assignment pattern matches no parameter; a pattern is no regular expression.
     """
     params = state_tree.flatten(abstract_params)
 

@@ -296,7 +296,7 @@ def largest(logits_CV: jax.Array, k: int, temperature: float) -> tuple[jax.Array
     """Returns the stored values of a teacher: ids [C, K] of its likeliest tokens, and their `top_log_probs` [C, K + 1]."""
     _, ids_CK = jax.lax.top_k(logits_CV, k)
     log_p_CN = top_log_probs(logits_CV, ids_CK, temperature)
-    return ids_CK, jnp.pad(log_p_CN, ((0, 0), (0, k + 1 - log_p_CN.shape[-1])))
+    return ids_CK, _widened(log_p_CN, k + 1)  # with all tokens, no others
 
 
 def form_of(model: Any) -> LogitForm:

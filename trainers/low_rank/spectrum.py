@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from espalier.common import files
 from espalier.common.ranges import Size
 from espalier.model.low_rank import factors, lowrank_conv
+from espalier.trainers import trainable
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.hooks import Hook, RunContext
 from espalier.trainers.telemetry import metric_writers
@@ -54,7 +54,10 @@ class Spectrum(Hook):
     def __post_init__(self):
         flat = state_tree.flatten(self.run.program.abstract_state.params)
         kernels = [name for name in flat if name.endswith("/kernel") and flat[name].ndim >= 2]
-        matches = {p: [name for name in kernels if re.fullmatch(p, name)] for p in self.kernels}
+        patterns = {
+            p: trainable.expression(p, what="pattern of Spectrum.kernels") for p in self.kernels
+        }
+        matches = {p: [x for x in kernels if regex.fullmatch(x)] for p, regex in patterns.items()}
         for pattern, names in matches.items():
             if not names:
                 raise ValueError(

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from espalier.model.adapters.adapter import PREFIX, adapters_of
 from espalier.model.axes import Rules
+from espalier.model.protocol import inference_params
+from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.objectives.base import Batch
 from espalier.trainers.objectives.forward import Forward, frozen_forward
 
@@ -33,6 +35,23 @@ class OwnBase:
             raise ValueError(
                 "The reference is the policy without its adapters, and the policy has none: give a file with adapters, such as "
                 "methods/adapters/lora.gin, or another reference."
+            )
+
+    def check_frozen(self, params: Any, mask: Any) -> None:
+        """Raises ValueError if a run trains parameters of the base, with which the reference would move.
+
+        Args:
+          params: the policy's parameters, or their shapes.
+          mask: tree of bools, True where trained; None when everything is.
+        """
+        base = state_tree.flatten(without_adapters(inference_params(self.model, params)))
+        if mask is not None:
+            trains = state_tree.flatten(without_adapters(inference_params(self.model, mask)))
+            base = {name: leaf for name, leaf in base.items() if trains[name]}
+        if base:
+            raise ValueError(
+                f"The reference is the policy without its adapters, and would move with {next(iter(base))}, which is trained: "
+                "train adapters alone (TRAINED), or give another reference."
             )
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:

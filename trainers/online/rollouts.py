@@ -10,6 +10,7 @@ Shapes: P prompts, G samples of each, R = P G completions, T prompt length, B ro
 import functools
 import os
 import pathlib
+import zipfile
 from typing import Any, Protocol, cast
 
 import jax
@@ -93,6 +94,8 @@ class Rollouts:
         if REFERENCE in method.scores:
             assert reference is not None  # see _method
             reference.check(program.mesh, program.rules, meta)
+            if isinstance(reference, OwnBase):
+                reference.check_frozen(program.abstract_state.params, program.mask)
         size = program.mesh.size
         if stream.batch_size % (parts := size // program.batch_sharding.shard_shape((size,))[0]):
             raise RolloutError(
@@ -235,7 +238,7 @@ class Rollouts:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise RolloutError(
                 f"The rollout {path} cannot be read ({error}). Resume from a checkpoint whose step is a multiple of "
                 f"UPDATES = {self._method.updates}, or start in another MODEL_DIR."

@@ -201,21 +201,22 @@ def wsd(
       final: the learning rate at the end.
 
     Raises:
-      ValueError: warm-up and decay are longer than the schedule.
+      ValueError: warm-up and decay together are longer than the schedule.
     """
     if total_steps is None:
         return _over_the_run(
             wsd, peak=peak, decay_steps=decay_steps, warmup_steps=warmup_steps, final=final
         )
-    if decay_steps > total_steps:
+    start = total_steps - decay_steps
+    if start < 0 or not 0 <= (warmup_steps or 0) <= start:
         raise ValueError(
-            f"wsd: decay_steps = {decay_steps} is longer than total_steps = {total_steps}: lower it, or raise TRAIN_STEPS."
+            f"wsd: warmup_steps = {warmup_steps} and decay_steps = {decay_steps} must fit into total_steps = {total_steps}: lower "
+            "WARMUP_STEPS (None takes one update in a hundred) or decay_steps, or raise TRAIN_STEPS."
         )
-    warmup_steps = _warmup("wsd", total_steps - decay_steps, warmup_steps)
+    if warmup_steps is None:
+        warmup_steps = _warmup("wsd", start, None)
     stable = constant(peak=peak, warmup_steps=warmup_steps)
-    return cooldown(
-        before=stable, start_step=total_steps - decay_steps, steps=decay_steps, final=final
-    )
+    return cooldown(before=stable, start_step=start, steps=decay_steps, final=final)
 
 
 def cooldown(

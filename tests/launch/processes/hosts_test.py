@@ -71,6 +71,7 @@ def run(monkeypatch):
             "has 'B = 3', .* has 'B = 2'",
         ),
         ("configuration", ("A = 1", "A = 1\nB = 3", "A = 1"), "has 'B = 3', .* has ''"),
+        ("held-out prose", ("a1", "a1", "b2"), "in their held-out prose: .*let all hosts read"),
     ],
 )
 def test_a_difference_is_the_same_error_everywhere(run, key, values, message):
@@ -112,22 +113,26 @@ def test_the_code_has_a_digest_of_its_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "node", "local", "visible", "gpus"),
+    ("tasks", "node", "local", "per_task", "visible", "gpus"),
     [
-        ("1(x2)", "1", "0", 8, list(range(8))),  # one process for all GPUs of a host
-        ("8(x2)", "0", "3", 8, None),  # one for each: JAX's own choice
-        ("8(x2)", "0", "3", 1, [0]),  # --gpus-per-task shows each process its own
-        ("2(x3),1", "3", "0", 4, [0, 1, 2, 3]),
-        ("2(x3),1", "2", "1", 4, [2, 3]),
-        ("2", "0", "0", 0, None),  # no GPUs
-        ("x", "0", "0", 4, None),
+        ("1(x2)", "1", "0", None, 8, list(range(8))),  # one process for all GPUs of a host
+        ("8(x2)", "0", "3", None, 8, None),  # one for each: JAX's own choice
+        ("8(x2)", "0", "3", "1", 1, [0]),  # --gpus-per-task shows each process its own
+        ("2", "0", "1", "2", 2, [0, 1]),
+        ("2", "0", "1", "a100:4", 4, [0, 1, 2, 3]),
+        ("2", "0", "1", "4", 8, [4, 5, 6, 7]),  # --gpu-bind=none shows all of them
+        ("2(x3),1", "3", "0", None, 4, [0, 1, 2, 3]),
+        ("2(x3),1", "2", "1", None, 4, [2, 3]),
+        ("2", "0", "0", None, 0, None),  # no GPUs
+        ("x", "0", "0", None, 4, None),
     ],
 )
-def test_gpus_of_a_process_under_slurm(tasks, node, local, visible, gpus):
+def test_gpus_of_a_process_under_slurm(tasks, node, local, per_task, visible, gpus):
     environment = {
         "SLURM_STEP_TASKS_PER_NODE": tasks,
         "SLURM_NODEID": node,
         "SLURM_LOCALID": local,
+        **({} if per_task is None else {"SLURM_GPUS_PER_TASK": per_task}),
     }
     assert peers.share(environment, visible) == gpus
     assert peers.share({}, visible) is None

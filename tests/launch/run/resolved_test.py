@@ -29,6 +29,11 @@ def test_a_row_has_the_rate_that_its_last_update_used(run):
     assert run.row_metrics(2, 4, 0.0) == {"learning_rate": 0.25, "epochs/a": 0.5}
 
 
+def test_a_run_that_has_made_more_updates_than_it_now_asks_for_has_the_last_rate(run):
+    """Its step is saved, or its hooks run, although nothing is left to do."""
+    assert [run.learning_rate(updates) for updates in (0, 2, 3, 1000)] == [0.5, 0.0, 0.0, 0.0]
+
+
 def test_throughput_is_told_once_it_is_known_and_utilisation_where_the_peak_is(run, monkeypatch):
     known = {"tokens_per_second": 10.0, "model_flops_per_second": 30.0}
     row = run.row_metrics(1, 8, 10.0)

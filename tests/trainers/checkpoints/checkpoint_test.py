@@ -440,6 +440,8 @@ def test_last_and_best_are_kept_across_restarts(tmp_path, options, kept):
         ("eval/a/loss", {"loss": 1.0}, True),  # saved without an evaluation
         ("loss", {}, True),  # saved before the first row
         ("loss/a", {"loss": 1.0, "loss/b": 1.0}, True),  # a row may be without a source
+        ("validation/loss", {"loss": 1.0}, False),
+        ("validation/loss", {}, True),
     ],
 )
 def test_a_metric_that_the_run_does_not_have_is_an_error(tmp_path, metric, metrics, known):
@@ -447,7 +449,8 @@ def test_a_metric_that_the_run_does_not_have_is_an_error(tmp_path, metric, metri
     if not known:
         expected = pytest.raises(ValueError, match=f"best_metric = '{metric}'.*choose from .*loss")
     with Checkpointer(tmp_path, keep_best=1, best_metric=metric) as checkpointer, expected:
-        checkpointer.save(1, {"params": {"w": jnp.ones(3)}}, metrics=metrics)
+        later = ["eval/", "indicators/"]
+        checkpointer.save(1, {"params": {"w": jnp.ones(3)}}, metrics=metrics, later=later)
     assert checkpointer.all_steps() == [1]
 
 

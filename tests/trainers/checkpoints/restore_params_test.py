@@ -159,6 +159,10 @@ def test_another_shape_names_path_and_both_shapes(run):
 def test_a_pattern_that_matches_nothing_is_an_error(run):
     with pytest.raises(ValueError, match="'embde' matches no parameter.*did you mean embed"):
         restore_params(run, make_params(), assignment=[("embde", None)])
+    with pytest.raises(ValueError, match=r"assignment pattern '\*x' is not a regular expression"):
+        restore_params(run, shapes(make_params()), assignment=[("*x", None)])
+    with pytest.raises(ValueError, match=r"added pattern '\*x' is not a regular expression"):
+        restore_params(run, {**make_params(), "new": jnp.ones(1)}, added=["*x"])
 
 
 def test_an_assigned_path_that_is_not_there_is_an_error_even_if_lenient(run):

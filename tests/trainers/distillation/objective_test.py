@@ -240,6 +240,19 @@ def test_all_tokens_stored_are_the_live_teacher(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), gradient, from_store)
 
 
+def test_all_tokens_of_a_smaller_table_leave_none_for_the_student():
+    """The other tokens of a student, which are padding of its table, have no probability of the teacher."""
+    rng = np.random.default_rng(0)
+    logits_CV, more_CV = rng.normal(size=(3, V)).astype(np.float32), np.ones((3, 2), np.float32)
+    ids, log_p = objective.largest(jnp.asarray(logits_CV), V, 1.0)
+    log_q = objective.top_log_probs(jnp.asarray(np.hstack([logits_CV, more_CV])), ids, 1.0)
+    np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
+    expected = np.log1p(
+        2 * np.e / np.exp(logits_CV).sum(-1)
+    )  # of a share that the student gives them
+    np.testing.assert_allclose(objective.forward_kl(log_p, log_q), expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_fewer_tokens_bound_the_divergence_from_below(name):
     batch, settings = make_batch(), {"divergence": DIVERGENCES[name], "temperature": 2.0}

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from espalier.model.adapters import adapter
@@ -17,10 +18,12 @@ from espalier.model.mov.mov import Mov
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers import partitioning, trainable
 from espalier.trainers.checkpoints import base_step, state_tree
+from espalier.trainers.inputs import PackedPairs
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.objectives.own_base import OwnBase, without_adapters
 from espalier.trainers.preference.losses import direct
 from espalier.trainers.preference.objectives.preference import preference
+from espalier.trainers.recipe import Recipe
 from tests.trainers.preference.objectives.preference_test import VOCAB, batch_of, pairs
 
 CONFIG = TransformerConfig(
@@ -79,6 +82,25 @@ def test_a_policy_without_adapters_is_no_reference_of_itself():
     OwnBase(model=POLICY).check(None, None, {})
     with pytest.raises(ValueError, match=r"methods/adapters/"):
         OwnBase(model=BASE).check(None, None, {})
+
+
+def test_a_reference_does_not_move_with_the_base_of_a_policy():
+    reference, params = OwnBase(model=POLICY), parameters()
+    reference.check_frozen(params, trainable.match([adapter.LEAVES], params))
+    for mask in (None, trainable.match([adapter.LEAVES, ".*norm/scale"], params)):
+        with pytest.raises(ValueError, match="would move with .*: train adapters alone"):
+            reference.check_frozen(params, mask)
+    losses = [functools.partial(direct.dpo, beta=0.5)]
+    recipe = Recipe(
+        model=POLICY,
+        batch_size=1,
+        inputs=PackedPairs({"targets": 8}, stored_reference=False),
+        optimizer=optax.sgd,
+        learning_rate=0.1,
+        objective=functools.partial(preference, losses=losses, reference=reference),
+    )
+    with pytest.raises(ValueError, match="would move with"):
+        recipe.program(devices=jax.devices()[:1]).check_extras()
 
 
 def test_a_reference_without_a_checkpoint_yet_is_the_base():

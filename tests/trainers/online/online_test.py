@@ -270,9 +270,11 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(runs):
         assert_same(seen[0], seen[1])
         assert_same(seen[2], seen[3])
         assert_same(arrays(Run("ppo", folder).feed.get(103, saved)), seen[3])
-        (folder / "51.npz").write_bytes(b"cut")
-        with pytest.raises(RolloutError, match="multiple of UPDATES = 2"):
-            Run("ppo", folder).feed.get(103, saved)
+        whole = (folder / "51.npz").read_bytes()
+        for damaged in (b"cut", whole[:-100], b""):
+            (folder / "51.npz").write_bytes(damaged)
+            with pytest.raises(RolloutError, match="multiple of UPDATES = 2"):
+                run.feed._read(51)
 
 
 def texts_of(batch):

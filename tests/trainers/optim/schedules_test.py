@@ -48,6 +48,15 @@ def test_wsd_is_flat_then_falls_to_zero():
     ]
 
 
+def test_wsd_may_have_no_flat_part_and_names_its_own_lengths():
+    falls = schedules.wsd(1.0, total_steps=4, decay_steps=4)
+    assert [float(falls(s)) for s in (0, 2, 4)] == [1.0, 0.5, 0.0]
+    rises = schedules.wsd(1.0, total_steps=4, decay_steps=2, warmup_steps=2)
+    assert [float(rises(s)) for s in range(5)] == [0.0, 0.5, 1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="= 50 and decay_steps = 60 must fit .* = 100"):
+        schedules.wsd(1.0, total_steps=100, decay_steps=60, warmup_steps=50)
+
+
 def test_stepwise_falls_at_its_shares_of_the_run():
     lr = schedules.stepwise(peak=0.1, total_steps=200)
     found = [float(lr(step)) for step in (0, 59, 60, 119, 120, 159, 160, 199)]

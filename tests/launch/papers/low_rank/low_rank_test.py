@@ -229,6 +229,8 @@ def test_spectra_of_dense_kernels_and_of_none():
     low_rank = recipe(*files)
     with pytest.raises(ValueError, match="'.*/nothing' matches no kernel"):
         hook(low_rank, kernels=(".*/nothing",))
+    with pytest.raises(ValueError, match=r"Spectrum.kernels '\*' is not a regular expression"):
+        hook(low_rank, kernels=("*",))
     given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"]
     paths = [f"t5x_configs/{name}.gin" for name in files]
     dense = gin_config.load(paths, given, entry="espalier.launch.train:train").arguments()["recipe"]
