@@ -132,6 +132,14 @@ class Merge:
         bases = [] if METHODS[self.method].base == "config" else self._bases()
         return list(dict.fromkeys([*bases, *self._sources()]))
 
+    def conditions(self) -> Iterator[tuple[str, Condition]]:
+        """Yields the values of all parameters, each with its parameter's name."""
+        of_modules = (module.parameters for module in self.modules.values())
+        of_slices = (x for part in self.slices() for x in (part, *part.sources))
+        for parameters in (self.parameters, *of_modules, *(x.parameters for x in of_slices)):
+            for name, conditions in parameters.items():
+                yield from ((name, condition) for condition in conditions)
+
     def _sources(self) -> list[str]:
         return [source.model for part in self.slices() for source in part.sources]
 
