@@ -285,6 +285,8 @@ def test_gguf_of_qwen_keeps_the_order_of_rows(tmp_path):
         ({"metadata": [("llama.rope.scaling.type", "yarn")]}, "stretched"),
         ({"metadata": [("llama.rope.scaling.factor", 4.0)]}, "stretched"),
         ({"metadata": [("llama.rope.scale_linear", 4.0)]}, "stretched"),
+        ({"metadata": [("llama.attention.sliding_window", 4)]}, "llama.attention.sliding_window"),
+        ({"metadata": [("llama.logit_scale", 0.5)]}, "llama.logit_scale"),
     ],
 )
 def test_gguf_files_that_would_become_another_model(tmp_path, arguments, words):
