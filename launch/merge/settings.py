@@ -134,9 +134,10 @@ class Merge:
 
     def conditions(self) -> Iterator[tuple[str, Condition]]:
         """Yields the values of all parameters, each with its parameter's name."""
-        of_modules = (module.parameters for module in self.modules.values())
-        of_slices = (x for part in self.slices() for x in (part, *part.sources))
-        for parameters in (self.parameters, *of_modules, *(x.parameters for x in of_slices)):
+        slices, modules = [*self.slices()], self.modules.values()
+        sources = [source for part in slices for source in part.sources]
+        every = [self.parameters, *(x.parameters for x in modules), *(x.parameters for x in slices)]
+        for parameters in (*every, *(x.parameters for x in sources)):
             for name, conditions in parameters.items():
                 yield from ((name, condition) for condition in conditions)
 
