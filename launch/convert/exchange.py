@@ -20,6 +20,7 @@ from espalier.launch.run import run_vocabulary
 from espalier.launch.weights import source_models
 from espalier.launch.weights.target_folder import ConvertError, check_space, new_directory
 from espalier.model.adapters.adapter import adapters_of
+from espalier.model.hf import peft_config
 from espalier.model.hf.config_fields import named
 from espalier.model.hf.description import describe, differences
 from espalier.model.hf.family import Family, UnsupportedModel
@@ -60,6 +61,12 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
     record = {"generation_config": read_json(generation)} if generation.exists() else {}
     with named(folder):
         family_of_config(config).model(config)  # Raises before files are opened.
+    if (folder / peft_config.CONFIG).exists():
+        print(
+            f"note: {folder} has {peft_config.CONFIG}, of an adapter that is not part of the imported weights: import it with "
+            "--from_peft.",
+            file=sys.stderr,
+        )
     with SafetensorsReader(folder) as tensors, new_directory(target) as partial:
         return _write(tensors, config, record, partial, dtype, tokenizer=folder)
 

@@ -1,25 +1,28 @@
 """Refuses models that compute different functions of their weights, before anything is written."""
 
+import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from espalier.common import checkpoint_files
 from espalier.data.tokenizers import hf_tokenizer
-from espalier.launch.merge.models import HfModel, Model, NativeModel
+from espalier.launch.merge.models import HEAD, HfModel, Model, NativeModel
 from espalier.launch.merge.settings import Merge, MergeError
 from espalier.launch.weights import source_models
 from espalier.model.hf import registry
 from espalier.model.hf.config_fields import SILENT, UnsupportedConfig
-from espalier.model.hf.family import UnsupportedModel
+from espalier.model.hf.family import Family, UnsupportedModel
 from espalier.model.transforms.base import TransformError
 
 _ROPE = ("rope_scaling", "rope_parameters", "rope_theta")
-_EMBEDDING = re.compile(r"(^|[./])(token_embed|embed_tokens|wte|shared|word_embeddings)([./]|$)")
+_EMBEDDING = re.compile(
+    r"(^|[./])(token_embed|embed_tokens|embed_in|wte|shared|word_embeddings)([./]|$)"
+)
 # Numbers of layers, and what else differs with them; hf_output compares the kinds of the layers themselves.
 _OF_DEPTH = {
     *("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers"),
@@ -28,9 +31,43 @@ _OF_DEPTH = {
 }
 
 
-def is_tied(model: Model) -> bool:
-    """Returns whether a model's head is the table of the tokens."""
-    return isinstance(model, HfModel) and facts(model.config)[0].get("tie_word_embeddings") is True
+def copies(model: Model) -> dict[str, str]:
+    """Returns the tensors that repeat another one by config.json, such as a tied head, with that one's name."""
+    if not isinstance(model, HfModel):
+        return {}
+    if family := _family(model.config):
+        pairs = dict(family.tied)
+        pairs |= {
+            copy: x.removeprefix(family.prefix)
+            for copy, x in pairs.items()
+            if x not in model.tensors
+        }
+    else:
+        table = next(filter(_EMBEDDING.search, model.tensors), "")
+        pairs = {name: table for name in model.tensors if HEAD.fullmatch(name)}
+    pairs = {copy: x for copy, x in pairs.items() if {copy, x} <= model.tensors.keys()}
+    if pairs and facts(model.config)[0].get("tie_word_embeddings") is not True:
+        pairs = {copy: x for copy, x in pairs.items() if not HEAD.fullmatch(copy)}
+    return pairs
+
+
+def check_copies(merge: Merge, models: Mapping[str, Model]) -> None:
+    """Raises MergeError if a tensor is left out of the output as a copy of another one, and is none."""
+    for model in models.values():
+        for copy, original in copies(model).items():
+            here, there = model.tensors[copy], model.tensors[original]
+            same = (here.shape, here.dtype) == (there.shape, there.dtype)
+            reads = (model.read(copy), model.read(original))
+            size = int(np.prod(here.shape)) if same else 0
+            for low in range(0, size, source_models.COMPARED):
+                high = min(low + source_models.COMPARED, size)
+                a, b = (read(low, high).view(np.uint8) for read in reads)
+                same = same and np.array_equal(a, b)
+            if not same:
+                raise MergeError(
+                    f"{merge.file}: {copy} of {model.path} differs from {original}, but config.json ties them. If the model has a "
+                    'head of its own, set "tie_word_embeddings": false there; else remove the tensor.'
+                )
 
 
 def check(merge: Merge, models: Mapping[str, Model]) -> None:
@@ -41,6 +78,12 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
     """
     opened = [models[path] for path in merge.models()]
     first = opened[0]
+    for model in opened:
+        if isinstance(model, HfModel) and model.config.get("quantization_config"):
+            raise MergeError(
+                f"{merge.file}: {model.path}/config.json has quantization_config, and quantised numbers are not merged apart from "
+                "their scales: give the model before its quantisation."
+            )
     for other in opened[1:]:
         if other.kind != first.kind:
             native, hf = sorted([first, other], key=lambda x: x.kind, reverse=True)
@@ -63,11 +106,30 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
             )
 
 
-def warn(merge: Merge, models: Mapping[str, Model]) -> None:
-    """Warns of models whose merge is hardly of use; layers of any models may be stacked."""
+def warn(merge: Merge, models: Mapping[str, Model], names: Iterable[str]) -> None:
+    """Warns of settings without effect, and of models whose merge is hardly of use; layers of any models may be stacked.
+
+    Args:
+      merge: the configuration.
+      models: by path.
+      names: of the output's tensors.
+    """
+    of_models = (entry.names for model in models.values() for entry in model.tensors.values())
+    _warn_filters(merge, [*dict.fromkeys([*names, *itertools.chain(*of_models)])])
     if merge.method != "passthrough" and merge.tokens is None:
         _warn_unrelated(merge, models)
         _warn_factors(merge, models)
+
+
+def _warn_filters(merge: Merge, names: Sequence[str]) -> None:
+    """Warns of values whose filter or pattern is of no tensor."""
+    for name, condition in merge.conditions():
+        if not condition.matches(names):
+            text = condition.filter if condition.pattern is None else condition.pattern.pattern
+            print(
+                f"warning: {merge.file}: {name}: no tensor's name has {text!r}, so that its value has no effect.",
+                file=sys.stderr,
+            )
 
 
 def _warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
@@ -100,6 +162,10 @@ def _embedding(model: Model) -> np.ndarray | None:
     return model.read(name)(0, min(size, source_models.COMPARED))
 
 
+def _family(config: Mapping[str, Any]) -> Family | None:
+    return next((x for x in registry.FAMILIES if x.name == config.get("model_type")), None)
+
+
 def facts(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Returns the fields of a config.json that decide the computed function, and why its family cannot read it, if so.
 
@@ -108,7 +174,7 @@ def facts(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """
     silent = {*SILENT, "name_or_path", "attn_implementation", "auto_map", *_ROPE} - {"model_type"}
     of_family, completed, reason = set[str](), dict[str, Any](), None
-    if family := next((x for x in registry.FAMILIES if x.name == config.get("model_type")), None):
+    if family := _family(config):
         try:
             of_family, completed = {*family.silent}, family.completed(config)
         except (UnsupportedConfig, UnsupportedModel) as error:
@@ -199,13 +265,21 @@ def tokenizer_of(folder: str | os.PathLike) -> bytes | None:
 
 
 def _check_tokenizers(merge: Merge, models: Sequence[HfModel]) -> None:
-    """Raises MergeError if the models have tokenizers with different ids.
+    """Raises MergeError if the models have tokenizers with different ids; warns of those that cannot be compared.
 
     Raises:
       CheckpointFileError: a file is damaged or not safe to read.
     """
     texts = {model: tokenizer_of(model.folder) for model in models}
     known = [(model, text) for model, text in texts.items() if text is not None]
+    others = [model for model, text in texts.items() if text is None]
+    files = {checkpoint_files.read(x.folder, hf_tokenizer.SENTENCEPIECE) for x in others}
+    if len({*files, *(text for _, text in known[:1])}) > 1:
+        print(
+            f"warning: the tokenizers of {', '.join(x.path for x in models)} were not all compared, as {others[0].path} has no "
+            f"{hf_tokenizer.TOKENIZER}: add it, or make sure that the same ids are the same tokens.",
+            file=sys.stderr,
+        )
     for model, text in known[1:]:
         first, own = known[0]
         if text == own:

@@ -26,7 +26,7 @@ CONFIG = "config.json"
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?|layer))\.(\d+)\.(.+)")
 # Tensors that come before the layers; other tensors outside of layers come after them.
 FIRST = re.compile(
-    r"(?!lm_head)(?:.*[./])?(?:token_embed|embed_tokens|wte|wpe|shared|word_embeddings|positions?|"
+    r"(?!lm_head)(?:.*[./])?(?:token_embed|embed_tokens|embed_in|wte|wpe|shared|word_embeddings|positions?|"
     r"position_embeddings|embed_positions|embeddings?|relative_(?:attention_)?bias\w*)(?:[./].*)?"
 )
 HEAD = re.compile(r"(?:.*[./])?(?:lm_head|output_projection|embed_out)[./].*")
@@ -65,10 +65,10 @@ class Entry:
     place: Place
 
     def is_vocabulary(self, size: int) -> bool:
-        """Returns whether the rows are the tokens of a vocabulary of this size."""
+        """Returns whether the rows are the tokens of a vocabulary of this size: of any matrix outside of layers with so many."""
         name, rows = self.names[0], self.shape[:1] == (size,)
-        tokens = FIRST.fullmatch(name) or HEAD.fullmatch(name)
-        return rows and not _POSITIONS.fullmatch(name) and tokens is not None
+        tokens = FIRST.fullmatch(name) or HEAD.fullmatch(name) or len(self.shape) > 1
+        return bool(rows and tokens and self.place.stack is None and not _POSITIONS.fullmatch(name))
 
 
 class _Tensors:

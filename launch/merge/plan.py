@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.merge.checks import is_tied
+from espalier.launch.merge.checks import copies
 from espalier.launch.merge.models import (
     FIRST,
     HEAD,
@@ -97,6 +97,7 @@ class Planner:
                     self._shapes[name] = (vocabulary.size, *entry.shape[1:])
         self._method = METHODS[merge.method]
         self._digests = digests(models)
+        self._copies = {copy for model in models.values() for copy in copies(model)}
         self.donor = models[merge.models()[0]]
         self.layers: dict[str, list[tuple[str, int]]] = {}
 
@@ -153,12 +154,12 @@ class Planner:
         return shared + [(name, merge.modules[name], [stack]) for name, stack in by_name.items()]
 
     def _outside(self, own: str, module: Module, stacks: Sequence[str]) -> list[str]:
-        """Returns the names of a module's tensors outside of layers, in the donor's order."""
+        """Returns the names of a module's tensors outside of layers, in the donor's order, without copies such as tied heads."""
         paths = {source.model for part in module.slices for source in part.sources}
         names: dict[str, None] = {}
         for model in (self.donor, *(self.models[path] for path in sorted(paths))):
             names |= {n: None for n, entry in model.tensors.items() if entry.place.stack is None}
-        return [name for name in names if self._owner(name, stacks) == own]
+        return [x for x in names if x not in self._copies and self._owner(x, stacks) == own]
 
     def _owner(self, tensor: str, stacks: Sequence[str]) -> str:
         """Returns the module of a tensor outside of layers: that of its stack, else `shared` or the first."""
@@ -264,14 +265,12 @@ class Planner:
     def _tensor(
         self, group: _Group, stack: str | None, layer: int | None, rest: str
     ) -> list[Planned]:
-        """Returns the plan of a tensor; nothing for a tied head that some models do not store."""
+        """Returns the plan of a tensor."""
         inputs, entries = [], []
         for source, at in group.sources:
             model = self.models[source.model]
             name = model.name(stack, at, rest)
             if name not in model.tensors:
-                if HEAD.fullmatch(rest) and all(map(is_tied, self.models.values())):
-                    return []
                 having = [
                     s.model
                     for s, i in group.sources

@@ -154,7 +154,8 @@ def _merge(
         if dry_run:
             return output.table(planned)
         workers.check_equal(planned, models, merge.file)
-        checks.warn(merge, models)
+        checks.check_copies(merge, models)
+        checks.warn(merge, models, [x.name for x in planned])
         if of_hf:
             most = _SHARD if shard_bytes is None else shard_bytes
             hf_output.write(planner, planned, target, shard_bytes=most, workers=workers)

@@ -132,6 +132,15 @@ class Merge:
         bases = [] if METHODS[self.method].base == "config" else self._bases()
         return list(dict.fromkeys([*bases, *self._sources()]))
 
+    def conditions(self) -> Iterator[tuple[str, Condition]]:
+        """Yields the values of all parameters, each with its parameter's name."""
+        slices, modules = [*self.slices()], self.modules.values()
+        sources = [source for part in slices for source in part.sources]
+        every = [self.parameters, *(x.parameters for x in modules), *(x.parameters for x in slices)]
+        for parameters in (*every, *(x.parameters for x in sources)):
+            for name, conditions in parameters.items():
+                yield from ((name, condition) for condition in conditions)
+
     def _sources(self) -> list[str]:
         return [source.model for part in self.slices() for source in part.sources]
 

@@ -92,7 +92,7 @@ class Merged:
         self._planner = Planner(merge, models, seed=seed)
         self._planned = self._planner.plan()
         self._workers.check_equal(self._planned, models, merge.file)
-        checks.warn(merge, models)
+        checks.warn(merge, models, [x.name for x in self._planned])
         donor = models[merge.models()[0]]
         fields = native_output.changed_fields(self._planner, self._planned)
         config = dataclasses.replace(donor.model.config, **fields)

@@ -88,6 +88,13 @@ def build(merge: Merge, models: Mapping[str, Model]) -> Vocabulary | None:
     base = merge.base
     vocabulary = Vocabulary(folders[source], content, size, ids, own, sizes, tokens.tokens, base)
     _check_overrides(merge, tokens, vocabulary)
+    chosen = {x for x, source in tokens.tokens.items() if source.zero or source.model}
+    if nowhere := sorted(ids.keys() - chosen - {x for rows in own.values() for x in rows}):
+        print(
+            f"warning: {merge.file}: {len(nowhere)} tokens of the output, such as {nowhere[0]!r}, have a row in none of the models, and "
+            "get zeros.",
+            file=sys.stderr,
+        )
     return vocabulary
 
 

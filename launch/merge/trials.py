@@ -7,6 +7,7 @@ and that of the best single model. Trials are in a file, so that a search that w
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -115,8 +116,12 @@ class Trials:
             if self.spent:
                 return None
             results = self._evaluate(key)
-            losses = {name: loss for name, (loss, _) in results.items()}
-            errors = {name: error for name, (_, error) in results.items()}
+            # A merge whose loss is not a number is the worst one.
+            worst = -math.inf if self._higher else math.inf
+            losses = {x: loss if math.isfinite(loss) else worst for x, (loss, _) in results.items()}
+            errors = {
+                x: error if math.isfinite(error) else 0.0 for x, (_, error) in results.items()
+            }
             self.done[key] = Trial(key, losses, errors, self._higher)
             self.new += 1
             shown = " ".join(f"{weight:.3g}" for weight in key)
@@ -146,9 +151,14 @@ def frontier(trials: Sequence[Trial], first: str, second: str) -> list[Trial]:
 
 
 def best_single(alone: Sequence[Trial]) -> Losses:
-    """Returns the lowest loss of a single model, by domain; of scores, the highest."""
+    """Returns the lowest loss of a single model, by domain; of scores, the highest. Raises MergeError if no model has a number."""
     best = max if alone[0].higher else min
-    return {name: best(trial.losses[name] for trial in alone) for name in alone[0].losses}
+    single = {name: best(trial.losses[name] for trial in alone) for name in alone[0].losses}
+    if without := [name for name, loss in single.items() if not math.isfinite(loss)]:
+        raise MergeError(
+            f"{without[0]}: the loss of every model alone is not a number: give other texts or models."
+        )
+    return single
 
 
 def begin(trials: Trials, count: int) -> tuple[Trial, list[Trial]]:

@@ -162,6 +162,11 @@ def _mixture(model: Any, moe: "SourceModel", record: dict[str, Any]) -> Mixture:
             f"{moe.path} has its experts in {parts} parts each (--granularity), and whole experts alone are added or removed: "
             "make a mixture of the other experts with espalier upcycle."
         )
+    if record.get("average_attention"):
+        raise TransformError(
+            f"{moe.path} has the mean of its models as each attention expert (--average_attention), and one more or less would not "
+            "be that mean: make a mixture of the other experts with espalier upcycle."
+        )
     if first.mlp.experts != len(record["experts"]):
         raise TransformError(
             f"{moe.path} was made of the experts {', '.join(record['experts'])}, but its configuration has "

@@ -237,6 +237,8 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
     }
     if options.seed_model:
         record["seed_model"] = options.seed_model
+    if options.average_attention:
+        record["average_attention"] = True
     record |= method.record(names)
     recipes = transformed_run.write(
         options.to,

@@ -64,7 +64,7 @@ _FLAGS = {
     *("use_parallel_residual", "norm_topk_prob", "finetuned"),
     *("is_encoder_decoder", "is_decoder", "tie_encoder_decoder", "rope_interleaved", "use_mrope"),
     *("qk_norm", "post_norm"),
-    *("use_parallel_block", "use_gated_activation", "use_embedding_sharing"),
+    *("use_parallel_block", "use_gated_activation", "use_embedding_sharing", "is_gated_act"),
 }
 # Fields that say nothing of what a model computes from tokens, of any family: about files and versions, tokens with a
 # meaning, training, generation, and classes of other tasks. A family adds its own, see Family.silent.

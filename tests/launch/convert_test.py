@@ -139,6 +139,14 @@ def llama(tmp_path_factory):
     return folder, config, tensors
 
 
+def test_an_adapter_beside_a_model_is_said_not_to_be_read(llama, tmp_path, capsys):
+    folder, *_ = llama
+    shutil.copytree(folder, tmp_path / "hf")
+    (tmp_path / "hf" / "adapter_config.json").write_text("{}")
+    assert convert.main([f"--from_hf={tmp_path}/hf", f"--to={tmp_path}/run"]) == 0
+    assert "adapter_config.json, of an adapter that is not part" in capsys.readouterr().err
+
+
 def test_dtype(llama, tmp_path):
     folder, _, tensors = llama
     assert convert.main([f"--from_hf={folder}", f"--to={tmp_path}/run", "--dtype=float32"]) == 0

@@ -68,6 +68,8 @@ def _mlp(fields: ConfigFields) -> dict[str, Any]:
     if theirs not in ACTIVATIONS:
         known = ", ".join((*ACTIVATIONS, *(f"gated-{known}" for known in ACTIVATIONS)))
         raise fields.error("feed_forward_proj", f"supported are {known}")
+    # What transformers makes of it; its class obeys these two where they differ.
+    fields.neutral(is_gated_act=gated, dense_act_fn=theirs)
     return {
         "block.mlp": GatedMlp if gated else Mlp,
         "block.mlp.activation": ACTIVATIONS[theirs],
@@ -126,10 +128,7 @@ _LIKE_T5: dict[str, Any] = dict(
         "relative_bias": RelativeBias,
     },
     rows=_ROWS,
-    silent=(
-        *("is_encoder_decoder", "n_positions", "is_gated_act", "dense_act_fn"),
-        "tie_word_embeddings",
-    ),
+    silent=(*("is_encoder_decoder", "n_positions", "tie_word_embeddings"),),
     # Of old checkpoints, whose model never reads it.
     ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     tied={

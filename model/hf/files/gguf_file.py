@@ -44,6 +44,11 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Entries of an architecture that say nothing of the computation.
+_SILENT = {
+    *("tensor_data_layout", "expert_used_count"),
+    *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+}
 # Of a header: the types of entries, and the most that any model needs.
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type
@@ -75,6 +80,7 @@ class GgufReader(TensorReader):
             raise CheckpointFileError(
                 f"{self.path} is damaged or not a GGUF file ({error}). Copy or download it again."
             ) from None
+        self._read = set[str]()
         self._architecture = self.metadata("general.architecture")
         if self._architecture not in _ARCHITECTURES:
             raise CheckpointFileError(
@@ -82,6 +88,7 @@ class GgufReader(TensorReader):
                 f"{', '.join(_ARCHITECTURES)}. Import the model's safetensors with --from_hf."
             )
         self.config = self._config()
+        self._refuse_unread()
         self.tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, Any] = {}
         for tensor in self.reader.tensors:
@@ -108,6 +115,7 @@ class GgufReader(TensorReader):
         return {name: self.metadata(name) for name in names}
 
     def _number(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
         key = f"{self._architecture}.{key}"
         value = self.metadata(key, default)
         if value is None or isinstance(value, list):
@@ -179,6 +187,15 @@ class GgufReader(TensorReader):
             del config["mlp_bias"]
             config |= {"use_sliding_window": False, "sliding_window": None}
         return config
+
+    def _refuse_unread(self) -> None:
+        prefix = f"{self._architecture}."
+        own = {x.removeprefix(prefix) for x in self.reader.fields if x.startswith(prefix)}
+        if unread := sorted(own - self._read - _SILENT):
+            raise CheckpointFileError(
+                f"{self.path}: {', '.join(prefix + key for key in unread)}: not known here, so the model might compute something "
+                "else. Import the model's safetensors with --from_hf."
+            )
 
     def _unsupported(self, feature: str) -> None:
         raise CheckpointFileError(

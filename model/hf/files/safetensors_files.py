@@ -159,16 +159,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _files(directory: pathlib.Path, single: str) -> dict[pathlib.Path, list[str] | None]:
     """Returns each weight file with the tensor names to read from it; None for all of its tensors."""
-    if os.path.lexists(directory / INDEX):
+    alone = os.path.lexists(directory / single)
+    if os.path.lexists(directory / INDEX) and not (alone and single != SINGLE):
         names = read_json(directory / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise CheckpointFileError(f"{directory / INDEX} has no 'weight_map': copy it again.")
         files: dict[pathlib.Path, list[str]] = {}
         paths = {file: _inside(directory, file) for file in set(map(_text, names.values()))}
+        if alone and single not in paths:
+            raise CheckpointFileError(
+                f"{directory} has {INDEX} and {single}, which it does not name: readers differ in which of the two they take. "
+                "Remove the one that is not the model."
+            )
         for name, file in names.items():
             files.setdefault(paths[file], []).append(name)
         return dict(files)
-    if os.path.lexists(directory / single):
+    if alone:
         return {_inside(directory, single): None}
     if not directory.is_dir():
         raise CheckpointFileError(

@@ -457,6 +457,25 @@ def test_a_tied_head_that_one_model_stores_is_left_out(tmp_path, absent):
     assert "lm_head.weight" not in merged(tmp_path, linear(tmp_path))
 
 
+def test_the_heads_of_a_random_merge_stay_tied(tmp_path):
+    for i, name in enumerate("abc"):
+        tensors = folders.drawn(i, folders.shapes(head=True))
+        folders.write(tmp_path / name, {**tensors, "lm_head.weight": tensors[EMBED]})
+    entries = [{"model": f"@{name}", "parameters": {"weight": 0.5}} for name in "bc"]
+    settings = {"base_model": "@a", "parameters": {"density": 0.5}}
+    config = configured(tmp_path, merge_method="dare_linear", models=entries, **settings)
+    assert "lm_head.weight" not in merged(tmp_path, config)
+
+
+def test_a_filter_of_no_tensor_is_named(tmp_path, capsys):
+    folders.pair(tmp_path)
+    values = [{"filter": "self_attention", "value": 0}, {"filter": "mlp", "value": 2}, {"value": 1}]
+    entries = [{"model": f"@{name}", "parameters": {"weight": values}} for name in "ab"]
+    merged(tmp_path, configured(tmp_path, merge_method="linear", models=entries))
+    warnings = [x for x in capsys.readouterr().err.splitlines() if "has no effect" in x]
+    assert len(warnings) == 2 and "weight: no tensor's name has 'self_attention'" in warnings[0]
+
+
 def test_fields_that_one_model_lacks(tmp_path, capsys):
     folders.pair(tmp_path)
     config = without(folders.CONFIG, "tie_word_embeddings", "layer_norm_eps")
@@ -666,6 +685,8 @@ REFUSALS = {
     "eps": (change("layer_norm_eps", 1e-6), "layer_norm_eps"),
     "heads": (change("num_attention_heads", 4), "num_attention_heads"),
     "tied": (change("tie_word_embeddings", False), "tie_word_embeddings"),
+    "quantised": (lambda root: _rewrite(root, *[{**folders.CONFIG, "quantization_config": {"quant_method": "fp8"}}] * 2), "a/config.json has quantization_config"),
+    "head of its own": (_with(**{"lm_head.weight": np.zeros((12, 8), np.float32)}), "lm_head.weight of .*b differs from model.embed_tokens.weight"),
     "depth": (change("num_hidden_layers", 6), "num_hidden_layers"),
     "vocabulary": (_vocabulary, "vocab_size is 12 .*tokenizer_source"),
     "tokenizer": (_tokenizers, "'x' has the id 0 in the first and 1 in the second.*tokenizer_source"),
@@ -760,6 +781,39 @@ def test_vocabularies_are_united(tmp_path):
     np.testing.assert_allclose(out[EMBED][6:], np.tile(out[EMBED][:6].mean(0), (2, 1)), atol=1e-6)
     based = linear(tmp_path, (1, 1, 2), base_model="@a", tokenizer_source="base")
     assert merged(tmp_path, based, "based")[EMBED].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        ("gpt_neox.embed_in.weight", "embed_out.weight"),
+        ("model.tok_embeddings.weight", "output.weight"),
+    ],
+)
+def test_tables_of_any_name_follow_the_vocabulary(tmp_path, tables):
+    sizes = {**dict.fromkeys(tables, (3, 8)), "model.layers.0.mlp.weight": (3, 8)}
+    a, b = (folders.drawn(i, sizes) for i in range(2))
+    for name, tensors, words in (("a", a, ["<unk>", "x", "y"]), ("b", b, ["<unk>", "y", "x"])):
+        folders.write(tmp_path / name, tensors, {"model_type": "other", "vocab_size": 3})
+        write_tokenizer(tmp_path / name, words)
+    out = merged(tmp_path, linear(tmp_path, (1, 1), tokenizer_source="union"))
+    for name in sizes:
+        rows = [0, 2, 1] if name in tables else [0, 1, 2]
+        np.testing.assert_allclose(out[name], (a[name] + b[name][rows]) / 2, atol=1e-7)
+
+
+def test_what_is_not_known_of_tokens_is_said(tmp_path, capsys):
+    folders.pair(tmp_path, vocab=12)
+    words = [f"t{i}" for i in range(12)]
+    write_tokenizer(tmp_path / "a", words)
+    merged(tmp_path, linear(tmp_path))
+    assert "b has no tokenizer.json" in capsys.readouterr().err
+    write_tokenizer(tmp_path / "b", words)
+    (tmp_path / "c").mkdir()
+    write_tokenizer(tmp_path / "c", [*words, "more"])
+    out = merged(tmp_path, linear(tmp_path, tokenizer_source="@c"), "other")
+    assert "1 tokens of the output, such as 'more'" in capsys.readouterr().err
+    assert not out[EMBED][12].any()
 
 
 @pytest.mark.parametrize("own", [{}, {"eos_token_id": [2, 0], "forced_eos_token_id": 1}])

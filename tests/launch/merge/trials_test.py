@@ -56,6 +56,23 @@ def test_a_search_is_no_worse_than_its_start_and_is_resumed_without_repeats(tmp_
         Trials(str(tmp_path / "cut"), {"models": 4}, evaluate, budget=9)
 
 
+def test_a_merge_without_a_loss_is_never_chosen(tmp_path):
+    def some(weights):
+        losses = evaluate(weights)
+        return losses if max(weights) > 0.6 else {**losses, "y": (np.nan, np.nan)}
+
+    found = Trials(str(tmp_path / "x"), {}, some, budget=30)
+    equal, alone = trials.begin(found, 3)
+    single = trials.best_single(alone)
+    trials.coordinate(found, 3, delta=None, single=single)
+    best, _ = trials.best_with_table(found, delta=None, single=single)
+    assert equal.losses["y"] == np.inf and max(best.weights) > 0.6
+    again = Trials(str(tmp_path / "x"), {}, some, budget=30)
+    assert again.done[equal.weights].losses == equal.losses
+    with pytest.raises(MergeError, match="y: the loss of every model alone"):
+        trials.best_single([equal])
+
+
 def squares(best):
     """Losses that are lowest, 1, at weights that need not sum to 1."""
     return lambda weights: {"x": (1 + float(np.square(np.subtract(weights, best)).sum()), 0.0)}

@@ -169,6 +169,9 @@ def test_averaged_attentions_are_one_mean_as_often_and_a_soup_is_a_dense_model_o
                 np.testing.assert_array_equal(part, found)
     assert np.isfinite(score(command, tmp_path, soup)).all()  # its configuration is a dense one
     assert "mean of 3, as often" in capsys.readouterr().out
+    removed = (f"--remove={pathlib.Path(folders[2]).name}", f"--to={tmp_path}/fewer")
+    assert command("upcycle extend", f"--moe={averaged}", *removed) == 2
+    assert "attention expert (--average_attention)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

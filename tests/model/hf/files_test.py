@@ -97,6 +97,23 @@ def test_an_index_that_leaves_its_directory_is_refused(tmp_path, name):
         SafetensorsReader(tmp_path)
 
 
+def test_two_sets_of_weights_are_refused(tmp_path):
+    index(tmp_path, "model-1.safetensors")
+    safetensors.numpy.save_file({"x": np.zeros(3)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointFileError, match=f"{INDEX} and {SINGLE}, which it does not name"):
+        SafetensorsReader(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": SINGLE}}))
+    with SafetensorsReader(tmp_path) as reader:
+        assert not reader.read("x").any()
+
+
+def test_an_adapter_beside_its_base_model_is_read(tmp_path):
+    index(tmp_path, "model-1.safetensors")
+    safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "adapter_model.safetensors")
+    with SafetensorsReader(tmp_path, single="adapter_model.safetensors") as reader:
+        assert list(reader.tensors) == ["a"]
+
+
 def test_links_are_followed_within_a_checkpoint_only(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     index(tmp_path / "elsewhere", "model-1.safetensors")
@@ -285,6 +302,8 @@ def test_gguf_of_qwen_keeps_the_order_of_rows(tmp_path):
         ({"metadata": [("llama.rope.scaling.type", "yarn")]}, "stretched"),
         ({"metadata": [("llama.rope.scaling.factor", 4.0)]}, "stretched"),
         ({"metadata": [("llama.rope.scale_linear", 4.0)]}, "stretched"),
+        ({"metadata": [("llama.attention.sliding_window", 4)]}, "llama.attention.sliding_window"),
+        ({"metadata": [("llama.logit_scale", 0.5)]}, "llama.logit_scale"),
     ],
 )
 def test_gguf_files_that_would_become_another_model(tmp_path, arguments, words):

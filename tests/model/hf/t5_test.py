@@ -137,6 +137,8 @@ def test_published_configs_are_the_models_of_the_gin_files(name):
     [
         ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj = 'gated-tanh': supported are"),
         ({"num_layers": 0}, "num_layers = 0: it must be a whole number above 0"),
+        ({"dense_act_fn": "relu"}, "dense_act_fn = 'relu': only 'gelu_new' is supported"),
+        ({"is_gated_act": False}, "is_gated_act = False: only True is supported"),
     ],
 )
 def test_other_settings_are_refused(changes, words):
