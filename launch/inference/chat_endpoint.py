@@ -68,6 +68,13 @@ class ChatReply:
     new_tokens: int | None = None
 
 
+class _Session(requests.Session):
+    """A session that does not read redirects: `requests` reads their whole bodies, though they are not followed."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
 class ChatEndpoint:
     """Asks over HTTP, several requests at a time, the first alone.
 
@@ -109,7 +116,7 @@ class ChatEndpoint:
         self._deadlines = Deadlines(timeout)
         self._running: set[threading.Event] = set()
         self._closed = False
-        self._session = requests.Session()
+        self._session = _Session()
         adapter = self._deadlines.adapter(pool_maxsize=concurrency)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
@@ -134,13 +141,13 @@ class ChatEndpoint:
           EndpointError: further requests would fail too; the replies to requests in flight are yielded before. The first
             two requests are refused for the same reason, for example.
         """
-        hopeless: list[EndpointError] = []
+        hopeless: list[Exception] = []
         todo = enumerate(bodies)
         replies: queue.SimpleQueue[tuple[int, ChatReply | Silence] | None] = queue.SimpleQueue()
         ended, heard, lock = threading.Event(), threading.Event(), threading.Lock()
         in_a_row, refusal = 0, None
 
-        def end(error: EndpointError) -> None:
+        def end(error: Exception) -> None:
             hopeless.append(error)
             ended.set()
 
@@ -170,7 +177,7 @@ class ChatEndpoint:
                 i, body = job
                 try:
                     reply = self._ask(body, ended)
-                except EndpointError as error:
+                except Exception as error:  # whoever waits for the replies must know
                     # Requests in flight have been paid for, so their replies are awaited.
                     end(error)
                     break
@@ -393,5 +400,5 @@ def _retry_after(response: requests.Response) -> float:
     """Returns the seconds that an endpoint asks to wait, 0 if it does not."""
     try:
         return max(Retry().parse_retry_after(response.headers.get("Retry-After", "0")), 0.0)
-    except urllib3.exceptions.InvalidHeader:
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return 0.0
