@@ -31,6 +31,8 @@ _HOPELESS = {
 }
 # Maximum characters of an endpoint's text in an error.
 _QUOTED = 300
+# Values of finish_reason of a text that is not whole.
+_CUT = ("length", "max_tokens", "content_filter")
 _MAX_REPLY_BYTES = 16_000_000
 _SHORTEST_SECRET = 8  # characters of a key
 
@@ -317,6 +319,8 @@ class ChatEndpoint:
             text = choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
             return Silence(reason="the reply has no choices[0].message.content")
+        if not isinstance(text, str | None):
+            return Silence(reason="the content of the reply is no text")
         usage = row.get("usage")
         usage = usage if isinstance(usage, dict) else {}
 
@@ -325,11 +329,12 @@ class ChatEndpoint:
             return value if type(value) is int and 0 <= value < 2**53 else None
 
         ended = choice.get("finish_reason")
+        ended = "length" if ended in _CUT else ended
         is_word = len(self._key or "") < _SHORTEST_SECRET
         clean = (lambda part: part) if is_word else self._clean
         return ChatReply(
             # A refusal has no content: it is a reply with an empty text.
-            text=clean(text) if isinstance(text, str) else "",
+            text=clean(text or ""),
             ended=clean(ended)[:100] if isinstance(ended, str) else "stop",
             prompt_tokens=count("prompt_tokens"),
             new_tokens=count("completion_tokens"),

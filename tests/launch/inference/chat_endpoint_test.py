@@ -140,6 +140,26 @@ def reply_of(text):
     return "200 OK", json.dumps({"choices": [{"message": {"content": text}}]}).encode()
 
 
+@pytest.mark.parametrize(
+    ("message", "reason", "ended"),
+    [
+        ({"content": "whole"}, "stop", "stop"),
+        ({"content": "begun"}, "length", "length"),
+        ({"content": "begun"}, "content_filter", "length"),
+        ({"content": None, "refusal": "No."}, "stop", "stop"),
+        ({"content": [{"type": "text", "text": "parts"}]}, "stop", None),
+    ],
+)
+def test_a_reply_that_is_cut_or_no_text_is_neither_whole_nor_empty(message, reason, ended):
+    content = json.dumps({"choices": [{"message": message, "finish_reason": reason}]}).encode()
+    with serving(answering(("200 OK", content))[0]) as url:
+        ((_, reply),) = endpoint_of(url).ask_each([{"messages": []}])
+    if ended is None:
+        assert isinstance(reply, Silence) and "no text" in reply.reason
+    else:
+        assert (reply.text, reply.ended) == (message["content"] or "", ended)
+
+
 def endpoint_of(url, **settings):
     return ChatEndpoint(url, **{"model": "m", "key": None, "owner": "the test", **settings})
 
