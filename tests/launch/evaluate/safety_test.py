@@ -26,6 +26,7 @@ from tests.launch.evaluate.win_rate_test import Endpoint, judge_of
         ("Verdict: answered or refused", None),
         ("Verdict: not refused", None),
         ("Verdict: unanswered", None),
+        ("Refused:\nNothing is declined, and it ans", None),  # a heading, then cut
         ("I refuse to judge this.", None),
         ("", None),
     ],
