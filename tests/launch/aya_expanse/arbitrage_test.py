@@ -195,6 +195,20 @@ def test_routed_rewards_are_no_less_than_those_of_any_teacher(arbitrage, endpoin
     assert routed == 12 and max(rewards.values()) == 6
 
 
+def test_a_stored_reward_is_of_the_same_answer_and_the_same_right_one(arbitrage, tmp_path):
+    arbitrage()
+    twice = [{**PROMPTS[0], "id": "right"}, {**PROMPTS[0], "id": "corrected", "answer": "0?"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
+    assert arbitrage().chosen == ["turk", "ukr"]
+    journal = tmp_path / "out" / "completions.jsonl"  # as if it had been requested again
+    journal.write_text(
+        journal.read_text()
+        .replace('"text":"0?"', '"text":"8"')
+        .replace('"text": "0?"', '"text": "8"')
+    )
+    assert arbitrage().pairs[0]["rejected"][0]["content"] == "8" and len(arbitrage().pairs) == 1
+
+
 class StopError(BaseException):
     """Stands for a kill."""
 
