@@ -14,9 +14,11 @@ import types
 
 import pytest
 
+from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.languages import identify
 from espalier.data.languages.table import LANGUAGES
 from espalier.launch.aya_expanse import completions
+from espalier.launch.aya_expanse.teachers import SamplingFlags, at_work
 from espalier.launch.inference.generate import generate
 from espalier.launch.load import load_run
 from espalier.trainers.decoding.sampling import Sampling
@@ -422,6 +424,18 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
     mixed = arbitrage("--keep_cut", "--form=prompt", "--seed=7", pool=pool)
     assert mixed.chosen == ["turk", "ukr"] * 6
     assert mixed.summary["teachers"]["own"]["earlier"] == 12
+
+
+def test_another_content_of_a_template_is_another_teacher(trained_run, tmp_path):
+    file = tmp_path / "own.jinja"
+    keys = set()
+    for text in ("{{ messages[0].content }}", "Q: {{ messages[0].content }}"):
+        file.write_text(text)
+        teacher = Teacher(
+            name="own", kind="checkpoint", where=str(trained_run.path), chat_template=str(file)
+        )
+        keys.add(json.dumps(at_work(teacher, SamplingFlags()).identity))
+    assert len(keys) == 2
 
 
 def test_a_hugging_face_folder_teaches_and_other_weights_in_it_answer_anew(arbitrage, tmp_path):
