@@ -19,6 +19,7 @@ import scipy.sparse
 import scipy.special
 
 from espalier.common.storage import output_files
+from espalier.data.languages import table
 from espalier.data.text.documents import DataError
 
 _DIMENSIONS = 1 << 12
@@ -58,7 +59,10 @@ def features(texts: Sequence[str], languages: Sequence[str]) -> scipy.sparse.csr
                 column = _hashed(text[start : start + order])
                 counts[column] = counts.get(column, 0.0) + 1.0
         norm = np.sqrt(sum(value**2 for value in counts.values()))
-        own = {_hashed(f"language {language}") + _DIMENSIONS: 1.0, 2 * _DIMENSIONS: 1.0}
+        own = {
+            _hashed(f"language {table.code_of(language)}") + _DIMENSIONS: 1.0,
+            2 * _DIMENSIONS: 1.0,
+        }
         for column, value in ({c: v / norm for c, v in counts.items()} | own).items():
             rows.append(row)
             columns.append(column)

@@ -11,6 +11,7 @@ import numpy as np
 
 from espalier.data.aya_expanse.pool import DEFAULT, Pool, Teacher
 from espalier.data.aya_expanse.prompts import Prompt
+from espalier.data.languages import table
 from espalier.data.text.documents import DataError
 from espalier.data.text.splits import stable_hash
 
@@ -78,7 +79,7 @@ def worst(rewards: Mapping[str, float]) -> str:
 
 def best_by_language(
     prompts: Sequence[Prompt], rewards: Sequence[Mapping[str, float]], names: Sequence[str]
-) -> dict[str, list[str]]:
+) -> Mapping[str, list[str]]:
     """Returns the teachers of each language by mean reward, the best first; of equals in the order of `names`.
 
     Args:
@@ -89,14 +90,17 @@ def best_by_language(
     sums: dict[str, dict[str, list[float]]] = {}
     for prompt, by_name in zip(prompts, rewards, strict=True):
         for name, reward in by_name.items():
-            sums.setdefault(prompt.language, {}).setdefault(name, []).append(reward)
-    return {
-        language: sorted(
-            (name for name in names if name in by_name),
-            key=lambda name: -float(np.mean(by_name[name])),
-        )
-        for language, by_name in sums.items()
-    }
+            of_language = sums.setdefault(table.code_of(prompt.language), {})
+            of_language.setdefault(name, []).append(reward)
+    return table.ByLanguage(
+        {
+            code: sorted(
+                (name for name in names if name in by_name),
+                key=lambda name: -float(np.mean(by_name[name])),
+            )
+            for code, by_name in sums.items()
+        }
+    )
 
 
 def pair(rewards: Mapping[str, float], texts: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from espalier.data.aya_expanse.prompts import Prompt, same_language
+from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
 from espalier.data.languages import table
 from espalier.data.text.documents import DataError
 
@@ -31,14 +31,22 @@ def fusion(prompt: Prompt, texts: Mapping[str, str]) -> Prompt:
       texts: its answers by teacher; their names are not shown.
     """
     listed = "\n\n".join(f"Answer {i}:\n{text}" for i, text in enumerate(texts.values(), 1))
-    asked = _FUSION.format(
-        language=table.name_of(prompt.language), request=_request(prompt), answers=listed
-    )
+    its_own = prompt.language == UNKNOWN
+    language = "its own language" if its_own else table.name_of(prompt.language)
+    asked = _FUSION.format(language=language, request=_request(prompt), answers=listed)
     return dataclasses.replace(prompt, prompt=asked)
 
 
 def in_english(prompt: Prompt) -> Prompt:
-    """Returns the prompt in English, which is in its row's column 'english'; raises DataError without one."""
+    """Returns the prompt in English, which is in its row's column 'english'.
+
+    Raises:
+      DataError: there is none, or the prompt's language is unknown.
+    """
+    if prompt.language == UNKNOWN:
+        raise DataError(
+            f"{prompt.where}: no 'language', into which --routing=translated translates: add it, or give --language_of"
+        )
     if same_language(prompt.language, "en"):
         return prompt
     text = prompt.columns.get(ENGLISH)

@@ -78,15 +78,16 @@ class Rewards:
             return self._judged(prompts, answers)
         with row_files.resumed(self._folder / REWARDS) as file:
             stored = {row.get("key"): row.get("reward") for _, row in file.rows}
-            keys = {
-                (p, name): fingerprint.of_json([row["key"], self.version])[:32]
+            read = {
+                (p, name): self._row(prompts[p], row)
                 for p, by_name in enumerate(answers)
                 for name, row in by_name.items()
             }
+            keys = {
+                place: fingerprint.of_json([self.version, row])[:32] for place, row in read.items()
+            }
             missing = [place for place, key in keys.items() if key not in stored]
-            rows = [
-                (prompts[p].where, self._row(prompts[p], answers[p][name])) for p, name in missing
-            ]
+            rows = [(prompts[place[0]].where, read[place]) for place in missing]
             made = best_of_n.rewards_of(rows, self._flags, self._config) if rows else []
             for place, reward in zip(missing, made, strict=True):
                 stored[keys[place]] = reward

@@ -10,6 +10,7 @@ import numpy as np
 from espalier.data.aya_expanse import router, routing, second_prompts
 from espalier.data.aya_expanse.pool import Pool
 from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
+from espalier.data.languages import table
 from espalier.data.rows.records import is_blank
 from espalier.data.text.documents import DataError
 from espalier.launch.aya_expanse.completions import Asked, Store, ask
@@ -204,8 +205,9 @@ class Router:
         """Returns whether all teachers answer a prompt, from which the router learns: at least one of each language."""
         share, seed = self._settings.subset, self._sampling.seed
         learns = [routing.in_subset(prompt, share, seed=seed) for prompt in prompts]
-        for language in {prompt.language for prompt in prompts}:
-            own = [i for i, prompt in enumerate(prompts) if prompt.language == language]
+        codes = [table.code_of(prompt.language) for prompt in prompts]
+        for code in set(codes):
+            own = [i for i, one in enumerate(codes) if one == code]
             learns[own[0]] = learns[own[0]] or not any(learns[i] for i in own)
         return learns
 

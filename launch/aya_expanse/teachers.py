@@ -9,6 +9,7 @@ from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.cache import fingerprint
 from espalier.data.text.documents import DataError, check_unicode
+from espalier.data.tokenizers import chat_template
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, ChatReply, Silence, api_key
 
 # Requests in a row without a reply after which an endpoint is not asked further.
@@ -153,10 +154,13 @@ class CheckpointTeacher:
         # A newer step would change the answers.
         self._step = load_run.place(teacher.where)
         text = load_run.configuration_of(self._step).text
+        template = teacher.chat_template
+        if template is not None and template not in chat_template.BUILT_IN:  # a file
+            template = chat_template.named(template).templates[chat_template.DEFAULT]
         self.identity = {
             "kind": "checkpoint",
             **weights_identity(self._step, settings=text, params="auto"),
-            "chat_template": teacher.chat_template,
+            "chat_template": template,
             **{name: getattr(sampling, name) for name in ("max_tokens", "temperature", "top_p")},
         }
 

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from espalier.common import files
+from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.evaluate.judges import answers, asking, checkpoint, refusals, shares, spec
@@ -66,8 +67,8 @@ class SafetyFlags:
     judge: Annotated[str, "KIND:WHERE"]
     out: setting_flags.Folder
     json: setting_flags.File | None = None
-    attempts: int | None = None
-    max_new_tokens: int = 256
+    attempts: Size | None = None
+    max_new_tokens: Size = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

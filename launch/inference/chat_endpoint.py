@@ -31,6 +31,8 @@ _HOPELESS = {
 }
 # Maximum characters of an endpoint's text in an error.
 _QUOTED = 300
+# Values of finish_reason of a text that is not whole.
+_CUT = ("length", "max_tokens", "content_filter")
 _MAX_REPLY_BYTES = 16_000_000
 _SHORTEST_SECRET = 8  # characters of a key
 
@@ -66,6 +68,13 @@ class ChatReply:
     ended: str = "stop"
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+
+
+class _Session(requests.Session):
+    """A session that does not read redirects: `requests` reads their whole bodies, though they are not followed."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
 class ChatEndpoint:
@@ -109,7 +118,7 @@ class ChatEndpoint:
         self._deadlines = Deadlines(timeout)
         self._running: set[threading.Event] = set()
         self._closed = False
-        self._session = requests.Session()
+        self._session = _Session()
         adapter = self._deadlines.adapter(pool_maxsize=concurrency)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
@@ -134,13 +143,13 @@ class ChatEndpoint:
           EndpointError: further requests would fail too; the replies to requests in flight are yielded before. The first
             two requests are refused for the same reason, for example.
         """
-        hopeless: list[EndpointError] = []
+        hopeless: list[Exception] = []
         todo = enumerate(bodies)
         replies: queue.SimpleQueue[tuple[int, ChatReply | Silence] | None] = queue.SimpleQueue()
         ended, heard, lock = threading.Event(), threading.Event(), threading.Lock()
         in_a_row, refusal = 0, None
 
-        def end(error: EndpointError) -> None:
+        def end(error: Exception) -> None:
             hopeless.append(error)
             ended.set()
 
@@ -170,7 +179,7 @@ class ChatEndpoint:
                 i, body = job
                 try:
                     reply = self._ask(body, ended)
-                except EndpointError as error:
+                except Exception as error:  # whoever waits for the replies must know
                     # Requests in flight have been paid for, so their replies are awaited.
                     end(error)
                     break
@@ -310,6 +319,8 @@ class ChatEndpoint:
             text = choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
             return Silence(reason="the reply has no choices[0].message.content")
+        if not isinstance(text, str | None):
+            return Silence(reason="the content of the reply is no text")
         usage = row.get("usage")
         usage = usage if isinstance(usage, dict) else {}
 
@@ -318,11 +329,12 @@ class ChatEndpoint:
             return value if type(value) is int and 0 <= value < 2**53 else None
 
         ended = choice.get("finish_reason")
+        ended = "length" if ended in _CUT else ended
         is_word = len(self._key or "") < _SHORTEST_SECRET
         clean = (lambda part: part) if is_word else self._clean
         return ChatReply(
             # A refusal has no content: it is a reply with an empty text.
-            text=clean(text) if isinstance(text, str) else "",
+            text=clean(text or ""),
             ended=clean(ended)[:100] if isinstance(ended, str) else "stop",
             prompt_tokens=count("prompt_tokens"),
             new_tokens=count("completion_tokens"),
@@ -393,5 +405,5 @@ def _retry_after(response: requests.Response) -> float:
     """Returns the seconds that an endpoint asks to wait, 0 if it does not."""
     try:
         return max(Retry().parse_retry_after(response.headers.get("Retry-After", "0")), 0.0)
-    except urllib3.exceptions.InvalidHeader:
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return 0.0

@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 
 from espalier.common.end_tokens import read_ends
+from espalier.common.ranges import NonNegative
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import File
@@ -79,7 +80,7 @@ class RewardFlags:
     answer_key: str = "answer"
     answer_pattern: str | None = None
     reward_batch_size: int = 8
-    missing_end_penalty: float = 0.0
+    missing_end_penalty: NonNegative = 0.0
 
     def __post_init__(self):
         read = {
@@ -218,7 +219,7 @@ def _verified(where: str, row: Row, flags: RewardFlags) -> float:
 
 
 def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
-    from espalier.trainers.rewards.base import Completion
+    from espalier.trainers.rewards.base import Completion, finite_rewards
     from espalier.trainers.rewards.model_reward import ModelReward
 
     def completion(where: str, row: Row) -> Completion:
@@ -247,7 +248,8 @@ def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
         batch_size=run.batch_size(batch_size, len(rows)),
         sharding=run.row_sharding,
     )
-    return scorer([completion(where, row) for where, row in rows]).tolist()
+    completions = [completion(where, row) for where, row in rows]
+    return finite_rewards(scorer, completions, macro="--reward").tolist()
 
 
 def grouped(rows: Placed) -> list[list[Row]]:

@@ -158,9 +158,6 @@ def read(body: bytes, *, chat: bool, model: str, limits: Limits) -> Asked:
             param="n",
         )
     tokens = _max_tokens(row, chat=chat, most=limits.max_tokens)
-    options = row.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise RequestError("'stream_options' must be an object.", param="stream_options")
     seed = _integer(row, "seed", None, least=-(2**63), most=2**63 - 1)
     temperature = _number(row, "temperature", 1.0, least=0.0, most=100.0)
     top_p = _number(row, "top_p", 1.0, least=1e-6, most=1.0)
@@ -179,7 +176,7 @@ def read(body: bytes, *, chat: bool, model: str, limits: Limits) -> Asked:
         seed=secrets.randbits(32) if seed is None else seed % 2**32,
         stops=_stops(row),
         stream=_truth(row, "stream"),
-        usage=_truth(options, "include_usage"),
+        usage=_sends_usage(row),
         log_probs=_log_probs(row, chat=chat),
     )
 
@@ -282,7 +279,7 @@ def _prompts(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _max_tokens(row: Mapping[str, Any], *, chat: bool, most: int) -> int | None:
     if not chat:
-        return _integer(row, "max_tokens", _DEFAULT_TOKENS, most=most)
+        return _integer(row, "max_tokens", min(_DEFAULT_TOKENS, most), most=most)
     old, new = (_integer(row, name, None, most=most) for name in ("max_tokens", _CHAT[1]))
     if None not in (old, new) and old != new:
         raise RequestError(
@@ -318,6 +315,19 @@ def _log_probs(row: Mapping[str, Any], *, chat: bool) -> bool:
         param="logprobs",
         code="unsupported_parameter",
     )
+
+
+def _sends_usage(row: Mapping[str, Any]) -> bool:
+    options, param = row.get("stream_options"), "stream_options"
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise RequestError("'stream_options' must be an object.", param=param)
+    if not _truth(row, "stream"):
+        raise RequestError("'stream_options' has no effect without 'stream': true.", param=param)
+    if any(value and name != "include_usage" for name, value in options.items()):
+        raise RequestError("'stream_options' may have 'include_usage' alone.", param=param)
+    return _truth(options, "include_usage")
 
 
 def _integer(

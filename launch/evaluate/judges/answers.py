@@ -127,10 +127,7 @@ def _language(row: Mapping[str, Any], place: str) -> str:
             f'{place} has no "language", such as "cs": add one to the row of its prompt, which espalier generate copies; '
             "win_rate needs it only with --by_language."
         )
-    try:
-        return table.find(tag).code
-    except ValueError:  # a language beyond the table is as good as any
-        return tag.strip()
+    return table.code_of(tag)
 
 
 def _id(row: Mapping[str, Any]) -> str | None:

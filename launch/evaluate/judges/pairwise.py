@@ -25,7 +25,7 @@ from espalier.launch.evaluate.judges.asking import (
 from espalier.launch.inference.chat_endpoint import Silence
 
 # Increase it with every change of the wording or the parsing: replies in a journal are of one version.
-VERSION = 2
+VERSION = 3
 
 FIRST, SECOND = "A", "B"
 
@@ -78,7 +78,7 @@ _TAGS = re.compile(r"<(?=\s*/?\s*(?:instruction|answer(?:_[ab])?)\s*>)", re.IGNO
 OPENING = "<instruction>"
 # Only the labels are case-sensitive; the line may also have punctuation, such as bold type.
 _VERDICT = re.compile(
-    r"[\W_]*(?:(?i:preferred)[\W_]*)?(?:(?i:answer) \((?P<label>[AB])\)|(?i:tie))[\W_]*"
+    r"[\W_]*(?P<named>(?i:preferred)[\W_]*)?(?:(?i:answer) \((?P<label>[AB])\)|(?i:tie))[\W_]*"
 )
 # Temperature when a question is repeated, so that the reply may differ.
 RETRY_TEMPERATURE = 0.5
@@ -127,11 +127,22 @@ class Template:
 
         A verdict must be the only text of its line, so that an answer quoted in a sentence is not a verdict.
         """
-        for line in reversed(reply.splitlines()):
-            match = _VERDICT.fullmatch(line)
-            if match and (match["label"] or self.allow_ties):
+        for match in verdicts(_VERDICT, reply):
+            if match["label"] or self.allow_ties:
                 return match["label"] or TIE
         return None
+
+
+def verdicts(pattern: re.Pattern[str], reply: str) -> Iterator[re.Match[str]]:
+    """Yields the lines of a reply that match a pattern, the last first.
+
+    A line without the word of the group "named" is a heading, as of a comparison that was cut, unless the reply ends with it.
+    """
+    lines = [line for line in reply.splitlines() if any(map(str.isalnum, line))]
+    for after, line in enumerate(reversed(lines)):
+        match = pattern.fullmatch(line)
+        if match and (match["named"] or not after):
+            yield match
 
 
 def shown(prompt: Prompt) -> str:

@@ -5,17 +5,21 @@
 or in a folder <split>. This is the layout of a download of the repository to DATA_DIR/<set>. Nothing is downloaded here.
 """
 
+import collections
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from espalier.data.text import documents
 
 VARIABLE = "ESPALIER_EVAL_DATA"
-_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _TEXT = ".devtest"  # of FLORES: a sentence per line, in the column `text`
+_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", _TEXT)
+_PACKED = re.compile(r"\.(gz|zst)$")
+_PART = re.compile(r"-(?:\d+|\*)-of-(\d+).*")  # a digest may follow
 
 
 class MissingDataError(FileNotFoundError):
@@ -93,17 +97,22 @@ def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[path
     paths = [
         path
         for path in sorted(configured.rglob("*"))
-        if path.name.endswith((*_KINDS, _TEXT))
-        and path.is_file()
-        and _is_of(path, configured, source.split)
+        if path.name.endswith(_KINDS) and path.is_file() and _is_of(path, configured, source.split)
     ]
     if not paths:
         raise MissingDataError(
             f"no {source.split}*.parquet or .jsonl below {configured}: {_how(source, root)}"
         )
-    # If a split exists in both formats, only one is read.
-    kinds = {path.name.endswith(".parquet") for path in paths}
-    return paths if len(kinds) == 1 else [p for p in paths if p.name.endswith(".parquet")]
+    # If a split exists in both formats, or a file also compressed, only one is read.
+    paths = [path for path in paths if path.suffix == ".parquet"] or paths
+    paths = sorted({_PACKED.sub("", os.fspath(path)): path for path in reversed(paths)}.values())
+    parts = collections.Counter(_PART.sub(r"-*-of-\1", os.fspath(path)) for path in paths)
+    for name, count in parts.items():
+        if (match := _PART.search(name)) and count < int(match[1]):
+            raise MissingDataError(
+                f"{name} has {count} of {int(match[1])} files: {_how(source, root)}"
+            )
+    return paths
 
 
 def _is_of(path: pathlib.Path, root: pathlib.Path, split: str) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from espalier.data.aya_expanse import outputs, pool, prompts, router, routing
+from espalier.data.aya_expanse import outputs, pool, prompts, router, routing, second_prompts
 from espalier.data.text.documents import DataError
 
 YAML = """
@@ -174,6 +174,20 @@ fixed: {pt: a, iw: a, SW_KE: b, default: b}
     read = prompts.read(rows, languages=["por", "sw"])
     assert [prompt.language for prompt in read] == ["pt-BR", "pt", "sw-KE"]  # as written
     assert len(prompts.read(rows, languages=["pt"], per_language=1)) == 1
+    tags = ("pt-BR", "pt", "por")
+    rewards = [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 3.0}, {"a": 1.0, "b": 0.0}]
+    order = routing.best_by_language([asked("x", tag) for tag in tags], rewards, "ab")
+    assert [order.get(tag) for tag in (*tags, "pt-PT", "tr")] == [["b", "a"]] * 4 + [None]
+    features_ND = router.features(["x"] * 3, tags).toarray()
+    assert (features_ND == features_ND[0]).all()
+
+
+def test_a_second_model_is_not_asked_for_an_unknown_language():
+    prompt = asked("x", prompts.UNKNOWN, english="y")
+    text = second_prompts.fusion(prompt, {"a": "z"}).prompt
+    assert "unknown" not in text and "in its own language" in text
+    with pytest.raises(DataError, match="row 1: no 'language', into which"):
+        second_prompts.in_english(prompt)
 
 
 def test_equal_rewards_go_to_the_first_and_pairs_are_ordered():

@@ -14,9 +14,11 @@ import types
 
 import pytest
 
+from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.languages import identify
 from espalier.data.languages.table import LANGUAGES
 from espalier.launch.aya_expanse import completions
+from espalier.launch.aya_expanse.teachers import SamplingFlags, at_work
 from espalier.launch.inference.generate import generate
 from espalier.launch.load import load_run
 from espalier.trainers.decoding.sampling import Sampling
@@ -193,6 +195,20 @@ def test_routed_rewards_are_no_less_than_those_of_any_teacher(arbitrage, endpoin
     for row in made.rows("rewards.jsonl"):
         rewards[row["teacher"]] += row["reward"]
     assert routed == 12 and max(rewards.values()) == 6
+
+
+def test_a_stored_reward_is_of_the_same_answer_and_the_same_right_one(arbitrage, tmp_path):
+    arbitrage()
+    twice = [{**PROMPTS[0], "id": "right"}, {**PROMPTS[0], "id": "corrected", "answer": "0?"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
+    assert arbitrage().chosen == ["turk", "ukr"]
+    journal = tmp_path / "out" / "completions.jsonl"  # as if it had been requested again
+    journal.write_text(
+        journal.read_text()
+        .replace('"text":"0?"', '"text":"8"')
+        .replace('"text": "0?"', '"text": "8"')
+    )
+    assert arbitrage().pairs[0]["rejected"][0]["content"] == "8" and len(arbitrage().pairs) == 1
 
 
 class StopError(BaseException):
@@ -408,6 +424,18 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
     mixed = arbitrage("--keep_cut", "--form=prompt", "--seed=7", pool=pool)
     assert mixed.chosen == ["turk", "ukr"] * 6
     assert mixed.summary["teachers"]["own"]["earlier"] == 12
+
+
+def test_another_content_of_a_template_is_another_teacher(trained_run, tmp_path):
+    file = tmp_path / "own.jinja"
+    keys = set()
+    for text in ("{{ messages[0].content }}", "Q: {{ messages[0].content }}"):
+        file.write_text(text)
+        teacher = Teacher(
+            name="own", kind="checkpoint", where=str(trained_run.path), chat_template=str(file)
+        )
+        keys.add(json.dumps(at_work(teacher, SamplingFlags()).identity))
+    assert len(keys) == 2
 
 
 def test_a_hugging_face_folder_teaches_and_other_weights_in_it_answer_anew(arbitrage, tmp_path):

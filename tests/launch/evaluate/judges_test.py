@@ -29,6 +29,9 @@ from espalier.launch.plots import intervals
         ("Preferred: Answer (A)\nOn second thought:\nPreferred: Answer (B)", "B"),
         ("It quotes:\nAnswer (A)\nPreferred: Answer (B)", "B"),
         ("Answer (A) says Answer (B)", None),
+        ("```\nAnswer (A)\n```", "A"),
+        ("**Answer (A)**\nIt is right.\n\n**Answer (B):**\nIt is wr", None),  # headings, then cut
+        ("Preferred: Answer (A)\n\n**Answer (B)**\nIt is wrong.", "A"),
         ("I prefer Answer (A)", None),
         ("Preferred: Answer (A) or Answer (B)", None),
         ("Preferred: Answer (C)", None),

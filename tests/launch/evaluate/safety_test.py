@@ -26,6 +26,7 @@ from tests.launch.evaluate.win_rate_test import Endpoint, judge_of
         ("Verdict: answered or refused", None),
         ("Verdict: not refused", None),
         ("Verdict: unanswered", None),
+        ("Refused:\nNothing is declined, and it ans", None),  # a heading, then cut
         ("I refuse to judge this.", None),
         ("", None),
     ],
@@ -262,6 +263,8 @@ def test_a_run_answers_and_an_endpoint_judges(
         assert len(endpoint.bodies) == asked
         assert evaluate({"x": rows}, *flags, "--max_new_tokens=9") == 2
         assert "--max_new_tokens is of answers of --checkpoint" in capsys.readouterr().err
+        assert evaluate({"x": rows}, *flags, "--attempts=0") == 2  # not 3
+        assert "--attempts=0 must be at least 1" in capsys.readouterr().err
         assert evaluate({"x": rows}, *flags, f"--checkpoint={trained_run.path}") == 2
         assert 'has an answer in "text" already' in capsys.readouterr().err
     finally:

@@ -471,8 +471,8 @@ def test_the_help_names_every_setting_with_its_default(capsys):
 
 
 def test_rates_by_language_from_rows_with_languages(win_rate, endpoint, tmp_path, capsys):
-    tags = ["cs", "cs", "iw", "iw", "sw"]
-    for name in ANSWERS:
+    for name, own in (("a", "sw"), ("b", "sw-KE")):
+        tags = ["cs", "cs", "iw", "iw", own]
         path = tmp_path / f"{name}.jsonl"
         made = [json.loads(line) for line in path.read_text().splitlines()]
         made = [{**row, "language": tag} for row, tag in zip(made, tags, strict=True)]

@@ -81,6 +81,12 @@ def endless(connection):
         connection.sendall(b"x" * (1 << 16))
 
 
+def endless_redirect(connection):
+    connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://[\xff\r\n\r\n")
+    while True:
+        connection.sendall(b"x" * (1 << 16))
+
+
 def cut(connection):
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
 
@@ -103,6 +109,7 @@ def ask(url, **settings):
         (continuing, "no whole reply within 0.4 s"),
         (continuing_slowly, "no whole reply within 0.4 s"),
         (endless, "more than 1,000,000 bytes"),
+        (endless_redirect, "HTTP 302 Found"),
         (cut, "connection lost"),
         (lambda connection: None, "connection lost"),
         (lambda connection: time.sleep(1), "no whole reply within 0.4 s"),
@@ -131,6 +138,26 @@ def answering(*replies):
 
 def reply_of(text):
     return "200 OK", json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "ended"),
+    [
+        ({"content": "whole"}, "stop", "stop"),
+        ({"content": "begun"}, "length", "length"),
+        ({"content": "begun"}, "content_filter", "length"),
+        ({"content": None, "refusal": "No."}, "stop", "stop"),
+        ({"content": [{"type": "text", "text": "parts"}]}, "stop", None),
+    ],
+)
+def test_a_reply_that_is_cut_or_no_text_is_neither_whole_nor_empty(message, reason, ended):
+    content = json.dumps({"choices": [{"message": message, "finish_reason": reason}]}).encode()
+    with serving(answering(("200 OK", content))[0]) as url:
+        ((_, reply),) = endpoint_of(url).ask_each([{"messages": []}])
+    if ended is None:
+        assert isinstance(reply, Silence) and "no text" in reply.reason
+    else:
+        assert (reply.text, reply.ended) == (message["content"] or "", ended)
 
 
 def endpoint_of(url, **settings):
@@ -166,6 +193,23 @@ def test_a_busy_endpoint_is_asked_again():
     with serving(answering(("503 Busy", b"tomorrow"))[0]) as url:
         ((_, reply),) = endpoint_of(url, retries=1).ask_each([{"messages": []}])
     assert "HTTP 503 Busy: tomorrow" in reply.reason and not reply.refused
+
+
+@pytest.mark.parametrize(
+    "wait", ["9" * 5000, "Mon, 31 Dec 999999999999 00:00:00 GMT"], ids=["digits", "date"]
+)
+def test_a_pause_that_is_no_number_loses_no_request(wait):
+    head = f"HTTP/1.1 503 Busy\r\nRetry-After: {wait}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with serving(lambda connection: connection.sendall(head.encode())) as url:
+        replies = dict(endpoint_of(url, retries=0).ask_each([{"messages": []}] * 3))
+    assert sorted(replies) == [0, 1, 2] and "HTTP 503 Busy" in replies[2].reason
+
+
+def test_an_error_of_a_thread_reaches_who_waits_for_replies(monkeypatch):
+    endpoint = endpoint_of("http://127.0.0.1:9/v1")
+    monkeypatch.setattr(endpoint, "_ask_once", lambda body: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(endpoint.ask_each([{"messages": []}] * 3))
 
 
 @pytest.mark.parametrize("status", [b"HTTP/1.1 503 Busy\r\nRetry-After: 60\r\n\r\n", b""])

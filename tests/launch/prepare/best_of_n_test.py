@@ -271,6 +271,14 @@ def test_a_reward_is_read_where_training_reads_it(judged, case, template):
     assert np.all(np.abs(np.array(best_of_n._by_model(cut, run, 2)) - trained) > 1e-3)
 
 
+def test_a_reward_that_is_no_number_ranks_nothing(judged, monkeypatch):
+    """NumPy's largest of several numbers is NaN, if one is."""
+    monkeypatch.setattr(ModelReward, "__call__", lambda _, texts: np.full(len(texts), np.nan))
+    sample = {"prompt": "a", "text": "b", "ended": "eos"}
+    with pytest.raises(ValueError, match="--reward .* not finite"):
+        best_of_n._by_model([("row 1", sample)], judged.loaded(None), 1)
+
+
 def test_commands_say_what_kind_of_model_they_read(trained_run, tmp_path, command, capfd):
     run, _ = headed_run(trained_run, tmp_path, "actor_critic", "ActorCritic", "value_head")
     config = gin_config.load(
@@ -325,6 +333,12 @@ def test_the_bound_holds_and_is_met_by_many_outcomes():
             ("--reward_batch_size=2",),
             "exact_answer",
             "--reward_batch_size is not read",
+        ),
+        (
+            rows(["1"]),
+            ("--missing_end_penalty=-1", "--keep_cut"),
+            "exact_answer",
+            "--missing_end_penalty=-1.0 must be at least 0",
         ),
     ],
 )

@@ -208,6 +208,8 @@ def body(**changes):
         ({"seed": 1.5}, 400, "'seed' is 1.5"),
         ({"stream": 1}, 400, "true or false"),
         ({"stream_options": 1}, 400, "must be an object"),
+        ({"stream_options": {"include_usage": True}}, 400, "no effect without 'stream'"),
+        ({"stream": True, "stream_options": {"usage": True}}, 400, "'include_usage' alone"),
         ({"max_completion_tokens": 3}, 400, "is unknown"),
     ],
 )
@@ -249,6 +251,13 @@ def test_both_names_of_the_number_of_new_tokens_are_read(given, tokens):
     message = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": []}
     content = json.dumps({"model": "tiny", "messages": [message], **given}).encode()
     assert requests.read(content, chat=True, model="tiny", limits=LIMITS).max_tokens == tokens
+
+
+def test_the_number_of_new_tokens_of_the_api_is_within_the_servers():
+    content, least = b'{"model": "tiny", "prompt": "x"}', dataclasses.replace(LIMITS, max_tokens=3)
+    for limits, tokens in ((LIMITS, 16), (least, 3)):
+        asked = requests.read(content, chat=False, model="tiny", limits=limits)
+        assert asked.max_tokens == tokens
 
 
 @pytest.mark.parametrize(

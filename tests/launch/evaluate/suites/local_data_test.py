@@ -1,5 +1,6 @@
 """Evaluation sets as they are found, and what is said of those that are not."""
 
+import gzip
 import json
 
 import pytest
@@ -21,6 +22,18 @@ def test_all_files_of_the_split_are_read_and_no_others(tmp_path):
     write(tmp_path / "set/data/train-00000-of-00001.jsonl", [{"a": 3}])
     write(tmp_path / "set/README.md", [{"a": 4}])
     assert [row["a"] for row in local_data.rows(SOURCE, tmp_path)] == [1, 2]
+
+
+def test_no_file_is_read_twice_and_no_part_of_a_set_alone(tmp_path):
+    write(tmp_path / "set/test.jsonl", [{"a": 1}])
+    packed = gzip.compress((tmp_path / "set/test.jsonl").read_bytes())
+    (tmp_path / "set/test.jsonl.gz").write_bytes(packed)
+    (tmp_path / "set/test_b.jsonl.gz").write_bytes(packed)
+    assert len(local_data.rows(SOURCE, tmp_path)) == 2
+    write(tmp_path / "other/set/test-00001-of-00003-ab12.jsonl", [{"a": 1}])
+    write(tmp_path / "other/set/test-00000-of-00003.jsonl", [{"a": 1}])
+    with pytest.raises(MissingDataError, match=r"test-\*-of-00003 has 2 of 3 files: hf download"):
+        local_data.rows(SOURCE, tmp_path / "other")
 
 
 def test_a_set_that_is_missing_is_named_with_the_way_to_get_it(tmp_path, monkeypatch):
