@@ -184,11 +184,11 @@ def conflicts(checked: Checked) -> list[Problem]:
 def set_too_early(checked: Checked) -> list[Problem]:
     """Returns a problem for each file and later file, which resets values of the first that were set before their defaults were read."""
     pairs: dict[tuple[str, str], list[tuple[Any, Bound, Bound]]] = {}
-    for key, (*earlier, last) in checked.history.items():
-        for bound in earlier:
+    for key, (*before, last) in checked.history.items():
+        for bound in before:
             included = last.file in checked.includes.get(bound.file, ())
             includes = bound.file in checked.includes.get(last.file, ())
-            is_first = bound is earlier[0] and _is_base(last) > (_is_base(bound) or includes)
+            is_first = bound is before[0] and _is_base(last) > (_is_base(bound) or includes)
             differs = bound.meaning() != last.meaning() and not is_required(last.value)
             if (included or is_first) and differs and not is_required(bound.value):
                 pairs.setdefault((bound.file, last.file), []).append((key, bound, last))
