@@ -56,15 +56,7 @@ def describe(
         described["probe"] = probe(task, split)  # first: a TFDS set has no files before it is read
     described |= {
         "source": _source(task.source, split, files),
-        "vocabulary": {
-            name: {
-                "vocabulary": fingerprint.vocabulary(feature.vocabulary),
-                "add_eos": bool(feature.add_eos),
-                "dtype": feature.dtype,
-            }
-            for name, feature in task.output_features.items()
-            if feature.vocabulary is not None
-        },
+        "vocabulary": vocabularies_of(task),
         **task.made_by(),
     }
     if "probe" not in described:
@@ -74,6 +66,19 @@ def describe(
             _stored_probe(task, split, described, cache_dir) if is_stored else probe(task, split)
         )
     return described
+
+
+def vocabularies_of(task: Any) -> dict[str, Any]:
+    """Returns the vocabulary, the use of EOS and the dtype of each output feature of a task that has a vocabulary, as JSON."""
+    return {
+        name: {
+            "vocabulary": fingerprint.vocabulary(feature.vocabulary),
+            "add_eos": bool(feature.add_eos),
+            "dtype": feature.dtype,
+        }
+        for name, feature in task.output_features.items()
+        if feature.vocabulary is not None
+    }
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

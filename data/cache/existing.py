@@ -36,7 +36,7 @@ def everywhere(parent: pathlib.Path) -> dict[str, dict]:
 
 def open_only(
     parent: pathlib.Path,
-    features: Mapping[str, Any],
+    task: Any,
     *,
     read: in_place.ReadCache,
     verify: bool,
@@ -45,15 +45,15 @@ def open_only(
 
     Args:
       parent: the folder of the caches of the split.
-      features: the features that the cache must have, as in its manifest.
+      task: the task, whose features and vocabularies the cache must have.
       read, verify: see `task_cache.open_task_cache`.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: there are several, or it has other features.
+      ValueError: there are several, or it has other features or is of other vocabularies.
       CacheCorruptError: it is damaged.
     """
-    found = everywhere(parent)
+    found, features = everywhere(parent), description.features_of(task)
     where = directories.address_of(parent) or parent
     if not found:
         raise FileNotFoundError(
@@ -71,6 +71,15 @@ def open_only(
         raise ValueError(
             f"USE_CACHED = True, and the token cache {place} has the features {manifest['features']}, but the task "
             f"{dict(features)} (sizes of vocabularies). Build it anew with `espalier prepare cache`, or set USE_CACHED = False."
+        )
+    was = manifest.get("description", {})
+    now = {"vocabulary": description.vocabularies_of(task), "steps": task.made_by().get("steps")}
+    # Caches that SeqIO made have no steps, but preprocessors.
+    if other := [key for key in now if key in was and canonical(was[key]) != canonical(now[key])]:
+        raise ValueError(
+            f"USE_CACHED = True, and the token cache {place} has other {' and '.join(other)} than the task (tokens, BOS or EOS): its ids "
+            "would mean other texts. Give the task what the cache was built with, build it anew with `espalier prepare cache`, or set "
+            "USE_CACHED = False."
         )
     if opened := in_place.open_if_chosen(directory, read):
         return opened

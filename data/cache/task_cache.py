@@ -69,8 +69,9 @@ def open_task_cache(
     if not isinstance(task, Task | seqio_tasks.SeqioTask):
         task = seqio_tasks.SeqioTask(task)
     if use_cached:
-        parent, features = caches_path(task.name, split, cache_dir), description.features_of(task)
-        return existing.open_only(parent, features, read=read, verify=verify)
+        return existing.open_only(
+            caches_path(task.name, split, cache_dir), task, read=read, verify=verify
+        )
     if split not in task.splits:
         raise ValueError(
             f"Task {task.name!r} has no split {split!r}; it has {', '.join(sorted(task.splits))}."

@@ -85,7 +85,7 @@ def make_stream(
         start_token: token that the model reads before each conversation; None for none. Conversations that begin with
             BOS, from their chat template or tokenizer, have none.
         long_documents: 'drop' leaves conversations out that are longer than a row.
-        shares: set -> its share of the tokens, normalised; 'rates' takes the mixture's rates; None reads all
+        shares: each set -> its share of the tokens, normalised; 'rates' takes the mixture's rates; None reads all
             sets equally often.
         packing: 'best_fit' puts as many conversations in a row as fit, and attention does not cross their
             boundaries; 'examples' puts one in a row.
@@ -96,7 +96,13 @@ def make_stream(
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
     weights: dict[str, Any] = {"weights": "tokens" if shares is None else "rates"}
-    if shares not in (None, "rates"):
+    if isinstance(shares, Mapping):
+        _, sets = mixing.find_tasks(mixture_or_task_name)
+        if missing := [name for name in sets if name not in shares]:
+            raise ValueError(
+                f"shares (CHAT_SHARES) are of {', '.join(shares)}, and the sets are {', '.join(sets)}: give {', '.join(missing)} a "
+                "share too, 0 for none."
+            )
         weights["phases"] = ((0, shares),)
     settings = dataclasses.replace(settings, **weights)
     plan_source = _planner(task_feature_lengths, packing, long_documents, start_token)

@@ -55,7 +55,7 @@ def register_instructions(
 ) -> None:
     r"""Registers a task for each template of each dataset, and the mixture `name` of those that are trained.
 
-    The rows of a set, such as `super_glue/rte`, are the files `train*` and `validation*` (JSON lines, also .gz and
+    The rows of a set, such as `super_glue/rte`, are the files `train.*`, `train-*` or `train_*`, and so of `validation` (JSON lines, also .gz and
     .zst, or Parquet) in the folder `data_dir/super_glue/rte`. Its templates are in
     `templates_dir/super_glue/rte/templates.yaml`, or in the folder above, such as `anli` for `anli/r1`;
     `data.instructions.templates` describes them. Tasks are called after set and template:
@@ -159,14 +159,15 @@ def _check_origins(
     columns: Mapping[str, Columns],
 ) -> None:
     known = {each for groups in (train, held_out) for names in groups.values() for each in names}
-    for argument, by_set in (("hf_sets", hf_sets), ("columns", columns)):
+    named = {"tfds_sets": tfds_sets, "hf_sets": hf_sets, "columns": columns}
+    for argument, by_set in named.items():
         for each in by_set:
             if each not in known:
                 raise ValueError(
                     f"{name}: {argument} names the set {each!r}, which neither train nor held_out has; "
                     f"{spelling.nearest(each, sorted(known))}"
                 )
-            if each in tfds_sets:
+            if each in tfds_sets and by_set is not tfds_sets:
                 raise ValueError(
                     f"{name}: {argument} and tfds_sets name the set {each!r}, and TFDS has its own rows; remove one"
                 )
@@ -288,11 +289,15 @@ class _Sets:
                 origin = str(_expanded(origin))
             is_there = split == "train" or hf_datasets.has_split(origin, split)
             return hf_datasets.files(origin, split) if is_there else []
-        found = sorted((self.data_dir / name).glob(f"{split}*"))
-        found = [path for path in found if re.match(rf"{split}[-_.]", path.name)]
+        found = [path for path in (self.data_dir / name).glob(f"{split}*") if path.is_file()]
         for path in found:
+            if not re.match(rf"{split}[-_.]", path.name):
+                raise DataError(
+                    f"{path}: the rows of a set are in files such as {split}.jsonl and {split}-0.jsonl, and this name is none: rename "
+                    "it, or move it away"
+                )
             documents.check_suffix(path)
-        return [str(path) for path in found if path.is_file()]
+        return sorted(map(str, found))
 
     def _tfds(self, tfds_name: str, wanted: Sequence[str]) -> TfdsSource:
         source = TfdsSource(

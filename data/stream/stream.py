@@ -289,11 +289,15 @@ def open_mixture(
     phases, max_epochs = settings.phases, settings.max_epochs
     if phases is not None:
         phases = mixing.checked_phases(phases, known)
-    elif settings.weights == "rates":
-        rates = mixing.tempered(weight_of, settings.temperature)
+    else:
         where = f"mixture {mixture_or_task_name!r}"
-        phases = [(0, mixing.normalised(rates, known, where))]
-    wanted = known if phases is None else {name for _, shares in phases for name in shares}
+        read = mixing.normalised(
+            weight_of, known, where
+        )  # a rate of 0 excludes a task from any weights
+        if settings.weights == "rates":
+            rates = mixing.tempered(weight_of, settings.temperature)
+            phases = [(0, mixing.normalised(rates, known, where))]
+    wanted = read if phases is None else {name for _, shares in phases for name in shares}
     sources = [
         plan_source(task.name, settings.open_cache(task)) for task in tasks if task.name in wanted
     ]

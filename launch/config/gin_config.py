@@ -148,6 +148,7 @@ def check(
         return checked
     problems += (wrong_types := list(mistyped(checked)))
     problems += (conflicts := gin_reach.conflicts(checked))
+    problems += gin_reach.set_too_early(checked)
     if fragment:
         problems += malformed
         return checked

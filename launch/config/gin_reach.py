@@ -7,13 +7,19 @@ The scope in which code calls a factory is not known; the scope of the factory's
 The gin files of methods (below a folder `methods`) may not silently replace each other's bindings, because the methods of one run
 must combine. A method's file may change the bindings of a file that it includes or that it names in its list REPLACES. The
 user's own files and the command line may change any binding.
+
+All other files refine those of models, data and runs, and each file refines what it includes. A value that is set before the file
+that gives its default would be lost.
 """
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from espalier.launch import environment
+from espalier.launch.config import gin_source, model_file
 from espalier.launch.config.gin_reader import (
     REPLACES,
     Bound,
@@ -26,6 +32,8 @@ from espalier.launch.config.gin_reader import (
 from espalier.launch.config.parameters import Wrapper, passed, wrapper
 from espalier.launch.config.values import Place, Problem, leaves, scoped
 
+_CONFIGS = os.path.join(os.path.realpath(environment.ROOT), "t5x_configs", "")
+_BASE = ("models", "data", "runs")  # folders
 # Entry functions, with the arguments that their commands always pass from flags.
 _OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json")
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -171,6 +179,34 @@ def conflicts(checked: Checked) -> list[Problem]:
         )
         problems.append(Problem(later.place, text, remedy))
     return problems
+
+
+def set_too_early(checked: Checked) -> list[Problem]:
+    """Returns a problem for each file and later file, which resets values of the first that were set before their defaults were read."""
+    pairs: dict[tuple[str, str], list[tuple[Any, Bound, Bound]]] = {}
+    for key, (*before, last) in checked.history.items():
+        for bound in before:
+            included = last.file in checked.includes.get(bound.file, ())
+            includes = bound.file in checked.includes.get(last.file, ())
+            is_first = bound is before[0] and _is_base(last) > (_is_base(bound) or includes)
+            differs = bound.meaning() != last.meaning() and not is_required(last.value)
+            if (included or is_first) and differs and not is_required(bound.value):
+                pairs.setdefault((bound.file, last.file), []).append((key, bound, last))
+                break
+    problems = []
+    for (key, earlier, last), *more in pairs.values():
+        also = f" (and {', '.join(_name(key) for key, _, _ in more)})" if more else ""
+        text = f"'{_name(key)}' has no effect{also}: {last.place}, which is read later, sets it to {last.value!r}"
+        remedy = "Set it after that file: below its include, or in a --gin_file after it."
+        problems.append(Problem(earlier.place, text, remedy))
+    return problems
+
+
+def _is_base(bound: Bound) -> bool:
+    """Returns whether a binding is in a file of models, data or runs, or in a run's record."""
+    folder = bound.file.removeprefix(_CONFIGS).partition("/")[0]
+    name = os.path.basename(bound.file)
+    return folder in _BASE or name in (gin_source.RUN_CONFIG, model_file.NAME)
 
 
 def _replaced(checked: Checked, key: Any, history: Sequence[Bound]) -> Bound | None:

@@ -39,6 +39,27 @@ class _Delegate(config_parser.ParserDelegate):
         return Macro(macro_name)
 
 
+class _Parser(config_parser.ConfigParser):
+    """Gin's parser, for which a repeated key of a dict is an error: the value of the first would be lost."""
+
+    _keys: Sequence[Any] = ()  # of the innermost dict so far
+
+    def _maybe_parse_container(self):
+        outer, self._keys = self._keys, ()
+        try:
+            return super()._maybe_parse_container()
+        finally:
+            self._keys = outer
+
+    def _parse_dict_item(self):
+        location = self._current_location()
+        key, value = super()._parse_dict_item()
+        if key in self._keys:
+            self._raise_syntax_error(f"the key {key!r} is repeated", location)
+        self._keys = (*self._keys, key)
+        return key, value
+
+
 def bound_module(statement: config_parser.ImportStatement) -> str:
     """Returns the module that the name bound by an import means."""
     plain = not statement.is_from and not statement.alias
@@ -79,7 +100,7 @@ def _parse(text: str, name: str) -> Iterator[Any]:
             # Blank lines in front keep the line numbers right after a restart.
             file: Any = io.StringIO("\n" * first + "".join(lines[first:]))
             file.name = name  # gin reads it
-            parser = config_parser.ConfigParser(file, _Delegate())
+            parser = _Parser(file, _Delegate())
             while (statement := parser.parse_statement()) is not None:
                 is_import = isinstance(statement, config_parser.ImportStatement)
                 yield moved.today(statement) if is_import else statement
@@ -114,10 +135,11 @@ def _syntax_problem(error, name: str, lines: Sequence[str], begin: int, failed: 
     token = re.search(r"Failed to parse token '(.*)'", message)
     if token:
         message = f"{token[1]!r} is not a value"
+    remedy = "Strings need quotes, names of functions and classes a leading @, macros a %."
     return Problem(
         Place(name, failed + 1, lines[failed]),
         f"cannot be parsed: {' '.join(message.split()).rstrip('.')}",
-        "Strings need quotes, names of functions and classes a leading @, macros a %.",
+        "Remove or rename one of the two." if message.endswith("is repeated") else remedy,
     )
 
 

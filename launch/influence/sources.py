@@ -154,18 +154,35 @@ def check_mixture(run: LoadedRun, name: str, split: str) -> None:
 
 
 def tasks_of(name: str) -> list[Any]:
+    """Returns the SeqIO tasks that a mixture reads."""
     import seqio
 
     mixture = seqio.get_mixture_or_task(name)
-    return [*mixture.tasks] if hasattr(mixture, "tasks") else [mixture]
+    if not hasattr(mixture, "tasks"):
+        return [mixture]
+    return [task for task in mixture.tasks if mixture.get_rate(task) > 0]
 
 
 def examples(name: str, split: str, length: int) -> Iterator[Mapping[str, Any]]:
-    """Yields the examples of a mixture, in a fixed order, once each."""
+    """Yields the examples of a mixture, mixed by its rates in a fixed order, once each, and in their whole length.
+
+    SeqIO's own iterator of a mixture ends with the first task that ends.
+    """
     import seqio
+    import tensorflow as tf
 
     mixture = seqio.get_mixture_or_task(name)
-    lengths = dict.fromkeys(mixture.output_features, length)
-    repeat = {"num_epochs": 1} if hasattr(mixture, "tasks") else {}
-    dataset = mixture.get_dataset(lengths, split=split, shuffle=False, **repeat)
-    yield from dataset.as_numpy_iterator()
+    features = tuple(mixture.output_features)
+    lengths = dict.fromkeys(features, length)
+    every = tasks_of(name)
+    datasets = [
+        task.get_dataset(lengths, split=split, shuffle=False, trim_output_features=False).map(
+            lambda example: {feature: example[feature] for feature in features}
+        )
+        for task in every
+    ]
+    rates = [mixture.get_rate(task) for task in every] if len(every) > 1 else [1.0]
+    mixed = tf.data.Dataset.sample_from_datasets(
+        datasets, rates, seed=42, stop_on_empty_dataset=False
+    )
+    yield from mixed.as_numpy_iterator()

@@ -179,7 +179,7 @@ def rewards_of(
       config: returns the configuration of the reward model's run; called only if the reward is a checkpoint.
 
     Raises:
-      RewardError: a row that the reward cannot judge.
+      RewardError: a row that the reward cannot judge, or of which the reward is not finite.
       LoadError, DamagedCheckpointError, CheckpointMismatchError: the checkpoint cannot be restored.
     """
     if (checkpoint := checkpoint_of(flags.reward)) is None:
@@ -187,6 +187,11 @@ def rewards_of(
     else:
         with config().load(checkpoint, rewards=True, encoder_decoders=True) as run:
             values = _by_model(rows, run, flags.reward_batch_size)
+    for (where, _), value in zip(rows, values, strict=True):
+        if not math.isfinite(value):
+            raise RewardError(
+                f"{where}: --reward={flags.reward} gives {value}, which cannot be ranked."
+            )
     cut = [_is_cut(row) for _, row in rows]
     return [v - flags.missing_end_penalty * c for v, c in zip(values, cut, strict=True)]
 

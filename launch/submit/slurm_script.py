@@ -15,6 +15,8 @@ from typing import ClassVar
 from espalier.launch.submit.base import Job, SubmitError
 from espalier.launch.submit.launch_config import Launch, texts
 
+# Options that change the number of processes, which would each be a run of their own in one folder.
+_OF_PROCESSES = {"array", "nodes", "N", "ntasks", "n", "ntasks-per-node"}
 # Added to a measured need of memory.
 _HEADROOM = 1.25
 # Every process has a log; process 0 writes that of the job.
@@ -94,6 +96,12 @@ class Settings(Launch):
         self.matching(r"[\d:-]+", "time_limit", like="24:00:00")
         self.matching(r"--[a-z][a-z-]*(=[\w.,:/+@%*()\[\]=-]+)?", "sbatch_flags", like="--nice=5")
         self.matching(r"--?[a-z][a-z-]*(=[^\0\n]*)?", "srun_flags", like="--cpu-bind=cores")
+        for key in ("sbatch_flags", "srun_flags"):
+            names = {flag.lstrip("-").partition("=")[0] for flag in getattr(self, key)}
+            if taken := sorted(names & _OF_PROCESSES):
+                raise SubmitError(
+                    f"{key}: {taken[0]} would start other processes than the run knows of: set nodes and tasks_per_node."
+                )
         if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
             raise SubmitError(
                 f"tasks_per_node = {self.tasks_per_node}: with gpus_per_node = {self.gpus_per_node}, give 1 (one process "

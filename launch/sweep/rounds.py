@@ -25,6 +25,7 @@ from typing import Any
 import ml_collections
 
 from espalier.common import spelling
+from espalier.launch.merge import config_file
 from espalier.model.transforms.merge_methods import METHODS
 
 _MERGE_FILE = "t5x_configs/methods/averaging/merge.gin"
@@ -65,6 +66,10 @@ def get_config(path: str) -> ml_collections.ConfigDict:
         words = ("{python}", "-m", "espalier.launch.merge", f"--config={json.dumps(last)}")
         arms[f"merged{number}"] = {"made": (*words, "--out={run}")}
         before = f"{{merged{number}}}"
+    if len(arms) < settings["rounds"] * (len(branches) + 1):
+        raise ValueError(
+            f"{path}: names of branches with the number of a round are equal: rename one."
+        )
     return ml_collections.ConfigDict(
         {"arms": ml_collections.ConfigDict(arms, sort_keys=False), "evaluations": {}}
     )
@@ -85,14 +90,9 @@ def _configuration(merge: Mapping[str, Any], models: list[Any], before: str) -> 
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    import yaml
-
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}: give FILE.py:ROUNDS.yaml.")
-    with open(path, encoding="utf-8") as file:
-        settings = yaml.safe_load(file)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must be a mapping, such as rounds: 3.")
+    settings = config_file.content(path)
     settings = {"bindings": [], "merge": {"merge_method": "linear"}, **settings}
     for key in settings:
         if key not in _KEYS:

@@ -73,6 +73,7 @@ def test_a_method_with_a_base_takes_the_merge_before(sweep):
             {"merge": {"merge_method": "ties", "models": []}},
             "merge.models: the branches are merged",
         ),
+        ({"branches": {"a": [], "a1": []}, "rounds": 11}, "names of branches .* are equal"),
         ({"merge": {"merge_method": "slerp"}}, "slerp does not merge 2 branches"),
         ({"merge": {"merge_method": "mean"}}, "merge.merge_method must be one of linear"),
     ],
@@ -80,3 +81,10 @@ def test_a_method_with_a_base_takes_the_merge_before(sweep):
 def test_a_file_that_is_no_recipe_is_refused(sweep, changes, message):
     with pytest.raises(file.SweepError, match=message):
         sweep(**changes)
+
+
+def test_a_branch_that_is_written_twice_is_refused(tmp_path):
+    path = tmp_path / "rounds.yaml"
+    path.write_text("branches: {code: [A=1], pages: [A=2], code: [A=3]}\n")
+    with pytest.raises(file.SweepError, match="line 1: 'code' occurs twice"):
+        file.read(f"launch/sweep/rounds.py:{path}")

@@ -156,6 +156,28 @@ def test_use_cached_refuses_a_cache_of_other_features(register, tmp_path):
         batches(cache_dir=root, use_cached=True)
 
 
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ({"symbols": "txe 0123456789"}, "vocabulary"),
+        ({"add_eos": False}, "vocabulary"),
+        ({"add_bos": True}, "steps"),
+    ],
+)
+def test_use_cached_refuses_a_cache_of_other_ids(other, key, register, tmp_path):
+    def again(symbols="etx 0123456789", **settings):
+        tasks.clear()
+        vocabulary = vocabularies.characters(symbols=symbols)
+        vocabulary.bos_id = vocabulary.unk_id
+        register(vocabulary=vocabulary, **settings)
+
+    again()
+    batches(cache_dir=tmp_path / "caches")
+    again(**other)
+    with pytest.raises(ValueError, match=f"has other {key} than the task"):
+        batches(cache_dir=tmp_path / "caches", use_cached=True)
+
+
 def test_use_cached_reads_from_the_store(register, host, store, capfd):
     register()
     host("builder")

@@ -355,6 +355,10 @@ def test_stream_of_a_mixture_by_rates_tokens_and_phases(root):
     small = min(counts, key=counts.get)
     capped = shares(weights="unimax", unimax_epochs=1.0, unimax_tokens=total - 10)
     assert capped[small] == pytest.approx(counts[small] / (total - 10))
+    tasks.register_mixture("python_alone", {"python": 1.0, "english": 0.0})
+    for weights in ("rates", "tokens", "unimax"):
+        alone = stream.make_stream(mixture_or_task_name="python_alone", weights=weights, **common)
+        assert alone.source_names == ("python",)
     for settings in ({"weights": "unimax", "temperature": 2.0}, {"unimax_epochs": 1.0}):
         with pytest.raises(ValueError, match="unimax"):
             shares(**settings)

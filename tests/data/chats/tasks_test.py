@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from espalier.data import tasks
 from espalier.data.cache import description, fingerprint
+from espalier.data.chats import stream as chat_streams
 from espalier.data.chats.tasks import register_chats
 from espalier.data.pieces import Piece
 from espalier.data.stream import mixing
@@ -212,6 +213,16 @@ def test_several_sets_are_a_mixture(vocabulary, tmp_path):
         "talk": 1,
         "texts": 2,
     }
+    settings = {
+        "task_feature_lengths": {"targets": 64},
+        "batch_size": 2,
+        "cache_dir": tmp_path / "c",
+    }
+    for shares, read in (({"talk": 1, "texts": 0}, ("talk",)), (None, ("talk", "texts"))):
+        made = chat_streams.make_stream(mixture_or_task_name="chats", shares=shares, **settings)
+        assert made.source_names == read
+    with pytest.raises(ValueError, match="give texts a share too, 0 for none"):
+        chat_streams.make_stream(mixture_or_task_name="chats", shares={"talk": 1}, **settings)
     for wrong in ("a.jsonl", {"talk": files["texts"]}):
         with pytest.raises(ValueError, match="must name the same sets.*talk, texts"):
             register(validation_files=wrong)

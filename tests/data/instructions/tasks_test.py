@@ -101,11 +101,20 @@ def test_tasks_mixture_and_ranking(register):
         ),
         ({"form": "encoder"}, ValueError, "form is 'encoder'; it must be one of"),
         ({"add_bos": True}, ValueError, "add_bos=True, but "),
+        ({"tfds_sets": {"smal": "x:1.0.0"}}, ValueError, "tfds_sets names the set 'smal', which"),
     ],
 )
 def test_what_cannot_be_registered_is_one_error(register, settings, error, message):
     with pytest.raises(error, match=message):
         register(**settings)
+
+
+def test_a_file_of_rows_with_another_name_is_an_error(register, tmp_path):
+    (tmp_path / "small" / "train2.jsonl").write_text("{}")
+    with pytest.raises(
+        DataError, match="train2.jsonl: the rows of a set are in files such as train.j"
+    ):
+        register()
 
 
 def test_two_tasks_of_one_name_are_an_error(register, tmp_path):

@@ -148,6 +148,11 @@ def test_include_cycle(gin_file, tmp_path):
         ("A = [1, 2\nB = 3\n", ":1: is not finished where line 2 begins the next statement"),
         ("A = /tmp/x\n", ":1: cannot be parsed"),
         ("A = 'open\nB = = 2\n", ":1: cannot be parsed"),
+        (
+            "A = {\n 'x': 1,\n 'x': 2}\nB = [{1: {1: 2}, 2: 0}]\n",
+            ":3: cannot be parsed: the key 'x' is repeated",
+        ),
+        ("A = {1: 2, True: 3}\n", "the key True is repeated"),
         ("import toy_net\n", "Begin the file with: from __gin__ import dynamic_registration"),
         ("from __gin__ import dynamic_registration\nfrom toy_net import Net\n", "imports modules"),
         ("from __gin__ import dynamic_registration\nimport no_such_package\n", "no module"),

@@ -128,6 +128,32 @@ def test_a_file_refines_what_it_includes_and_only_that(base, method):
     assert f"{other}:4: replaces 'RATE'" in errors([base, both])
 
 
+def test_a_value_that_is_set_before_its_default_is_refused(base, gin_file):
+    default = gin_file("RATE = 1.0\n", "default.gin")
+    early = gin_file(f"RATE = 2.0\ninclude '{default}'\n", "early.gin")
+    text = errors([base, early])
+    assert (
+        f"{early}:1: 'RATE' has no effect: {default}:1, which is read later, sets it to 1.0" in text
+    )
+    late = gin_file(f"include '{default}'\nRATE = 2.0\n", "late.gin")
+    assert load([base, late]).macros["RATE"] == 2.0
+    assert "'RATE' has no effect" in errors([base, late, default])
+    assert load([base, late, default], "RATE=3.0").macros["RATE"] == 3.0
+    assert load([base, gin_file("RATE = 2.0\n", "mine.gin"), default]).macros["RATE"] == 1.0
+
+
+def test_a_value_that_is_set_before_the_shipped_file_of_its_default_is_refused(gin_file):
+    model = "t5x_configs/models/tiny.gin"
+    mine = gin_file("VOCAB_SIZE = 1000\n", "mine.gin")
+    mesh, run = "t5x_configs/partitioning/tp.gin", "t5x_configs/runs/base.gin"
+    for files, place in (([mine, model], f"{mine}:1: 'VOCAB_SIZE'"), ([mesh, run], "'MESH'")):
+        (problem,) = gin_config.check(files, fragment=True).problems
+        assert f"{place} has no effect: t5x_configs/" in str(problem)
+        assert gin_config.check(files[::-1], fragment=True).problems == []
+    record = gin_file("VOCAB_SIZE = 1000\n", "config.gin")  # of a run, which other files change
+    assert gin_config.check([record, model], fragment=True).problems == []
+
+
 def test_a_file_may_name_what_it_replaces(base, method):
     a = method(HEAD + "RATE = 1.0\ntoy_net.Net.layers = 1\n", "a.gin")
     text = "RATE = 2.0\ntoy_net.Net.layers = 2\n"

@@ -458,22 +458,51 @@ def test_embeddings_are_mean_hidden_states(place, trained_run):
     assert rows[3] == 0 and want < 0.999
 
 
-def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_run, capsys):
-    seqio = in_seqio()
-    import tensorflow as tf
-
+def test_every_document_of_a_mixture_is_read_once_in_its_whole_length():
     from espalier.data.tokenizers import vocabularies
 
-    texts = [row["text"] for row in DOCUMENTS if row.get("text")]
+    seqio = in_seqio()
+    sizes = {"influence_few": 2, "influence_many": 9}
+    for name, count in sizes.items():
+        seqio.TaskRegistry.add(
+            name,
+            source=_texts([f"{name} {i}" for i in range(count)]),
+            preprocessors=[seqio.preprocessors.tokenize],
+            output_features={"targets": seqio.Feature(vocabularies.byte(), add_eos=False)},
+        )
+    seqio.MixtureRegistry.add("influence_both", [(name, 1.0) for name in sizes])
+    run = types.SimpleNamespace(
+        vocabulary=vocabularies.byte(), encodes=False, start_token=0, context=lambda ids: [0, *ids]
+    )
+    source = inputs.Source(mixture="influence_both")
+    documents = inputs.Documents(run=run, length=15, source=source)
+    rows = [vocabularies.byte().decode(row.targets) for row in documents]
+    assert sorted(rows) == sorted(
+        f"{n} {i}"[:15] for n, count in sizes.items() for i in range(count)
+    )
+    assert documents.count() == 11 and documents.cut == 9
+
+
+def _texts(texts):
+    import tensorflow as tf
+
+    seqio = in_seqio()
+    return seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+            {"targets": texts}
+        ),
+        splits=("train",),
+        num_input_examples={"train": len(texts)},
+    )
+
+
+def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_run, capsys):
+    from espalier.data.tokenizers import vocabularies
+
+    seqio, texts = in_seqio(), [row["text"] for row in DOCUMENTS if row.get("text")]
     seqio.TaskRegistry.add(
         "influence_texts",
-        source=seqio.FunctionDataSource(
-            lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
-                {"targets": texts}
-            ),
-            splits=("train",),
-            num_input_examples={"train": len(texts)},
-        ),
+        source=_texts(texts),
         preprocessors=[seqio.preprocessors.tokenize],
         output_features={"targets": seqio.Feature(vocabularies.byte(), add_eos=False)},
     )

@@ -347,6 +347,14 @@ def test_what_cannot_be_ranked_is_said(command, capfd, given, more, reward, word
     assert re.search(words, capfd.readouterr().err)
 
 
+def test_a_reward_that_is_not_finite_is_refused(command, capfd, monkeypatch):
+    monkeypatch.setattr(best_of_n, "_verified", lambda where, row, flags: math.nan)
+    assert command(rows(["a", "b"]))[0] == 2
+    assert (
+        "line 1: --reward=exact_answer gives nan, which cannot be ranked" in capfd.readouterr().err
+    )
+
+
 def test_pairs_need_texts():
     group = [{"prompt": [1], "sample": i, "tokens": [i + 2]} for i in range(2)]
     for i, row in enumerate(group):

@@ -86,6 +86,9 @@ def test_the_script_of_two_hosts_with_gpus(monkeypatch):
         ("sbatch_flags", ("--comment=a b",)),
         ("sbatch_flags", ("comment",)),
         ("srun_flags", ("x",)),
+        ("sbatch_flags", ("--array=0-3",)),  # four runs in one folder
+        ("sbatch_flags", ("--nice=5", "--nodes=4")),
+        ("srun_flags", ("--ntasks=8",)),
         ("nodes", 0),
         ("tasks_per_node", 3),
         ("env", ("A B=1",)),
