@@ -20,18 +20,18 @@ PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # How large the house may be. A number that falls is lowered here; one that has to rise needs a reason in its commit.
 # Files and lines of the project that an import of the module reads, itself included.
 CLOSURES = {
-    "trainers.step": (7, 775),
-    "trainers.recipe": (41, 5_735),
+    "trainers.step": (7, 792),
+    "trainers.recipe": (41, 5_762),
     "model.transformer": (27, 4_476),
-    "launch.train": (92, 17_660),
+    "launch.train": (92, 17_741),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
     "espalier": (16, 2_140),
-    "model": (103, 17_635),
-    "trainers": (115, 20_012),
-    "data": (132, 26_053),
-    "launch": (313, 69_111),
+    "model": (103, 17_657),
+    "trainers": (115, 20_081),
+    "data": (132, 26_099),
+    "launch": (312, 69_282),
 }
 # Files of a folder, without __init__.py: of any, and of these.
 FOLDER = 15

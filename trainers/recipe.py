@@ -26,7 +26,6 @@ from espalier.trainers.inputs import Inputs, rows_of
 from espalier.trainers.objectives import bound_extras
 from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective, StoredExtras
 from espalier.trainers.objectives.lm import language_modelling
-from espalier.trainers.objectives.own_base import OwnBase
 from espalier.trainers.optim import averages, schedules
 from espalier.trainers.optim import rounding as rounding_lib
 from espalier.trainers.optim.gradient_terms import GradientTerm, make_optimizer
@@ -262,8 +261,8 @@ class Program:
         """
         if (extras := self.stored_extras) is not None:
             extras.check(self.mesh, self.rules, meta())
-        if isinstance(extras, OwnBase):
-            extras.check_frozen(self.abstract_state.params, self.mask)
+        if (check_frozen := getattr(extras, "check_frozen", None)) is not None:  # some have it
+            check_frozen(self.abstract_state.params, self.mask)
 
     @property
     def stored_extras(self) -> StoredExtras | None:
