@@ -20,10 +20,10 @@ PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # How large the house may be. A number that falls is lowered here; one that has to rise needs a reason in its commit.
 # Files and lines of the project that an import of the module reads, itself included.
 CLOSURES = {
-    "trainers.step": (7, 792),
-    "trainers.recipe": (41, 5_762),
+    "trainers.step": (7, 796),
+    "trainers.recipe": (41, 5_765),
     "model.transformer": (27, 4_476),
-    "launch.train": (92, 17_741),
+    "launch.train": (92, 17_744),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {

@@ -261,8 +261,7 @@ class Program:
         """
         if (extras := self.stored_extras) is not None:
             extras.check(self.mesh, self.rules, meta())
-        if (check_frozen := getattr(extras, "check_frozen", None)) is not None:  # some have it
-            check_frozen(self.abstract_state.params, self.mask)
+            extras.check_trained(self.abstract_state.params, self.mask)
 
     @property
     def stored_extras(self) -> StoredExtras | None:

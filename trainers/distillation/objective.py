@@ -25,7 +25,7 @@ from espalier.model.axes import Rules
 from espalier.model.kernels.cross_entropy import map_tokens
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.trainers.inputs import Arrays, TokenRows, packed
-from espalier.trainers.objectives.base import Batch, LossOut, Objective, loss_in
+from espalier.trainers.objectives.base import Batch, LossOut, Objective, StoredExtras, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective, frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenModel
 
@@ -74,7 +74,7 @@ class Teacher(FrozenModel):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Teachers:
+class Teachers(StoredExtras):
     """Several teachers that run beside the student, each for its own rows: the `StoredExtras` of an objective.
 
     All of them are in memory, and each reads every row: time and memory grow with their number.

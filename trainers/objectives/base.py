@@ -61,6 +61,10 @@ class StoredExtras(Protocol):
           ValueError: extras that are missing or do not match; the message names the setting and the remedy.
         """
 
+    def check_trained(self, params: Any, mask: Any) -> None:
+        """Raises ValueError if the extras would move with a parameter that is trained: all, or those True in `mask`."""
+        return
+
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
         """Returns shapes, dtypes and shardings of the arrays that `read` returns."""
 

@@ -16,7 +16,7 @@ from espalier.model.axes import Rules
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import agreement, base_step, restore_params, state_tree, step_dir
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
-from espalier.trainers.objectives.base import Batch
+from espalier.trainers.objectives.base import Batch, StoredExtras
 from espalier.trainers.objectives.forward import Forward, frozen_forward
 
 
@@ -155,7 +155,7 @@ class FrozenCheckpoint:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class FrozenModel:
+class FrozenModel(StoredExtras):
     """A model that is not trained, such as a reference or a teacher: the `StoredExtras` of an objective.
 
     Attributes:

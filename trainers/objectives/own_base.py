@@ -14,12 +14,12 @@ from espalier.model.adapters.adapter import PREFIX, adapters_of
 from espalier.model.axes import Rules
 from espalier.model.protocol import inference_params
 from espalier.trainers.checkpoints import state_tree
-from espalier.trainers.objectives.base import Batch
+from espalier.trainers.objectives.base import Batch, StoredExtras
 from espalier.trainers.objectives.forward import Forward, frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class OwnBase:
+class OwnBase(StoredExtras):
     """Instead of a `FrozenModel`: `StoredExtras` without arrays.
 
     Attributes:
@@ -37,13 +37,8 @@ class OwnBase:
                 "methods/adapters/lora.gin, or another reference."
             )
 
-    def check_frozen(self, params: Any, mask: Any) -> None:
-        """Raises ValueError if a run trains parameters of the base, with which the reference would move.
-
-        Args:
-          params: the policy's parameters, or their shapes.
-          mask: tree of bools, True where trained; None when everything is.
-        """
+    def check_trained(self, params: Any, mask: Any) -> None:
+        """Raises ValueError if a run trains parameters of the base, with which the reference would move."""
         base = state_tree.flatten(without_adapters(inference_params(self.model, params)))
         if mask is not None:
             trains = state_tree.flatten(without_adapters(inference_params(self.model, mask)))

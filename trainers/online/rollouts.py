@@ -94,8 +94,7 @@ class Rollouts:
         if REFERENCE in method.scores:
             assert reference is not None  # see _method
             reference.check(program.mesh, program.rules, meta)
-            if isinstance(reference, OwnBase):
-                reference.check_frozen(program.abstract_state.params, program.mask)
+            reference.check_trained(program.abstract_state.params, program.mask)
         size = program.mesh.size
         if stream.batch_size % (parts := size // program.batch_sharding.shard_shape((size,))[0]):
             raise RolloutError(

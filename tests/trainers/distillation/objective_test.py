@@ -18,6 +18,7 @@ from espalier.trainers import initialise, partitioning
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.distillation import objective
 from espalier.trainers.distillation.objective import Teacher, distillation
+from espalier.trainers.objectives.base import StoredExtras
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint
 from espalier.trainers.optim import optimizers, schedules
 from espalier.trainers.recipe import Recipe
@@ -69,7 +70,7 @@ def make_batch(rows=B):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fixed:
+class Fixed(StoredExtras):
     """A teacher whose parameters are at hand."""
 
     model: object

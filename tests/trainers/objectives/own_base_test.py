@@ -86,10 +86,10 @@ def test_a_policy_without_adapters_is_no_reference_of_itself():
 
 def test_a_reference_does_not_move_with_the_base_of_a_policy():
     reference, params = OwnBase(model=POLICY), parameters()
-    reference.check_frozen(params, trainable.match([adapter.LEAVES], params))
+    reference.check_trained(params, trainable.match([adapter.LEAVES], params))
     for mask in (None, trainable.match([adapter.LEAVES, ".*norm/scale"], params)):
         with pytest.raises(ValueError, match="would move with .*: train adapters alone"):
-            reference.check_frozen(params, mask)
+            reference.check_trained(params, mask)
     losses = [functools.partial(direct.dpo, beta=0.5)]
     recipe = Recipe(
         model=POLICY,
