@@ -12,8 +12,11 @@ that returns an ml_collections.ConfigDict:
     evaluations  {name: {call, arguments} or {command}}, after each run's training
     memory_gb    peak memory of a run, if known
 
+An arm's `sizes` are those of the sweep's at which it runs, ("64", "128"), or what it has of its own at each of these, {"64":
+{"bindings": ("LEARNING_RATE=1e-3",)}, "128": {}}.
+
 A ConfigDict sorts its keys; `arms=ConfigDict({...}, sort_keys=False)` keeps the order of the file. Later
-wins: the sweep's files, the arm's, the size's, then bindings in the same order. An arm with a
+wins: the sweep's files, the arm's, the size's, the arm's own at the size, then bindings in the same order. An arm with a
 `parent` starts from that arm's final checkpoint, of the same seed and size; its bindings (INITIAL_SCOPE and others, see
 trainers/checkpoints/initial.py) choose what it takes from it. An arm that is `made` is not trained: a command makes its run
 directory from other arms' runs. In the command's words {arm} is the run directory of the arm of that name, of the same
@@ -185,7 +188,8 @@ class _Reader:
         if parent not in self._arms:
             yield f"{where}: its parent {parent!r} does not exist; {spelling.nearest(parent, self._arms)}"
         elif any(
-            binding.partition("=")[0].strip() == _PARENT for binding in arm.get("bindings") or ()
+            binding.partition("=")[0].strip() == _PARENT
+            for binding in parts.values(arm, "bindings")
         ):
             yield f"{where}: {_PARENT} is bound, but the parent {parent!r} sets it: remove one of them."
 
@@ -198,7 +202,7 @@ class _Reader:
     def _named(self, name: str) -> tuple[str, ...]:
         """Returns the arms named in braces in an arm's command or bindings."""
         arm = self._arms[name]
-        named = parts.places(arm.get("made") or arm.get("bindings") or ())
+        named = parts.places(arm.get("made") or parts.values(arm, "bindings"))
         return tuple(other for other in named if other in self._arms)
 
     def _circle(self, name: str) -> list[str]:
@@ -243,7 +247,9 @@ class _Reader:
     def _run(self, name: str, size: str | None, seed: int) -> Run:
         arm = self._arms[name]
         command = arm.get("made") or ()
-        levels = [self._config, arm, *([] if size is None else [self._sizes[size]])]
+        levels = [self._config, arm]
+        if size is not None:
+            levels += [self._sizes[size], parts.at_sizes(arm).get(size, {})]
         memory = [level["memory_gb"] for level in levels if level.get("memory_gb") is not None]
         trained = [] if command else levels
         bindings = [binding for level in trained for binding in level.get("bindings") or ()]

@@ -47,9 +47,19 @@ def filled(words: Iterable[Any], values: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
-def entry_problems(what: str, name: str, entry: Any) -> Iterator[str]:
-    """Yields the problems of an arm or a size by itself."""
-    where = f"{what} {name!r}"
+def values(arm: Mapping[str, Any], key: str) -> list[Any]:
+    """Returns an arm's files or bindings, then those of its own at each size."""
+    return [value for part in (arm, *at_sizes(arm).values()) for value in part.get(key) or ()]
+
+
+def at_sizes(arm: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Returns what an arm has of its own at sizes, by size."""
+    return sizes if isinstance(sizes := arm.get("sizes"), Mapping) else {}
+
+
+def entry_problems(what: str, name: str, entry: Any, of: str = "") -> Iterator[str]:
+    """Yields the problems of an arm or a size by itself; `of` is the arm that has the size."""
+    where = f"{of}{what} {name!r}"
     if not _NAME.fullmatch(str(name)):
         yield f"{where}: names have letters, digits, '_' and '-' only."
     if not isinstance(entry, Mapping):
@@ -57,6 +67,8 @@ def entry_problems(what: str, name: str, entry: Any) -> Iterator[str]:
         return
     yield from unknown_keys(what, f"{where}: ", entry)
     yield from part_problems(where, entry)
+    for size, own in at_sizes(entry).items():
+        yield from entry_problems("size", size, own, of=f"{where}, ")
     command = entry.get("made")
     if command is not None and not (command and _strings(command)):
         yield f"{where}: made = {command!r} is not a tuple of strings, the words of a command."
@@ -96,7 +108,7 @@ def seed_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
 def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
     """Yields the problems that only a made arm can have."""
     for key in ("parent", "gin_files", "bindings"):
-        if arm.get(key):
+        if values(arm, key):
             yield f"{where} is made, not trained: remove its {key}, or made."
     named = places(arm["made"])
     if "run" not in named:
@@ -112,7 +124,7 @@ def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -
 
 def binding_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
     """Yields the problems that only a trained arm can have."""
-    for name in places(arm.get("bindings") or ()):
+    for name in places(values(arm, "bindings")):
         if name not in arms:
             yield f"{where}: a binding names {{{name}}}, but no arm has this name; {spelling.nearest(name, arms)}"
 

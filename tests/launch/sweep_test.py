@@ -89,6 +89,22 @@ def test_sizes_multiply_and_win_over_arms(write):
     assert runs["two/m/seed0"].parent == "one/m/seed0" and runs["two/m/seed0"].memory_gb == 9
 
 
+def test_what_an_arm_has_of_its_own_at_a_size_wins(write):
+    text = """dict(
+        sizes=dict(s={'bindings': ('A=1',)}, m={'bindings': ('A=3',)}, l={}),
+        arms=dict(
+            rows=dict(made=('write', '{run}')),
+            one=dict(sizes=dict(s=dict(bindings=('A=4', "B='{rows}'"), memory_gb=5), m={})),
+        ),
+    )"""
+    runs = {run.name: run for run in sweep_file.read(write(text)) if run.arm == "one"}
+    assert list(runs) == ["one/m/seed0", "one/s/seed0"]
+    narrow = runs["one/s/seed0"]
+    assert narrow.bindings == ("A=1", "A=4", "B='{rows}'", "SEED=0") and narrow.memory_gb == 5
+    assert narrow.made_of == {"rows": "rows/s/seed0"}
+    assert runs["one/m/seed0"].bindings == ("A=3", "SEED=0")
+
+
 def test_the_text_after_a_colon_is_given_to_get_config(write):
     path = write("dict(arms={arm: {}})", parameters="arm")
     assert [run.arm for run in sweep_file.read(f"{path}:chosen")] == ["chosen"]
@@ -112,6 +128,18 @@ def test_the_text_after_a_colon_is_given_to_get_config(write):
         (
             "dict(sizes=dict(s={}, m={}), arms=dict(a=dict(sizes=('s', 'l')), b=dict(parent='a')))",
             [r"arm 'a': sizes names 'l'; valid names are m, s", r"lacks the sizes 'm'"],
+        ),
+        (
+            "dict(sizes=dict(s={}), arms=dict(a=dict(sizes=dict(s=dict(binding=('A=1',))))))",
+            [r"arm 'a', size 's': a size has no 'binding'; did you mean 'bindings'"],
+        ),
+        (
+            "dict(sizes=dict(s={}), arms=dict(a=dict(sizes=dict(l={}, s=dict(bindings=('A={b}',))))))",
+            [r"arm 'a': sizes names 'l'", r"a binding names \{b\}, but no arm has this name"],
+        ),
+        (
+            "dict(sizes=dict(s={}), arms=dict(a=dict(made=('x', '{run}'), sizes=dict(s=dict(bindings=('A=1',))))))",
+            [r"arm 'a' is made, not trained: remove its bindings"],
         ),
         ("{'arms': {'a': {}, 'b': {}, 'a': {}}}", ["line 5 repeats the key 'a'"]),
         ("dict(arms=dict(a={}), seeds=(1, 1))", [r"seeds = \(1, 1\) repeats a seed"]),

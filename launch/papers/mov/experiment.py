@@ -36,6 +36,7 @@ from espalier.launch.papers.mov.runs import (
     MOLORA_EXPERTS,
     MOV,
     MOV_EXPERTS,
+    NARROW,
     PARAMETERS,
     WIDTHS,
 )
@@ -51,8 +52,9 @@ STEPS = 600  # of each tuned arm
 _FIRST_SEED = 25  # 20 to 24 have run in an earlier design
 RANK = 4  # of MoLORA's experts
 WARMUP_STEPS = 100  # of the frozen model
-# Learning rates: vectors need a larger one than matrices. At 1e-3 and more a frozen model of width 128 hardly learns in these updates.
-BASE_RATE, FULL_RATE = 5e-4, 1e-3
+# Learning rates: vectors need a larger one than matrices. In these updates a frozen model of width 128 hardly learns at 1e-3 and more, a
+# narrow one at less than 8e-4.
+BASE_RATE, NARROW_RATE, FULL_RATE = 5e-4, 8.7e-4, 1e-3
 LORA_RATE, VECTOR_RATE = 3e-3, 3e-2
 # LoRA at the sites of MoLORA: of a gated MLP, the branch with the activation and the last projection.
 LORA_SITES = "LORA_LAYERS=['(.*/)?\\\\w*attention/(query|key|value|out)', '(.*/)?mlp/(gate|down)']"
@@ -124,7 +126,8 @@ def _first(name: str, rows_of: str, steps: int, **settings: object) -> dict:
     """Returns an arm that learns in the first words."""
     sets = f"TRAIN_SETS={{{name!r}: {[rows_of]!r}}}"
     schedule = (_rate(BASE_RATE), f"TRAIN_STEPS={steps}", f"WARMUP_STEPS={WARMUP_STEPS}")
-    return _tuned(*schedule, sets, **{"evaluations": (), **settings})
+    sizes = {NARROW: {"bindings": (_rate(NARROW_RATE),)}, MAIN: {}}
+    return _tuned(*schedule, sets, **{"evaluations": (), "sizes": sizes, **settings})
 
 
 def _mov(experts: int, *bindings: str) -> dict:

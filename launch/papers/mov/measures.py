@@ -9,15 +9,13 @@ from espalier.launch.papers.mov.runs import (
     IA3,
     MAIN,
     MOV,
+    NARROW,
     SCORE,
-    WIDTHS,
     Runs,
     plain,
 )
 from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.papers.shared.results import Case
-
-NARROW = next(width for width in WIDTHS if width != MAIN)
 
 
 def saturating(runs: Runs, where: str) -> list[Effect]:

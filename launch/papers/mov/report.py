@@ -12,7 +12,6 @@ import numpy as np
 from espalier.launch.papers.mov import evaluations, experiment, figures, full_size, rows
 from espalier.launch.papers.mov.figures import SPECIALISED
 from espalier.launch.papers.mov.measures import (
-    NARROW,
     by_task,
     gain_by_width,
     points,
@@ -35,6 +34,7 @@ from espalier.launch.papers.mov.runs import (
     MAIN,
     MOLORA,
     MOV,
+    NARROW,
     PARAMETERS,
     ROUTED,
     SCORE,

@@ -15,8 +15,8 @@ from espalier.launch.papers.shared import domains, results
 MOV_EXPERTS = (10, 30)
 MOLORA_EXPERTS = 10
 LORA_RANKS = (4, 45)  # that of MoLORA's experts, and one with as many parameters as MoLORA-10
-MAIN = "128"  # width at which all arms run
-WIDTHS = {"64": 64, MAIN: 128}
+NARROW, MAIN = "64", "128"  # widths; all arms run at the second
+WIDTHS = {NARROW: 64, MAIN: 128}
 BASE, FULL, IA3 = "base", "full", "ia3"
 LORA = tuple(f"lora{rank}" for rank in LORA_RANKS)
 MOV = tuple(f"mov{n}" for n in MOV_EXPERTS)

@@ -108,6 +108,12 @@ def test_small_arms_train_what_they_say_from_one_frozen_model():
                 assert arms[arm].parent == f"base/{width}/seed{arms[arm].seed}"
                 values = dict(binding.split("=", 1) for binding in arms[arm].bindings)
                 assert values["TRAIN_STEPS"] == str(experiment.STEPS)
+    frozen = {
+        width: dict(binding.split("=", 1) for binding in arms["base"].bindings)
+        for width, arms in by_width.items()
+    }
+    rates = [float(frozen[width]["LEARNING_RATE"]) for width in (runs.NARROW, runs.MAIN)]
+    assert rates == [experiment.NARROW_RATE, experiment.BASE_RATE]
     main = by_width[runs.MAIN]
     recipe = recipe_of(main["mov10_top1"])
     adapter = recipe.model.layer_settings()[0].attention.adapters.slots["mov"]
